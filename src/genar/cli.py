@@ -1,0 +1,351 @@
+"""The commands. Each parses, calls one function of ``genar.runs`` and says where the result lies; heavy imports wait
+until then."""
+
+import json as json_module
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import genar
+from genar.errors import InputError
+
+app = typer.Typer(
+    name="genar",
+    help="Raw gene counts of every spot of a tissue slide, generated from its H&E image scale by scale.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
+Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overrides the metadata.")]
+Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores [default: user cache].")]
+Weights = Annotated[Path | None, typer.Option(help="Encoder weights (.safetensors) instead of the hub's.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
+SectionDir = Annotated[str, typer.Argument(help="Folder of sections (HEST-1k layout).")]
+OneSection = Annotated[str, typer.Argument(help="One section: FOLDER:ID or FOLDER/st/ID.h5ad.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    _keep_freed_memory()
+    try:
+        app()
+    except InputError as error:
+        _stop(str(error))
+    except PermissionError as error:
+        _stop(f"{error.filename}: no permission to write or read there; choose another place")
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _stop(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of handing it back page by page: training on a CPU is up to several times
+    faster."""
+    import ctypes
+
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
+        mallopt(parameter, value)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"genar {genar.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> None:
+    """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
+    from genar import runs
+
+    say = _speaker(json)
+    say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
+    _tell_run(
+        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)), json, "simulated tissue, not a result on patients"
+    )
+
+
+@app.command()
+def check(
+    paths: Annotated[list[str], typer.Argument(help="Folders of sections, or single sections.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for an overlay PNG per section.")] = None,
+    mpp: Mpp = None,
+    json: Json = False,
+) -> None:
+    """Read sections, say what is wrong, draw the spots on the tissue."""
+    from dataclasses import asdict
+
+    from genar import runs
+
+    rows, faults, overlays = [], [], {}
+    for path in paths:
+        more_rows, more_faults, more_overlays = runs.check_run(Path(path), out, mpp=mpp)
+        rows, faults, overlays = rows + more_rows, faults + more_faults, overlays | more_overlays
+    table = Table(
+        "section", "format", "spots", "genes", "empty", "median library", "um/px", "image says", "image px", "patient"
+    )
+    for row in rows:
+        size = f"{row.size_px[0]} x {row.size_px[1]}" if row.size_px else "no image"
+        tag = f"{row.mpp_image:.4f}" if row.mpp_image else "-"
+        numbers = (str(row.n_spots), str(row.n_genes), str(row.n_empty), f"{row.median_library:.0f}", f"{row.mpp:.4f}")
+        table.add_row(row.section, row.source, *numbers, tag, size, row.patient)
+    if not json:
+        console.print(table)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    _finish(json, overlays, "wrong input" if faults else "done", sections=[asdict(row) for row in rows], faults=faults)
+    if faults:
+        raise typer.Exit(2)
+
+
+@app.command()
+def features(
+    sections: SectionDir,
+    out: Out,
+    encoder: Annotated[str, typer.Option(help="Name of the encoder (see `genar encoders`).")] = "efficientnet_lite0",
+    weights: Weights = None,
+    patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
+    views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
+    device: str = "cpu",
+    mpp: Mpp = None,
+    json: Json = False,
+) -> None:
+    """Embed every spot of every section; what is stored already is not made again."""
+    from genar import encoders, runs
+    from genar.data import read_sections
+    from genar.features import recipe_of
+
+    loaded = encoders.load_encoder(encoder, weights=weights, device=device)
+    recipe = recipe_of(loaded, patch=patch, views=views)
+    stores = runs.embed_sections(read_sections(sections, mpp=mpp), loaded, recipe, out, _bar(json))
+    _finish(json, stores)
+
+
+@app.command()
+def panel(
+    sections: SectionDir,
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="clean or paper.")] = "clean",
+    n_genes: Annotated[
+        int | None, typer.Option(help="Genes to take [default: 200; paper: the whole intersection].")
+    ] = None,
+    n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
+    exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    json: Json = False,
+) -> None:
+    """Select the gene panel."""
+    from genar.data import find_sections
+    from genar.genes import select_panel
+
+    left_out = _ids(exclude)
+    chosen = [ref.read() for ref in find_sections(sections) if ref.id not in left_out]
+    n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
+    selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
+    selected.write(out)
+    _speaker(json)(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
+    _finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
+
+
+@app.command()
+def train(
+    sections: SectionDir,
+    out: Out,
+    test: Annotated[str, typer.Option(help="Sections held out, ID,ID.")] = "",
+    model: Annotated[str, typer.Option(help="Name of the model (see `genar models`).")] = "genar",
+    preset: Annotated[str, typer.Option(help="Size: small, released or paper.")] = "small",
+    recipe: Annotated[str, typer.Option(help="Training recipe: default or paper.")] = "default",
+    panel: Annotated[str, typer.Option(help="Panel recipe (clean, paper), panel.json or a list of genes.")] = "clean",
+    n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = 200,
+    encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = "efficientnet_lite0",
+    weights: Weights = None,
+    patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
+    views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
+    features: Store = None,
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories averaged in the expectation.")] = 16,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the model or the training; repeatable.")
+    ] = None,
+    device: str = "cpu",
+    mpp: Mpp = None,
+    json: Json = False,
+) -> None:
+    """Train a model and score it on the held-out sections, beside `mean` and `ridge`."""
+    from genar import runs
+
+    model_settings, train_settings = runs.read_settings(config, set_ or [])
+    for key, value in (("precision", precision), ("seed", seed)):
+        if value is not None:
+            train_settings[key] = value
+    plan = runs.TrainPlan(
+        Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
+        features, samples, mpp, device, model_settings, train_settings,
+    )  # fmt: skip
+    result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
+    _tell_run(result, json)
+
+
+@app.command()
+def predict(
+    section: OneSection,
+    model: Annotated[Path, typer.Option(help="A training run, or its checkpoint folder.")],
+    out: Out,
+    decode: Annotated[str | None, typer.Option(help="What makes X: greedy or mean [default: the model's].")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories averaged in the expectation.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the trajectories.")] = 0,
+    features: Store = None,
+    weights: Weights = None,
+    mpp: Mpp = None,
+    json: Json = False,
+) -> None:
+    """Predict the counts of a section with a trained model."""
+    from genar import runs
+    from genar.data import read_section
+
+    read = read_section(section, mpp=mpp)
+    options = {"decode": decode, "samples": samples, "seed": seed}
+    predicted = runs.predict_run(read, model, out, features=features, weights=weights, bar=_bar(json), **options)
+    _finish(json, {"prediction": out}, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
+
+
+@app.command()
+def evaluate(
+    predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
+    truth: OneSection,
+    out: Out,
+    json: Json = False,
+) -> None:
+    """Score a prediction, whoever made it, against the measured section."""
+    from genar import runs
+    from genar.data import read_section
+
+    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read_section(truth), out), json)
+
+
+@app.command()
+def encoders(json: Json = False) -> None:
+    """List the patch encoders."""
+    from genar.encoders import ENCODERS
+
+    rows = [row.facts() for row in ENCODERS.values()]
+    _list(json, rows, ("name", "width", "input_px", "mpp", "licence", "gated", "hub_id", "source"))
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the models."""
+    from genar.models import model_class, model_names
+
+    rows = [
+        {"name": n, "decodings": list(model_class(n).decodings), "about": (model_class(n).__doc__ or "").split("\n")[0]}
+        for n in model_names()
+    ]
+    _list(json, rows, ("name", "decodings", "about"))
+
+
+def _ids(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _speaker(json: bool):
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
+
+
+def _bar(json: bool):
+    """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
+
+    @contextmanager
+    def bar(label: str, total: int):
+        if json or not console.is_terminal:
+            yield lambda done, total: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+            task = progress.add_task(label, total=total, rate="")
+
+            def tick(done: int, total: int) -> None:
+                speed = progress.tasks[task].speed
+                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} spots/s" if speed else "")
+
+            yield tick
+
+    return bar
+
+
+_SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
+
+
+def _tell_run(result, json: bool, note: str = "") -> None:
+    if not json:
+        for section, methods in result.scores.items():
+            table = Table("method", *_SHOWN, title=f"{section}, log2(1 + count)" + (f" ({note})" if note else ""))
+            for method, scores in methods.items():
+                values = (scores.summary[name] for name in _SHOWN)
+                table.add_row(method, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+            console.print(table)
+    summary = {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
+    _finish(json, result.outputs, scores=summary, seconds=result.seconds)
+
+
+def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:
+    """Say where the results lie; with --json one object, NaN as null."""
+    if json:
+        facts = {"status": status, "outputs": {name: str(path) for name, path in outputs.items()}, **figures}
+        print(json_module.dumps(_no_nan(facts)))
+        return
+    width = max((len(name) for name in outputs), default=0)
+    for name, path in outputs.items():
+        print(f"{name:<{width}}  {path}")
+
+
+def _no_nan(value):
+    if isinstance(value, dict):
+        return {key: _no_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _list(json: bool, rows: list[dict], columns: tuple[str, ...]) -> None:
+    if json:
+        print(json_module.dumps(rows))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(", ".join(row[c]) if isinstance(row[c], list) else str(row[c]) for c in columns))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The contract of a tissue section: which AnnData slots hold what, and in which unit.
+
+No other file spells a slot name. A section is an AnnData of N spots by all measured genes:
+
+===============================  ==================================================================
+``X``                            csr, integers >= 0: raw counts
+``obs["library_size"]``          int [N]: total over ALL genes of the file, before any is dropped
+``obsm["spatial"]``              float64 [N, 2]: spot centres (x, y) in full-resolution px
+``uns["genar"]``                 ``section``, ``slide`` (path or ""), ``mpp`` (um per px), ``spot_diameter_um``,
+                                 ``pitch_um`` (distance between spot centres), ``source`` (format), ``patient``
+``uns["spatial"][library_id]``   scanpy's images and scalefactors, kept as found
+===============================  ==================================================================
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+
+from genar.errors import InputError
+
+SPATIAL = "spatial"
+LIBRARY_SIZE = "library_size"
+GENAR = "genar"
+SECTION, SLIDE, MPP = "section", "slide", "mpp"
+SPOT_DIAMETER_UM, PITCH_UM, SOURCE, PATIENT = "spot_diameter_um", "pitch_um", "source", "patient"
+# Layers of a prediction; X holds the integer counts.
+MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
+
+
+def new_section(
+    adata: AnnData,
+    *,
+    section: str,
+    slide: str | Path = "",
+    mpp: float,
+    spot_diameter_um: float,
+    pitch_um: float = 0.0,
+    source: str,
+    patient: str = "",
+) -> AnnData:
+    """Fill the contract's own slots of ``adata`` in place (X becomes csr float32), check it and return it.
+
+    Raises ``InputError`` as :func:`check` does.
+    """
+    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    adata.uns[GENAR] = {
+        SECTION: section,
+        SLIDE: str(slide),
+        MPP: float(mpp),
+        SPOT_DIAMETER_UM: float(spot_diameter_um),
+        PITCH_UM: float(pitch_um),
+        SOURCE: source,
+        PATIENT: patient,
+    }
+    check(adata)
+    adata.obs[LIBRARY_SIZE] = np.asarray(adata.X.sum(axis=1)).ravel().astype(np.int64)
+    return adata
+
+
+def name(adata: AnnData) -> str:
+    """The section's id."""
+    return str(adata.uns[GENAR][SECTION])
+
+
+def slide_path(adata: AnnData) -> Path | None:
+    """Path of the section's slide image; ``None`` where the folder holds none."""
+    slide = str(adata.uns[GENAR][SLIDE])
+    return Path(slide) if slide else None
+
+
+def mpp(adata: AnnData) -> float:
+    """Pixel size of the full-resolution image, um per px."""
+    return float(adata.uns[GENAR][MPP])
+
+
+def coords_px(adata: AnnData) -> np.ndarray:
+    """Spot centres, float64 [N, 2], (x, y) in full-resolution px."""
+    return np.asarray(adata.obsm[SPATIAL], dtype=np.float64)
+
+
+def coords_um(adata: AnnData) -> np.ndarray:
+    """Spot centres, float64 [N, 2], (x, y) in um from the corner of the image."""
+    return coords_px(adata) * mpp(adata)
+
+
+def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
+    """Raw counts as int32 [N, G], dense, in the order of ``genes`` (all genes where not given).
+
+    Raises ``InputError`` naming the genes the section lacks.
+    """
+    if genes is not None:
+        missing = [gene for gene in genes if gene not in adata.var_names]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise InputError(
+                f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({shown}); "
+                "use a panel of genes that every section measures, or select it again with `genar panel`"
+            )
+        adata = adata[:, genes]
+    x = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)  # pyright: ignore
+    return np.rint(x).astype(np.int32)
+
+
+def check(adata: AnnData) -> None:
+    """Refuse what is not a section of raw counts.
+
+    Raises ``InputError`` with one line that names the section, what was found and what to do: no spots,
+    duplicate spot or gene names, NaN or infinite, negative, fractional (log-transformed or normalised) counts,
+    coordinates that are missing, not finite or all alike.
+    """
+    where = f"section {name(adata)}"
+    if adata.n_obs == 0:
+        raise InputError(f"{where}: expected at least one spot, found none; is this the right file?")
+    for kind, names in (("spot", adata.obs_names), ("gene", adata.var_names)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"{where}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
+    _check_counts(adata, where)
+    if SPATIAL not in adata.obsm:
+        raise InputError(f'{where}: expected spot centres in obsm["{SPATIAL}"], found none; add them in px, (x, y)')
+    xy = np.asarray(adata.obsm[SPATIAL])
+    if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy.astype(float)).all():
+        raise InputError(f'{where}: obsm["{SPATIAL}"] must be finite numbers [N, 2], found shape {xy.shape}')
+    if adata.n_obs > 1 and not np.ptp(xy, axis=0).any():
+        raise InputError(f"{where}: all {adata.n_obs} spots lie at the same point; expected one centre per spot")
+
+
+def _check_counts(adata: AnnData, where: str) -> None:
+    x = adata.X
+    values = np.asarray(x.data if sparse.issparse(x) else x)  # pyright: ignore
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: X holds NaN or infinite values; expected raw counts, whole numbers >= 0")
+    if (values < 0).any():
+        raise InputError(f"{where}: X holds negative values (least {values.min():g}); expected raw counts >= 0")
+    fractional = values != np.rint(values)
+    if fractional.any():
+        found = f"fractional values such as {values[fractional].flat[0]:g}"
+        if values.max() < 25:  # ln(1 + count) of any real spot stays below 20
+            found += f" and a maximum of {values.max():.2f}, so it looks log-transformed"
+        raise InputError(f"{where}: X holds {found}; expected raw counts (perhaps in layers['counts'] or .raw)")
+
+
+def check_inside(adata: AnnData, size_px: tuple[int, int]) -> None:
+    """Refuse spot centres outside an image of ``size_px`` (W, H): ``InputError`` with their number and one of them."""
+    xy = coords_px(adata)
+    outside = ((xy < 0) | (xy >= np.asarray(size_px))).any(axis=1)
+    if outside.any():
+        x, y = xy[outside][0]
+        raise InputError(
+            f"section {name(adata)}: {int(outside.sum())} of {adata.n_obs} spots lie outside the image of "
+            f"{size_px[0]} x {size_px[1]} px (first: {adata.obs_names[outside][0]} at {x:.0f}, {y:.0f}); "
+            "obsm['spatial'] must be (x, y) in full-resolution px of this very image"
+        )
+
+
+def section_key(text: str) -> list[int | str]:
+    """Sort key that puts SPA9 before SPA10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

@@ -1,0 +1,179 @@
+"""Metrics: plain functions on arrays [N spots, G genes]. None takes a logarithm for you: :func:`log2p1` does.
+
+A metric per gene is undefined (NaN) where its formula divides by zero; how many genes that concerns is always
+reported beside the
+summary. Definitions follow the paper (section 4.1) where it has them.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import rankdata
+
+PCC_TOPS = (10, 50)
+
+
+def log2p1(counts: np.ndarray) -> np.ndarray:
+    """log2(1 + count), the space in which the paper scores.
+
+    >>> log2p1(np.array([0, 1, 7]))
+    array([0., 1., 3.])
+    """
+    return np.log2(1 + np.asarray(counts, dtype=np.float64))
+
+
+def pcc(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each gene over the spots: [N, G], [N, G] -> [G]; NaN where either is constant.
+
+    >>> pcc(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 1.0], [4.0, 2.0], [6.0, 0.0]]))
+    array([ 1., nan])
+    """
+    x, y = (np.asarray(values, dtype=np.float64) for values in (predicted, truth))
+    defined = (np.ptp(x, axis=0) > 0) & (np.ptp(y, axis=0) > 0)
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    norm = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
+    return np.where(defined & (norm > 0), (x * y).sum(axis=0) / np.where(norm > 0, norm, 1), np.nan)
+
+
+def spearman(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Spearman rank correlation of each gene, ties sharing their mean rank: [N, G], [N, G] -> [G]; NaN as in
+    :func:`pcc`.
+
+    >>> spearman(np.array([[1.0], [10.0], [100.0]]), np.array([[1.0], [2.0], [3.0]]))
+    array([1.])
+    """
+    return pcc(rankdata(predicted, axis=0), rankdata(truth, axis=0))
+
+
+def mse(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean squared error of each gene over the spots: [N, G], [N, G] -> [G].
+
+    >>> mse(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
+    array([2.])
+    """
+    return np.square(np.subtract(predicted, truth, dtype=np.float64)).mean(axis=0)
+
+
+def mae(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Mean absolute error of each gene over the spots: [N, G], [N, G] -> [G].
+
+    >>> mae(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
+    array([1.])
+    """
+    return np.abs(np.subtract(predicted, truth, dtype=np.float64)).mean(axis=0)
+
+
+def rvd(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Relative variance difference of each gene, (var_pred - var_true)^2 / var_true^2: [N, G], [N, G] -> [G].
+
+    NaN where the truth is constant.
+
+    >>> rvd(np.array([[0.0], [2.0]]), np.array([[0.0], [4.0]]))
+    array([0.5625])
+    """
+    var_predicted, var_truth = np.var(predicted, axis=0), np.var(truth, axis=0)
+    constant = var_truth == 0
+    return np.where(constant, np.nan, np.square((var_predicted - var_truth) / np.where(constant, 1, var_truth)))
+
+
+def top_mean(values: np.ndarray, n: int) -> float:
+    """Mean of the ``n`` highest defined values; NaN where none is defined (PCC-10 and PCC-50 of the paper).
+
+    >>> top_mean(np.array([0.1, np.nan, 0.5, 0.3]), 2)
+    0.4
+    """
+    defined = np.sort(values[~np.isnan(values)])[::-1]
+    return float(defined[:n].mean()) if len(defined) else float("nan")
+
+
+def fixed_mean(values: np.ndarray) -> float:
+    """Mean over the whole panel, an undefined gene counting 0: it cannot gain by giving up on genes.
+
+    >>> fixed_mean(np.array([0.5, np.nan]))
+    0.25
+    """
+    return float(np.nan_to_num(values, nan=0.0).mean())
+
+
+def zero_recovery(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 of "this count is zero" over all spots and genes; counts [N, G].
+
+    Without a predicted (true) zero, precision (recall) is NaN and F1 is 0; with neither, all are NaN.
+
+    >>> zero_recovery(np.array([[0, 0, 3, 1]]), np.array([[0, 2, 0, 1]]))
+    {'zero_precision': 0.5, 'zero_recall': 0.5, 'zero_f1': 0.5}
+    """
+    said, is_zero = np.asarray(predicted) == 0, np.asarray(truth) == 0
+    both, n_said, n_true = int((said & is_zero).sum()), int(said.sum()), int(is_zero.sum())
+    return {
+        "zero_precision": both / n_said if n_said else float("nan"),
+        "zero_recall": both / n_true if n_true else float("nan"),
+        "zero_f1": 2 * both / (n_said + n_true) if n_said + n_true else float("nan"),
+    }
+
+
+def depth_correlation(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Pearson and Spearman correlation of the panel total of a spot; counts [N, G]. NaN where a total is constant.
+
+    >>> depth_correlation(np.array([[1, 1], [2, 2], [3, 4]]), np.array([[2, 2], [3, 3], [9, 9]]))["depth_spearman"]
+    1.0
+    """
+    totals = (np.asarray(counts, dtype=np.float64).sum(axis=1, keepdims=True) for counts in (predicted, truth))
+    predicted, truth = totals
+    return {"depth_pcc": float(pcc(predicted, truth)[0]), "depth_spearman": float(spearman(predicted, truth)[0])}
+
+
+def by_expression(pcc_per_gene: np.ndarray, mean_count: np.ndarray) -> dict[str, float]:
+    """Mean defined PCC of genes by their mean true count: below 10, 10 to 100, above 100; NaN for an empty class.
+
+    >>> by_expression(np.array([0.2, 0.4, 0.6]), np.array([1.0, 5.0, 50.0]))
+    {'pcc_mean_below_10': 0.3, 'pcc_mean_10_to_100': 0.6, 'pcc_mean_above_100': nan}
+    """
+    classes = {
+        "pcc_mean_below_10": mean_count < 10,
+        "pcc_mean_10_to_100": (mean_count >= 10) & (mean_count <= 100),
+        "pcc_mean_above_100": mean_count > 100,
+    }
+    return {name: round(top_mean(pcc_per_gene[inside], inside.sum()), 12) for name, inside in classes.items()}
+
+
+PER_GENE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "pcc": pcc,
+    "spearman": spearman,
+    "mse": mse,
+    "mae": mae,
+    "rvd": rvd,
+}
+"""Metrics of one gene, in log2(1 + count) space."""
+
+
+def score_genes(predicted_log2: np.ndarray, truth_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Every per-gene metric: prediction in log2(1 + count) space, true counts, both [N, G] -> arrays [G]."""
+    truth = log2p1(truth_counts)
+    scores = {name: metric(predicted_log2, truth) for name, metric in PER_GENE.items()}
+    return {**scores, "mean_count": np.asarray(truth_counts, dtype=np.float64).mean(axis=0)}
+
+
+def summarise(
+    per_gene: dict[str, np.ndarray], predicted_counts: np.ndarray, truth_counts: np.ndarray
+) -> dict[str, float]:
+    """One number a metric. ``pcc_10``, ``pcc_50``, ``pcc_200``: mean over the 10, 50, all defined genes of highest
+    PCC."""
+    values = per_gene["pcc"]
+    summary: dict[str, float] = {f"pcc_{n}": top_mean(values, n) for n in PCC_TOPS}
+    summary |= {
+        "pcc_200": top_mean(values, len(values)),
+        "pcc_fixed": fixed_mean(values),
+        "spearman_fixed": fixed_mean(per_gene["spearman"]),
+        "mse": float(per_gene["mse"].mean()),
+        "mae": float(per_gene["mae"].mean()),
+        "rvd": top_mean(per_gene["rvd"], len(values)),
+        "n_undefined": int(np.isnan(values).sum()),
+        "n_genes": len(values),
+        "n_spots": len(truth_counts),
+        "count_mse": float(mse(predicted_counts, truth_counts).mean()),
+        "count_mae": float(mae(predicted_counts, truth_counts).mean()),
+    }
+    summary |= zero_recovery(np.rint(predicted_counts), truth_counts)
+    summary |= depth_correlation(predicted_counts, truth_counts)
+    return summary | by_expression(values, per_gene["mean_count"])

@@ -1,0 +1,219 @@
+"""What every model shares: the batch it sees, the prediction it returns, the interface.
+
+Shape letters of the package: B spots in a batch, N spots of a section, G genes, K scales, M groups at one scale, L
+sequence
+length, D width, F feature width, V count classes, S sampled trajectories.
+"""
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genar.errors import InputError
+
+LN2 = math.log(2.0)
+
+
+@dataclass
+class Batch:
+    """B spots as a model sees them."""
+
+    features: Tensor
+    """float32 [B, F]"""
+    coords_um: Tensor
+    """float32 [B, 2], (x, y) from the image's corner"""
+    coords_unit: Tensor
+    """float32 [B, 2], (x, y) scaled to [0, 1] over the spots of the section"""
+    spot_ids: Tensor
+    """int64 [B]; decoding draws the random numbers of a spot from its id, so that they depend on no other spot"""
+    counts: Tensor | None = None
+    """int64 [B, G] in panel order; ``None`` at prediction"""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device."""
+        return Batch(
+            self.features.to(device),
+            self.coords_um.to(device),
+            self.coords_unit.to(device),
+            self.spot_ids.to(device),
+            None if self.counts is None else self.counts.to(device),
+        )
+
+
+@dataclass
+class Spots:
+    """The spots of one or more sections in memory, all views kept."""
+
+    features: Tensor
+    """float32 [N, views, F]"""
+    coords_um: Tensor
+    coords_unit: Tensor
+    spot_ids: Tensor
+    section: Tensor
+    """int64 [N]: which section a spot belongs to"""
+    counts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def rows(self, rows: Tensor) -> "Spots":
+        """Those spots alone."""
+        return Spots(
+            self.features[rows],
+            self.coords_um[rows],
+            self.coords_unit[rows],
+            self.spot_ids[rows],
+            self.section[rows],
+            None if self.counts is None else self.counts[rows],
+        )
+
+    def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
+        """Spots as a batch: the mean of their views, or the given ``view`` [B] of each (training draws one)."""
+        views = self.features[rows]
+        features = views.mean(dim=1) if view is None else views[torch.arange(len(views)), view]
+        counts = None if self.counts is None else self.counts[rows]
+        return Batch(features, self.coords_um[rows], self.coords_unit[rows], self.spot_ids[rows], counts)
+
+    @staticmethod
+    def join(parts: Sequence["Spots"]) -> "Spots":
+        """Spots of several sections, one after the other; their ``section`` becomes the place in ``parts``."""
+        counts = [part.counts for part in parts if part.counts is not None]
+        return Spots(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.coords_um for part in parts]),
+            torch.cat([part.coords_unit for part in parts]),
+            torch.cat([part.spot_ids for part in parts]),
+            torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)]),
+            torch.cat(counts) if len(counts) == len(parts) else None,
+        )
+
+
+@dataclass
+class LossOutput:
+    """``total`` [] is what training descends; ``per_scale`` [K] its parts (nats per spot)."""
+
+    total: Tensor
+    per_scale: Tensor
+
+
+@dataclass
+class Counts:
+    """A prediction for B spots."""
+
+    point: Tensor
+    """int64 [B, G]: integer counts"""
+    decode: str
+    """how ``point`` was made"""
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [B, G] each: ``log1p_mean`` (expectation of ln(1 + count)), ``mean``, ``p_zero``"""
+
+    @staticmethod
+    def join(parts: Sequence["Counts"]) -> "Counts":
+        """Batches of one prediction, one after the other."""
+        layers = {name: torch.cat([part.layers[name] for part in parts]) for name in parts[0].layers}
+        return Counts(torch.cat([part.point for part in parts]), parts[0].decode, layers)
+
+    @staticmethod
+    def from_log2(values: Tensor) -> "Counts":
+        """Of a method that predicts log2(1 + count) [B, G]; what is below zero is raised to it."""
+        log1p = values.clamp(min=0) * LN2
+        return Counts(torch.expm1(log1p).round().long(), "mean", {"log1p_mean": log1p})
+
+
+class Model(nn.Module, abc.ABC):
+    """A method that predicts counts from features.
+
+    ``prepare`` sees the training spots once: closed-form methods are fitted there and have ``gradient`` false; for
+    the others
+    it sets constants, and training descends ``loss``. Everything learned is in the state dict.
+    """
+
+    gradient: ClassVar[bool] = True
+    decodings: ClassVar[tuple[str, ...]] = ("mean",)
+
+    @abc.abstractmethod
+    def prepare(self, spots: Spots) -> None:
+        """Fit, or set constants, on the training spots (with counts)."""
+
+    @abc.abstractmethod
+    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
+        """Counts of the batch's spots. The result for a spot depends on no other spot of the batch."""
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Training loss; closed-form methods have none."""
+        raise NotImplementedError
+
+    @classmethod
+    @abc.abstractmethod
+    def check_settings(cls, preset: str, settings: Mapping) -> None:
+        """Refuse a preset or settings that the model does not know: ``InputError``. Called before any long work."""
+
+    @classmethod
+    @abc.abstractmethod
+    def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "Model":
+        """A model with fresh weights for these training spots."""
+
+    @abc.abstractmethod
+    def facts(self) -> dict:
+        """Configuration and structure, as written to a checkpoint; :meth:`from_facts` is its inverse."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_facts(cls, facts: dict) -> "Model":
+        """A model of this structure with fresh weights. Raises ``InputError`` where ``facts`` do not fit."""
+
+
+class ClosedForm(Model):
+    """A model that :meth:`prepare` fits at once: linear in the features or blind to them, without settings."""
+
+    gradient = False
+
+    def __init__(self, n_features: int, n_genes: int):
+        super().__init__()
+        self.n_features, self.n_genes = n_features, n_genes
+
+    @classmethod
+    def check_settings(cls, preset: str, settings: Mapping) -> None:
+        """It has none."""
+        if settings:
+            raise InputError(f"model {cls.__name__.lower()} has no settings, found {', '.join(settings)}")
+
+    @classmethod
+    def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "ClosedForm":
+        """Sized for these spots."""
+        assert spots.counts is not None
+        return cls(n_features, spots.counts.shape[1])
+
+    def facts(self) -> dict:
+        """Its two sizes."""
+        return {"n_features": self.n_features, "n_genes": self.n_genes}
+
+    @classmethod
+    def from_facts(cls, facts: dict) -> "ClosedForm":
+        """Inverse of :meth:`facts`."""
+        return cls(facts["n_features"], facts["n_genes"])
+
+
+def log2p1(counts: Tensor) -> Tensor:
+    """log2(1 + count), the space in which the paper scores."""
+    return torch.log2(1 + counts.float())
+
+
+def uniforms(spot_ids: Tensor, seed: int, samples: int, n: int) -> Tensor:
+    """float32 [B, S, n] in (0, 1), from seed and spot alone, so that a batch's make-up changes no draw.
+
+    A Latin hypercube over the S samples: each column has one value in each of S equal slices, which makes averages over
+    few trajectories steadier. Each value by itself is uniform.
+    """
+    draws = np.empty((len(spot_ids), samples, n), np.float32)
+    for i, spot in enumerate(spot_ids.tolist()):
+        random = np.random.Generator(np.random.Philox(key=[seed, spot]))
+        slices = random.random((samples, n)).argsort(axis=0)
+        draws[i] = (slices + random.random((samples, n))) / samples
+    return torch.from_numpy(draws)

@@ -1,0 +1,28 @@
+"""The training mean of each gene, in log2(1 + count): the floor that any method must leave."""
+
+import torch
+from torch import Tensor
+
+from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+
+
+class Mean(ClosedForm):
+    """Predicts for every spot the mean over the training spots, gene by gene."""
+
+    gene_mean: Tensor
+
+    def __init__(self, n_features: int, n_genes: int):
+        super().__init__(n_features, n_genes)
+        self.register_buffer("gene_mean", torch.zeros(n_genes))
+
+    def prepare(self, spots: Spots) -> None:
+        """Take the mean of the training spots."""
+        assert spots.counts is not None
+        self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
+
+    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
+        """The same counts for every spot."""
+        return Counts.from_log2(self.gene_mean.expand(len(batch.features), -1))
+
+
+MODEL = Mean

@@ -1,0 +1,81 @@
+"""Checkpoint and section in, AnnData of counts out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+import genar
+from genar.data import contract
+from genar.data.files import replacing
+from genar.errors import InputError
+from genar.models import Counts
+from genar.models.checkpoint import Checkpoint
+from genar.training import make_spots
+
+SAMPLES = 16
+_SPOTS_AT_ONCE = 64
+
+
+def predict_section(
+    checkpoint: Checkpoint,
+    section: AnnData,
+    features: np.ndarray,
+    *,
+    decode: str | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    batch_size: int = _SPOTS_AT_ONCE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> AnnData:
+    """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
+
+    ``features`` [N, views, F] are averaged over the views. X is made by ``decode`` (the model's first by default:
+    ``greedy`` for
+    GenAR); ``layers`` ``mean``, ``log1p_mean`` and ``p_zero`` (as far as the model has them) by expectation over
+    ``samples``
+    trajectories drawn with ``seed``. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept;
+    ``uns["genar"]["prediction"]`` says how it was made.
+    Raises ``InputError`` where the features or ``decode`` do not fit the model.
+    """
+    model = checkpoint.model
+    decode = decode or model.decodings[0]
+    if decode not in model.decodings:
+        raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {decode!r}")
+    spots = make_spots(section, features)
+    points, layers = [], []
+    for start in range(0, len(spots), batch_size):
+        batch = spots.batch(slice(start, start + batch_size))
+        with torch.inference_mode():
+            layers.append(model.predict(batch, decode="mean", samples=samples, seed=seed))
+            points.append(layers[-1] if decode == "mean" else model.predict(batch, decode=decode, seed=seed))
+        progress(min(start + batch_size, len(spots)), len(spots))
+    made = {"model": checkpoint.name, "decode": decode, "samples": samples, "seed": seed}
+    made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
+    made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
+    return _as_anndata(section, checkpoint.panel.genes, Counts.join(points), Counts.join(layers), made)
+
+
+def _as_anndata(section: AnnData, genes: tuple[str, ...], point: Counts, expected: Counts, made: dict) -> AnnData:
+    adata = AnnData(
+        sparse.csr_matrix(point.point.numpy().astype(np.int32)),
+        obs=pd.DataFrame(index=section.obs_names.copy()),
+        layers={name: values.float().numpy() for name, values in expected.layers.items()},
+    )
+    adata.var_names = list(genes)
+    adata.obsm[contract.SPATIAL] = contract.coords_px(section).copy()
+    if "spatial" in section.uns:
+        adata.uns["spatial"] = section.uns["spatial"]
+    adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], "prediction": made}
+    return adata
+
+
+def write_prediction(adata: AnnData, path: Path) -> Path:
+    """Write the ``.h5ad``, whole or not at all."""
+    with replacing(path) as temporary:
+        adata.write_h5ad(temporary, compression="gzip")
+    return path

@@ -1,0 +1,142 @@
+"""Static maps: spots coloured by counts over the H&E, truth beside prediction (as in the paper's figure 3)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
+
+from genar.data import contract
+from genar.data.files import replacing
+from genar.data.slide import open_slide
+
+_BACKGROUND_PX = 1000
+_COLOURS = "viridis"  # readable without colour vision, and in grey
+SIMULATED = "simulated tissue"
+
+
+def background(section: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
+    """The slide at low resolution, uint8 [h, w, 3], and its full-resolution size (W, H) px; ``None`` without an
+    image."""
+    path = contract.slide_path(section)
+    if path is not None and path.is_file():
+        slide = open_slide(path)
+        image, size = slide.thumbnail(_BACKGROUND_PX), slide.size_px
+        slide.close()
+        return image, size
+    return None
+
+
+def genes_to_show(per_gene: pd.DataFrame, n: int = 1) -> dict[str, list[str]]:
+    """The ``n`` best, median and worst genes by PCC; genes without one (constant) count as worst."""
+    values = per_gene["pcc"].fillna(-2).to_numpy()
+    order = [str(per_gene.index[i]) for i in np.argsort(-values, kind="stable")]
+    middle = max(0, len(order) // 2 - n // 2)
+    return {"best": order[:n], "median": order[middle : middle + n], "worst": order[-n:]}
+
+
+def write_gene_map(predicted: AnnData, truth: AnnData, gene: str, path: Path, *, title: str = "") -> Path:
+    """One gene, truth beside prediction, one colour scale in log2(1 + count), a scale bar in um; PNG or PDF by
+    suffix."""
+    return write_gene_maps(predicted, truth, [(gene, title)], path)
+
+
+def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[str, str]], path: Path) -> Path:
+    """A row per (gene, title)."""
+    behind = background(truth)
+    figure = Figure(figsize=(8.6, 0.4 + 3.9 * len(genes)), layout="constrained")
+    axes = figure.subplots(len(genes), 2, squeeze=False)
+    for (gene, title), row in zip(genes, axes, strict=True):
+        values = (
+            _truth_log2(truth, gene),
+            _predicted_log2(predicted, gene)[truth.obs_names.get_indexer(predicted.obs_names).argsort()],
+        )
+        top = max(1.0, *(float(v.max()) for v in values))
+        for axis, value, name in zip(row, values, ("measured", "predicted"), strict=True):
+            _draw_tissue(axis, truth, behind)
+            spots = _draw_spots(axis, truth, value, (0, top))
+            axis.set_title(f"{gene} {name}", fontsize=10)
+        row[0].text(0, -0.02, title, transform=row[0].transAxes, fontsize=8, va="top")
+        figure.colorbar(spots, ax=row.tolist(), label="log2(1 + count)", shrink=0.8)  # pyright: ignore
+    source = SIMULATED if truth.uns[contract.GENAR][contract.SOURCE] == "simulated" else ""
+    label = f"section {contract.name(truth)}" + (f" ({source})" if source else "")
+    figure.suptitle(label, fontsize=10)
+    return _save(figure, path)
+
+
+def write_overlay(section: AnnData, path: Path) -> Path:
+    """Spots on tissue, coloured by library size: shows at a glance whether coordinates and image belong together."""
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    axis = figure.subplots()
+    _draw_tissue(axis, section, background(section))
+    size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy(float))
+    spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
+    figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
+    axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots", fontsize=10)
+    return _save(figure, path)
+
+
+def write_training_curve(history: Sequence[dict], best_epoch: int, path: Path) -> Path:
+    """Loss by epoch, and MSE and PCC of free-running generation on the validation spots."""
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    epochs = [entry["epoch"] for entry in history]
+    labels = {
+        "train_loss": "training loss (nats per spot)",
+        "val_mse": "validation MSE (log2)",
+        "val_pcc": "validation PCC",
+    }
+    for axis, (key, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
+        axis.plot(epochs, [entry[key] for entry in history], marker="o", markersize=3)
+        axis.axvline(best_epoch, color="grey", linewidth=0.8, linestyle="--")
+        axis.set(xlabel="epoch", title=label)
+        axis.title.set_fontsize(9)
+    return _save(figure, path)
+
+
+def _truth_log2(truth: AnnData, gene: str) -> np.ndarray:
+    return np.log2(1 + contract.counts(truth, [gene])[:, 0])
+
+
+def _predicted_log2(predicted: AnnData, gene: str) -> np.ndarray:
+    one = predicted[:, gene]
+    if contract.LOG1P_MEAN in one.layers:
+        return np.asarray(one.layers[contract.LOG1P_MEAN])[:, 0] / np.log(2)
+    return np.log2(1 + contract.counts(predicted, [gene])[:, 0])
+
+
+def _draw_tissue(axis, section: AnnData, behind) -> None:
+    xy, mpp = contract.coords_px(section), contract.mpp(section)
+    if behind is not None:
+        image, (width, height) = behind
+        axis.imshow(image, extent=(0, width, height, 0), alpha=0.75, interpolation="antialiased")
+    margin = 0.06 * np.ptp(xy, axis=0).max() + 100
+    (left, top), (right, bottom) = xy.min(axis=0) - margin, xy.max(axis=0) + margin
+    axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    bar_um = 1000 if (right - left) * mpp > 3000 else 200
+    y = bottom - 0.03 * (bottom - top)
+    axis.plot([left + margin / 4, left + margin / 4 + bar_um / mpp], [y, y], color="black", linewidth=2.5)
+    axis.text(left + margin / 4, y - 0.012 * (bottom - top), f"{bar_um} µm", fontsize=7)
+
+
+def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
+    diameter_um = float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) or 55.0
+    diameter = np.full(section.n_obs, diameter_um / contract.mpp(section))
+    spots = EllipseCollection(
+        diameter, diameter, np.zeros(section.n_obs), units="x", offsets=contract.coords_px(section),
+        offset_transform=axis.transData, cmap=_COLOURS, alpha=0.95, linewidths=0,
+    )  # fmt: skip
+    spots.set_array(values)
+    spots.set_clim(*limits)
+    axis.add_collection(spots)
+    return spots
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return path

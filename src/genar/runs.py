@@ -1,0 +1,506 @@
+"""Whole runs: from a folder of sections to a scored prediction. One function a command; the command line only calls
+them."""
+
+import difflib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from anndata import AnnData
+
+import genar
+from genar import encoders
+from genar.data import contract, find_sections, open_slide, pick
+from genar.data.files import write_text
+from genar.errors import InputError
+from genar.evaluation import Scores, score, write_scores
+from genar.features import FeatureRecipe, default_store, embed, read_features, recipe_of
+from genar.genes import Panel, read_panel, select_panel
+from genar.models import Spots, model_class
+from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from genar.models.genar import GenARConfig
+from genar.prediction import SAMPLES, predict_section, write_prediction
+from genar.report import maps
+from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
+
+BASELINES = ("mean", "ridge")
+_PACKAGES = (
+    "torch",
+    "pytorch-lightning",
+    "timm",
+    "anndata",
+    "scanpy",
+    "scikit-learn",
+    "numpy",
+    "zarr",
+    "openslide-python",
+)
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int], None]]]
+
+
+def no_bar(label: str, total: int) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A progress bar that shows nothing."""
+    return nullcontext(lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What ``genar train`` was asked for."""
+
+    sections: Path
+    test: tuple[str, ...]
+    out: Path
+    model: str = "genar"
+    preset: str = "small"
+    recipe: str = "default"
+    """training recipe: ``default`` or ``paper``"""
+    panel: str = "clean"
+    """a panel recipe or a file"""
+    n_genes: int = 200
+    encoder: str = encoders.DEFAULT
+    weights: Path | None = None
+    patch: str = "hest"
+    views: int = 0
+    features: Path | None = None
+    """folder of the feature stores; the user's cache where not given"""
+    samples: int = SAMPLES
+    mpp: float | None = None
+    device: str = "cpu"
+    model_settings: Mapping = field(default_factory=dict)
+    train_settings: Mapping = field(default_factory=dict)
+
+
+@dataclass
+class RunResult:
+    """Where things lie and what came out."""
+
+    outputs: dict[str, Path]
+    scores: dict[str, dict[str, Scores]]
+    seconds: dict[str, float]
+
+
+def train_run(
+    plan: TrainPlan, *, say: Callable[[str], None] = print, bar: Bar = no_bar, progress: bool = False
+) -> RunResult:
+    """Read, select the panel, embed, fit, predict the held-out sections, score them beside ``mean`` and ``ridge``,
+    draw maps.
+
+    Nothing of a held-out section reaches the panel, the gene order, a constant or the choice of an epoch. A run that
+    was
+    interrupted goes on from its last epoch when it is started again with the same plan.
+    Raises ``InputError`` for bad input, before the long work starts where that can be known.
+    """
+    clock = _Clock()
+    config = train_config_from_dict(dict(plan.train_settings), plan.recipe)
+    cls = model_class(plan.model)
+    cls.check_settings(plan.preset, plan.model_settings)
+    _claim_folder(plan)
+    training, held_out = _read(plan, say)
+    panel = _panel(plan, training, say)
+    for section in (*training, *held_out):
+        contract.counts(section, list(panel.genes))  # every section must measure the panel
+    _check_images((*training, *held_out))
+    panel.write(plan.out / "panel.json")
+    clock.lap("read")
+
+    encoder = encoders.load_encoder(plan.encoder, weights=plan.weights, device=plan.device)
+    recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
+    store = plan.features or default_store()
+    stores = embed_sections((*training, *held_out), encoder, recipe, store, bar)
+    del encoder
+    clock.lap("features")
+
+    features = {contract.name(s): read_features(stores[contract.name(s)], s) for s in (*training, *held_out)}
+    spots = Spots.join([make_spots(s, features[contract.name(s)], panel.genes) for s in training])
+    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
+    resume = plan.out / "resume"
+    torch.manual_seed(config.seed)
+    model = cls.create(recipe_width(features), spots, plan.preset, plan.model_settings)
+    summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
+    checkpoint = Checkpoint(
+        plan.model, model, panel, asdict(recipe), _training_facts(plan, config, training, spots, summary)
+    )
+    outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
+    clock.lap("training")
+
+    rivals = {name: _baseline(name, spots, panel, recipe) for name in BASELINES if name != plan.model}
+    scores: dict[str, dict[str, Scores]] = {}
+    for section in held_out:
+        name = contract.name(section)
+        with bar(f"predicting {name}", section.n_obs) as tick:
+            predicted = predict_section(checkpoint, section, features[name], samples=plan.samples, progress=tick)
+        outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
+        scores[name] = _score(plan.model, predicted, section)
+        for rival, fitted in rivals.items():
+            expected = predict_section(fitted, section, features[name])
+            scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
+        _write_maps(predicted, section, scores[name], plan.out / "maps")
+    clock.lap("prediction")
+    if held_out:
+        outputs |= write_scores(plan.out, scores)
+        outputs["maps"] = plan.out / "maps"
+    if summary.history:
+        outputs["training curve"] = maps.write_training_curve(
+            summary.history, summary.best_epoch, plan.out / "maps" / "training.png"
+        )
+    clock.lap("scores and maps")
+    _write_run(plan, config, checkpoint, (*training, *held_out), stores, clock.seconds)
+    _remove_resume(resume)
+    outputs["run"] = plan.out / "run.json"
+    return RunResult(outputs, scores, clock.seconds)
+
+
+def embed_sections(
+    sections: Sequence[AnnData], encoder: encoders.Encoder, recipe: FeatureRecipe, store: Path, bar: Bar = no_bar
+) -> dict[str, Path]:
+    """Embed sections one after the other; section -> store. What is stored already is not made again."""
+    stores = {}
+    for section in sections:
+        name = contract.name(section)
+        with bar(f"embedding {name}", section.n_obs) as tick:
+            stores[name] = embed(section, encoder, recipe, store, progress=tick)
+    return stores
+
+
+def recipe_width(features: Mapping[str, np.ndarray]) -> int:
+    """F of the features of a run."""
+    return next(iter(features.values())).shape[2]
+
+
+def predict_run(
+    section: AnnData,
+    model: Path,
+    out: Path,
+    *,
+    features: Path | None = None,
+    weights: Path | None = None,
+    decode: str | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    bar: Bar = no_bar,
+) -> AnnData:
+    """Predict one section with a checkpoint, embedding it where its features are not stored, and write the
+    ``.h5ad``."""
+    checkpoint = load_checkpoint(model)
+    recipe = FeatureRecipe(**checkpoint.features)
+    encoder = encoders.load_encoder(recipe.encoder, weights=weights)
+    if encoder.weights_sha256 != recipe.weights_sha256:
+        raise InputError(
+            f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
+            f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
+        )
+    (path,) = embed_sections([section], encoder, recipe, features or default_store(), bar).values()
+    with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
+        predicted = predict_section(
+            checkpoint, section, read_features(path, section), decode=decode, samples=samples, seed=seed, progress=tick
+        )
+    write_prediction(predicted, out)
+    return predicted
+
+
+def evaluate_run(predicted: AnnData, truth: AnnData, out: Path) -> RunResult:
+    """Score any method's prediction; ``prediction`` is its X, ``prediction_mean`` its layer ``log1p_mean`` where it
+    has one."""
+    name = contract.name(truth)
+    scores = {name: {"prediction": score(predicted, truth)}}
+    if contract.LOG1P_MEAN in predicted.layers:
+        scores[name]["prediction_mean"] = score(predicted, truth, use=contract.LOG1P_MEAN)
+    outputs = write_scores(out, scores)
+    _write_maps(predicted, truth, scores[name], out / "maps")
+    return RunResult({**outputs, "maps": out / "maps"}, scores, {})
+
+
+@dataclass(frozen=True)
+class SectionReport:
+    """One row of ``genar check``."""
+
+    section: str
+    source: str
+    n_spots: int
+    n_genes: int
+    n_empty: int
+    """spots without counts"""
+    median_library: float
+    mpp: float
+    mpp_image: float | None
+    size_px: tuple[int, int] | None
+    patient: str
+
+
+def check_run(
+    path: Path, out: Path | None, *, mpp: float | None = None
+) -> tuple[list[SectionReport], list[str], dict[str, Path]]:
+    """Read every section that ``path`` names; rows of those that are sound, one line for each fault, overlays
+    written."""
+    rows, faults, overlays = [], [], {}
+    for ref in find_sections(path):
+        try:
+            section = ref.read(mpp=mpp)
+            rows.append(_report(section))
+            if out is not None:
+                overlays[ref.id] = maps.write_overlay(section, out / f"{ref.id}.png")
+        except InputError as error:
+            faults.append(str(error))
+    return rows, faults, overlays
+
+
+def _report(section: AnnData) -> SectionReport:
+    library, slide_path = section.obs[contract.LIBRARY_SIZE].to_numpy(), contract.slide_path(section)
+    tag = size = None
+    if slide_path is not None:
+        slide = open_slide(slide_path)
+        contract.check_inside(section, slide.size_px)
+        tag, size = slide.mpp, slide.size_px
+        slide.close()
+    facts = section.uns[contract.GENAR]
+    return SectionReport(
+        contract.name(section), facts[contract.SOURCE], section.n_obs, section.n_vars, int((library == 0).sum()),
+        float(np.median(library)), contract.mpp(section), tag, size, facts[contract.PATIENT],
+    )  # fmt: skip
+
+
+def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
+    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other. Offline."""
+    from genar.data.simulate import write_tissue
+
+    tissue = out / "simulated_tissue"
+    say("simulating two tissue sections (no patient's)")
+    write_tissue(tissue, ("SIM1", "SIM2"), seed=seed)
+    plan = TrainPlan(tissue, ("SIM2",), out / "run", features=out / "features", **DEMO)
+    result = train_run(plan, say=say, bar=bar)
+    result.outputs["simulated tissue"] = tissue
+    return result
+
+
+DEMO: dict = {"n_genes": 100, "samples": 8, "model_settings": {}, "train_settings": {"max_epochs": 12}}
+"""Settings of the demo: small enough for a few minutes on two cores."""
+
+
+def read_prediction(path: Path) -> AnnData:
+    """Any method's prediction; ``InputError`` where it is not a readable ``.h5ad``."""
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+
+
+def read_settings(config: Path | None, assignments: Sequence[str]) -> tuple[dict, dict]:
+    """Settings of the model and of the training, from a YAML file and ``KEY=VALUE`` lines, which win.
+
+    A key is a field of ``TrainConfig`` or ``GenARConfig``, or ``scales``. Raises ``InputError`` naming one that is
+    neither.
+    """
+    import yaml
+
+    settings: dict = {}
+    if config is not None:
+        try:
+            settings = yaml.safe_load(config.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: not readable YAML ({error})") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"{config}: expected lines of the form key: value, found {type(settings).__name__}")
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}: expected KEY=VALUE")
+        try:
+            settings[key.strip()] = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {text}: the value is not readable ({error})") from error
+    known_train, known_model = ({f.name: f for f in fields(cls)} for cls in (TrainConfig, GenARConfig))
+    for key, value in settings.items():
+        if key not in known_train and key not in known_model and key != "scales":
+            near = difflib.get_close_matches(str(key), [*known_train, *known_model, "scales"], n=1)
+            raise InputError(f"setting {key!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
+        field_type = {**known_train, **known_model}[key].type if key != "scales" else None
+        settings[key] = _fit_type(key, value, field_type)
+    return {k: v for k, v in settings.items() if k not in known_train}, {
+        k: v for k, v in settings.items() if k in known_train
+    }
+
+
+def _number(value):
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _fit_type(key: str, value, kind):
+    """The value as its field's type; whole numbers pass for real ones."""
+    if key == "scales":
+        if isinstance(value, list) and all(type(v) is int for v in value):
+            return tuple(value)
+        raise InputError(f"setting scales: expected a list of whole numbers such as [1, 20, 200], found {value!r}")
+    value = _number(value) if kind is float else value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"setting {key}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 1)
+        self._last = now
+
+
+def _claim_folder(plan: TrainPlan) -> None:
+    """Refuse a folder that holds a finished run or another's; leave the plan there, to know it again when resuming."""
+    if (plan.out / "run.json").exists():
+        raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
+    mine = json.dumps(_plain(asdict(plan)), sort_keys=True, indent=1) + "\n"
+    mark = plan.out / "resume" / "plan.json"
+    if mark.exists() and mark.read_text() != mine:
+        raise InputError(
+            f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
+        )
+    write_text(mark, mine)
+
+
+def _remove_resume(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
+    refs = find_sections(plan.sections)
+    held = pick(refs, plan.test)
+    kept = [ref for ref in refs if ref not in held]
+    if not kept:
+        raise InputError(f"{plan.sections}: all {len(refs)} sections are held out; leave at least one for training")
+    train_ids, held_ids = (", ".join(ref.id for ref in part) or "none" for part in (kept, held))
+    say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
+    training, held_out = ([ref.read(mpp=plan.mpp) for ref in part] for part in (kept, held))
+    patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
+    shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
+    if shared:
+        who = ", ".join(shared)
+        say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
+    return training, held_out
+
+
+def _panel(plan: TrainPlan, training: list[AnnData], say) -> Panel:
+    if Path(plan.panel).is_file():
+        panel = read_panel(plan.panel)
+    else:
+        say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
+        panel = select_panel(training, n_genes=plan.n_genes, recipe=plan.panel)
+    return panel
+
+
+def _check_images(sections: Sequence[AnnData]) -> None:
+    for section in sections:
+        if (path := contract.slide_path(section)) is not None:
+            slide = open_slide(path)
+            contract.check_inside(section, slide.size_px)
+            slide.close()
+
+
+def _baseline(name: str, spots: Spots, panel: Panel, recipe: FeatureRecipe) -> Checkpoint:
+    model = model_class(name).create(spots.features.shape[2], spots, "", {})
+    fit(model, spots, TrainConfig())
+    return Checkpoint(name, model, panel, asdict(recipe))
+
+
+def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:
+    """The method's own name scores X by its default decoding; ``_mean`` the expectation, where that is another
+    thing."""
+    if predicted.uns[contract.GENAR]["prediction"]["decode"] == "mean":
+        return {method: score(predicted, truth, use=contract.LOG1P_MEAN)}
+    return {method: score(predicted, truth), f"{method}_mean": score(predicted, truth, use=contract.LOG1P_MEAN)}
+
+
+def _write_maps(predicted: AnnData, truth: AnnData, scores: Mapping[str, Scores], folder: Path) -> None:
+    """One map for the best, the median and the worst gene, and all of them on one page."""
+    per_gene = scores.get("genar_mean", scores.get("prediction_mean", next(iter(scores.values())))).per_gene
+    name, rows = contract.name(truth), []
+    for rank, genes in maps.genes_to_show(per_gene).items():
+        for gene in genes:
+            value = per_gene.loc[gene, "pcc"]
+            rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
+            maps.write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
+    maps.write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
+
+
+def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots, summary: FitSummary) -> dict:
+    return {
+        "sections": [contract.name(s) for s in training],
+        "n_spots": len(spots),
+        "preset": plan.preset,
+        "config": asdict(config),
+        "best_epoch": summary.best_epoch,
+        "history": summary.history,
+    }
+
+
+def _write_run(plan: TrainPlan, config: TrainConfig, checkpoint: Checkpoint, sections, stores, seconds) -> None:
+    facts = {
+        "command": " ".join(sys.argv),
+        "genar_version": genar.__version__,
+        "plan": _plain(asdict(plan)),
+        "model": checkpoint.model.facts(),
+        "train": asdict(config),
+        "seeds": {"training": config.seed, "prediction": 0},
+        "data": {contract.name(s): _hash_counts(s) for s in sections},
+        "panel_sha256": checkpoint.panel.sha256,
+        "features": {name: path.name for name, path in stores.items()},
+        "checkpoint_sha256": checkpoint.sha256,
+        "environment": environment(),
+        "seconds": seconds,
+    }
+    write_text(plan.out / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def _hash_counts(section: AnnData) -> str:
+    """sha256 of names, coordinates and counts."""
+    digest = hashlib.sha256("\n".join((*section.obs_names, *section.var_names)).encode())
+    digest.update(contract.coords_px(section).tobytes())
+    for part in (section.X.indptr, section.X.indices, section.X.data):  # pyright: ignore
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+def environment() -> dict:
+    """Versions and the machine, for ``run.json``."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    return {"python": platform.python_version(), **versions, **machine}
+
+
+def _plain(value):
+    """JSON's types only."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

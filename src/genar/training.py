@@ -1,0 +1,320 @@
+"""Fit a model on the spots of the training sections: the configuration, the Lightning loop, the choice of an epoch.
+
+The epoch is chosen by free-running generation on a validation part of the *training* sections; the teacher-forced
+loss says
+nothing of what generation makes of its own tokens.
+"""
+
+import logging
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from anndata import AnnData
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from genar.data import contract
+from genar.errors import InputError
+from genar.models import Batch, Model, Spots
+from genar.models._base import LN2, log2p1
+from genar.models.ridge import blocks
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+RESUME_FILE = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. The defaults were chosen on validation sections (docs/accuracy.md); ``paper_recipe()``
+    is the paper's."""
+
+    max_epochs: int = 40
+    batch_size: int = 64
+    """spots a step"""
+    lr: float = 1e-3
+    optimizer: str = "adamw"
+    """``adamw``, or ``adam`` with the decay as an L2 term (paper)"""
+    weight_decay: float = 0.05
+    """on the weights of linear layers"""
+    schedule: str = "cosine"
+    """``cosine`` after a linear warm-up, or ``constant``"""
+    warmup_steps: int = 20
+    clip: float = 1.0
+    """largest gradient norm"""
+    ema_decay: float = 0.98
+    """of the averaged weights, per step; 0 keeps the last weights"""
+    validation_share: float = 0.1
+    """share of each training section's spots, in one strip, on which the epoch is chosen; 0 trains on all for
+    max_epochs"""
+    validate_every: int = 5
+    """epochs between validations"""
+    patience: int = 4
+    """validations without a better one before training stops"""
+    validation_samples: int = 4
+    """trajectories a spot in validation"""
+    precision: str = "fp32"
+    """``fp32`` or ``bf16`` (mixed)"""
+    seed: int = 2021
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("optimizer", ("adamw", "adam")),
+            ("schedule", ("cosine", "constant")),
+            ("precision", tuple(PRECISIONS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"train: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        for name in ("max_epochs", "batch_size", "validate_every", "patience", "validation_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train: {name} must be at least 1, found {getattr(self, name)}")
+        if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
+            raise InputError("train: lr must be > 0, ema_decay in [0, 1), validation_share in [0, 0.5)")
+
+
+def paper_recipe(**changes) -> TrainConfig:
+    """Section 4.2 and appendix D: Adam, 1e-4, L2 1e-4, batch 64, constant rate, at most 50 epochs."""
+    own = {
+        "max_epochs": 50, "lr": 1e-4, "optimizer": "adam", "weight_decay": 1e-4, "schedule": "constant",
+        "warmup_steps": 0, "ema_decay": 0.0, "validation_samples": 1,
+    }  # fmt: skip
+    return TrainConfig(**{**own, **changes})
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {"default": TrainConfig, "paper": paper_recipe}
+
+
+def train_config_from_dict(facts: dict, recipe: str = "default") -> TrainConfig:
+    """A configuration from plain values over a recipe; ``InputError`` naming keys that are not known."""
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := sorted(set(facts) - known):
+        raise InputError(f"train: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if recipe not in RECIPES:
+        raise InputError(f"train: recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}")
+    return RECIPES[recipe](**facts)
+
+
+def make_spots(section: AnnData, features: np.ndarray, genes: Sequence[str] | None = None) -> Spots:
+    """The spots of a section for a model, with the counts of ``genes`` where given; ``features`` float32 [N, views, F].
+
+    A spot's random numbers follow its name and its section's, so they stay the same in any order or batch.
+    """
+    xy = contract.coords_um(section)
+    extent = np.where(np.ptp(xy, axis=0) > 0, np.ptp(xy, axis=0), 1)
+    ids = [zlib.crc32(f"{contract.name(section)}/{spot}".encode()) for spot in section.obs_names]
+    counts = None if genes is None else torch.from_numpy(contract.counts(section, list(genes))).long()
+    return Spots(
+        torch.from_numpy(features),
+        torch.from_numpy(xy).float(),
+        torch.from_numpy((xy - xy.min(axis=0)) / extent).float(),
+        torch.tensor(ids),
+        torch.zeros(len(xy), dtype=torch.long),
+        counts,
+    )
+
+
+@dataclass
+class FitSummary:
+    """What training did: the history by epoch and the epoch that was kept."""
+
+    best_epoch: int = 0
+    history: list[dict] = field(default_factory=list)
+    """a dict per validation: epoch, train_loss (nats per spot), val_mse and val_pcc (log2 space, free-running)"""
+
+
+def fit(
+    model: Model,
+    spots: Spots,
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> FitSummary:
+    """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
+
+    ``folder`` takes a resume file after every epoch; a call that finds one there goes on from it. The same seed,
+    data and
+    machine give the same weights, bit for bit, on a CPU.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    model.prepare(spots)
+    if not model.gradient:
+        model.eval()
+        return FitSummary()
+    training, validation = split_validation(spots, config.validation_share)
+    module = _Module(model, training, validation, config, log)
+    _quiet_lightning()
+    resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
+    trainer = pl.Trainer(
+        max_epochs=config.max_epochs,
+        accelerator="auto",
+        devices=1,
+        precision=PRECISIONS[config.precision],  # pyright: ignore
+        gradient_clip_val=config.clip,
+        deterministic=True,
+        logger=False,
+        enable_checkpointing=folder is not None,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=config.validate_every,
+        callbacks=_callbacks(config, folder, progress),
+        default_root_dir=folder,
+    )
+    trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+    module.restore_best()
+    model.eval()
+    return module.summary
+
+
+def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
+    """Training spots, and of each section one strip of ``share`` of its spots (``None`` at share 0).
+
+    A strip and not scattered spots: neighbours look alike, and scattered ones would be half known.
+    """
+    if share == 0:
+        return spots, None
+    n_blocks = max(2, round(1 / share))
+    held = torch.zeros(len(spots), dtype=torch.bool)
+    for section in spots.section.unique():
+        rows = torch.nonzero(spots.section == section)[:, 0]
+        if len(rows) >= n_blocks:
+            strip = blocks(spots.coords_um[rows], n_blocks)
+            held[rows[strip == n_blocks // 3]] = True  # not at the border of the tissue
+    if not held.any():
+        return spots, None
+    return spots.rows(torch.nonzero(~held)[:, 0]), spots.rows(torch.nonzero(held)[:, 0])
+
+
+class _Loader:
+    """Batches in a random order, each spot in one of its views; torch's generator decides both."""
+
+    def __init__(self, spots: Spots, batch_size: int):
+        self.spots, self.batch_size = spots, batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.spots) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.randperm(len(self.spots))
+        for rows in order.tensor_split(len(self)):  # equal parts: no tiny last batch
+            view = torch.randint(self.spots.features.shape[1], (len(rows),))
+            yield self.spots.batch(rows, view)
+
+
+class _Module(pl.LightningModule):
+    """Joins a model to Lightning's loop."""
+
+    def __init__(self, model: Model, training: Spots, validation: Spots | None, config: TrainConfig, log):
+        super().__init__()
+        self.model, self.config = model, config
+        self._training, self._validation, self._say = training, validation, log
+        self.summary, self._best, self._losses = FitSummary(), {}, []
+
+    def train_dataloader(self):
+        return _Loader(self._training, self.config.batch_size)
+
+    def val_dataloader(self):
+        whole = [] if self._validation is None else [self._validation.batch()]
+        return DataLoader(whole, batch_size=None)  # pyright: ignore
+
+    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx):
+        return batch.to(device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.model.loss(batch).total
+        self._losses.append(loss.detach())
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch.features))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        predicted = self.model.predict(batch, samples=self.config.validation_samples, seed=self.config.seed)
+        mse, pcc = _log2_scores(predicted.layers["log1p_mean"] / LN2, batch.counts)
+        epoch, loss = self.current_epoch + 1, float(torch.stack(self._losses or [torch.zeros(())]).mean())
+        self._losses = []
+        self.summary.history.append({"epoch": epoch, "train_loss": loss, "val_mse": mse, "val_pcc": pcc})
+        best = min(self.summary.history, key=lambda entry: entry["val_mse"])
+        if best["epoch"] == epoch:
+            self.summary.best_epoch = epoch
+            self._best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        elif len(self.summary.history) - 1 - self.summary.history.index(best) >= self.config.patience:
+            self.trainer.should_stop = True
+        self._say(
+            f"epoch {epoch}/{self.config.max_epochs}: loss {loss:.1f} nats, validation mse {mse:.3f} pcc {pcc:.3f}"
+        )
+
+    def restore_best(self) -> None:
+        """Load the weights of the best validation; without one, those of the end stay."""
+        if self._best:
+            self.model.load_state_dict(self._best)
+        else:
+            self.summary.best_epoch = self.config.max_epochs
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["genar"] = {
+            "best": self._best,
+            "best_epoch": self.summary.best_epoch,
+            "history": self.summary.history,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        kept = checkpoint["genar"]
+        self._best, self.summary = kept["best"], FitSummary(kept["best_epoch"], kept["history"])
+
+    def configure_optimizers(self):  # pyright: ignore
+        config = self.config
+        decayed = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}
+        groups = [
+            {"params": [p for p in self.model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+        ]
+        optimizer = (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(groups, lr=config.lr)
+        n_steps = config.max_epochs * len(self.train_dataloader())
+
+        def rate(step: int) -> float:
+            warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+            if config.schedule == "constant":
+                return warm
+            return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_steps))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _log2_scores(predicted: Tensor, counts: Tensor | None) -> tuple[float, float]:
+    """Mean squared error over spots and genes, and mean PCC over genes (an undefined one counts 0), log2(1 + count)
+    space."""
+    assert counts is not None
+    truth = log2p1(counts)
+    x, y = predicted - predicted.mean(dim=0), truth - truth.mean(dim=0)
+    spread = x.norm(dim=0) * y.norm(dim=0)
+    pcc = torch.where(spread > 1e-8, (x * y).sum(dim=0) / spread.clamp(min=1e-8), 0.0)
+    return float((predicted - truth).square().mean()), float(pcc.mean())
+
+
+def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list[Callback]:
+    callbacks: list[Callback] = [RichProgressBar(leave=False)] if progress else []
+    if config.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=config.ema_decay, update_starting_at_step=config.warmup_steps))
+    if folder is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                folder, filename="epoch", save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True
+            )
+        )
+    return callbacks
+
+
+def _quiet_lightning() -> None:
+    """Lightning's notes on devices and data loaders are for its developers, not for our users."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
