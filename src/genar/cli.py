@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
 Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overrides the metadata.")]

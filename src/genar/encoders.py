@@ -137,11 +137,22 @@ def load_encoder(name: str = DEFAULT, *, weights: str | Path | None = None, devi
         state = _read_safetensors(_download(row))
     else:
         state = _embedded_lite0(network)
-    # the classifier of the ImageNet file has no place in an encoder
-    unknown = network.load_state_dict(state, strict=False)
-    if unknown.missing_keys:
-        raise InputError(f"encoder {name}: the weights lack {len(unknown.missing_keys)} tensors of {row.architecture}")
+    _load_weights(network, state, f"encoder {name}: {weights or row.hub_id or 'embedded weights'}")
     return Encoder(row, network, device)
+
+
+def _load_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    head = str(network.pretrained_cfg["classifier"])  # pyright: ignore  # a classifier has no place in an encoder
+    own = network.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+    names = [name for name in {**own, **state} if not name.endswith("num_batches_tracked")]
+    wrong = [name for name in names if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong:
+        raise InputError(
+            f"{where}: not weights of this network: {len(wrong)} of {len(names)} tensors are missing, unknown or of "
+            f"another shape (first: {wrong[0]}); pass the .safetensors file of this very encoder"
+        )
+    network.load_state_dict(state, strict=False)
 
 
 def _embedded_lite0(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -132,11 +132,11 @@ def read_features(path: Path, section: AnnData) -> np.ndarray:
 
     try:
         group = zarr.open_group(path, mode="r")
-        barcodes = np.asarray(group["barcode"][:]).astype(str)  # pyright: ignore
+        barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
         features = np.asarray(group["features"][:], dtype=np.float32)  # pyright: ignore
     except (KeyError, ValueError, OSError, RuntimeError) as error:
         raise InputError(f"{path}: not a readable feature store ({error}); delete it and embed again") from error
-    if len(barcodes) != section.n_obs or (barcodes != section.obs_names.to_numpy().astype(str)).any():
+    if barcodes != list(section.obs_names):
         raise InputError(
             f"{path}: its {len(barcodes)} rows are not the {section.n_obs} spots of section {contract.name(section)}; "
             "delete the store and embed again"
@@ -174,6 +174,7 @@ def _open_partial(path: Path, section: AnnData, encoder: Encoder, recipe: Featur
         shape=(section.n_obs, recipe.views, encoder.width),
         chunks=(_SPOTS_PER_CHUNK, recipe.views, encoder.width),
         dtype="float16",
+        fill_value=float("nan"),  # a lost chunk reads as NaN, which read_features refuses
     )
     barcodes = section.obs_names.to_numpy().astype(object)
     group.create_array("barcode", shape=barcodes.shape, dtype="string")[:] = barcodes

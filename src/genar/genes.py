@@ -61,7 +61,10 @@ class Panel:
     def from_dict(cls, facts: dict) -> "Panel":
         """Inverse of :meth:`to_dict`; ``InputError`` where genes are missing or do not match the hash."""
         try:
-            panel = cls(tuple(facts["genes"]), facts["recipe"], tuple(facts.get("sections", ())), facts.get("n_top", 0))
+            genes = facts["genes"]
+            if isinstance(genes, str) or not all(isinstance(gene, str) for gene in genes):
+                raise TypeError("genes must be a list of names")
+            panel = cls(tuple(genes), facts["recipe"], tuple(facts.get("sections", ())), facts.get("n_top", 0))
         except (KeyError, TypeError) as error:
             raise InputError(f"not a panel: expected the keys genes and recipe ({error!r})") from error
         if facts.get("sha256", panel.sha256) != panel.sha256:
@@ -112,6 +115,8 @@ def select_panel(
     """
     if recipe not in RECIPES:
         raise InputError(f"panel recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}, or a file")
+    if n_genes is not None and n_genes < 1:
+        raise InputError(f"a panel needs at least one gene, {n_genes} asked for")
     names, counts = _candidates(sections)
     by_mean = _ranks(counts.mean(axis=0))
     worst = np.maximum(by_mean, _ranks(counts.std(axis=0, ddof=1)))  # in both tops of n where below n
@@ -138,6 +143,8 @@ def select_panel(
 
 def _candidates(sections: Sequence[AnnData]) -> tuple[list[str], np.ndarray]:
     """Sorted names of the variable genes that every section measures, and their counts [spots of all sections, n]."""
+    if not sections:
+        raise InputError("panel: no section to select from; name at least one training section")
     common = sorted(set.intersection(*(set(section.var_names) for section in sections)))
     if not common:
         raise InputError("panel: the sections have no gene in common; do their gene names use the same kind of id?")

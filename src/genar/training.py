@@ -36,7 +36,7 @@ class TrainConfig:
     """How a model is trained. The defaults were chosen on validation sections (docs/accuracy.md); ``paper_recipe()``
     is the paper's."""
 
-    max_epochs: int = 40
+    max_epochs: int = 30
     batch_size: int = 64
     """spots a step"""
     lr: float = 1e-3
@@ -304,11 +304,10 @@ def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list
     callbacks: list[Callback] = [RichProgressBar(leave=False)] if progress else []
     if config.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay, update_starting_at_step=config.warmup_steps))
-    if folder is not None:
+    if folder is not None:  # the last epoch alone, under one name
+        name = RESUME_FILE.removesuffix(".ckpt")
         callbacks.append(
-            ModelCheckpoint(
-                folder, filename="epoch", save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True
-            )
+            ModelCheckpoint(folder, filename=name, save_on_train_epoch_end=True, enable_version_counter=False)
         )
     return callbacks
 

@@ -63,7 +63,7 @@ def _in_folder(folder: Path) -> list[SectionRef]:
 
 def pick(refs: list[SectionRef], ids: Iterable[str]) -> list[SectionRef]:
     """Those of ``refs`` with the given ids, in that order; ``InputError`` with the known ids where one is unknown."""
-    known = {ref.id: ref for ref in refs}
+    known, ids = {ref.id: ref for ref in refs}, list(ids)
     for section in ids:
         if section not in known:
             raise InputError(f"{section!r} is no section of {refs[0].root}; it holds {', '.join(known)}")

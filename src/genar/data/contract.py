@@ -45,6 +45,8 @@ def new_section(
 
     Raises ``InputError`` as :func:`check` does.
     """
+    if adata.X is None:
+        raise InputError(f"section {section}: X is missing; expected raw counts in X or in layers['counts']")
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     adata.uns[GENAR] = {
         SECTION: section,

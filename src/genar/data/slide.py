@@ -65,7 +65,7 @@ class _PyramidSlide(Slide):
         self.path, self._handle = path, handle
         self.size_px = handle.dimensions
         tag = handle.properties.get("openslide.mpp-x")
-        self.mpp = float(tag) if tag else None
+        self.mpp = _plausible_mpp(float(tag)) if tag else None
 
     def _region(self, corner_px, size_px, downsample):
         import openslide
@@ -177,7 +177,10 @@ def _read_plain_tiff(path: Path) -> tuple[np.ndarray, float | None]:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages.first
         _refuse_huge(path, page.imagewidth * page.imagelength)
-        pixels = page.asarray()
+        try:
+            pixels = page.asarray()
+        except (RuntimeError, ValueError, OSError) as error:  # the codecs' errors are RuntimeErrors
+            raise InputError(f"{path}: the image is damaged ({error}); copy it anew") from error
         mpp = _resolution_mpp(page)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
@@ -198,5 +201,8 @@ def _resolution_mpp(page) -> float | None:
     if tag is None or unit is None or tag.value[0] == 0:
         return None
     um = {2: 25_400.0, 3: 10_000.0}.get(int(unit.value))
-    mpp = um * tag.value[1] / tag.value[0] if um else None
-    return mpp if mpp and mpp < 20 else None  # 72 or 300 dots per inch are a printer's default, not a microscope's
+    return _plausible_mpp(um * tag.value[1] / tag.value[0]) if um else None
+
+
+def _plausible_mpp(mpp: float) -> float | None:
+    return mpp if 0 < mpp < 20 else None  # 72 or 300 dots per inch are a printer's default, not a microscope's

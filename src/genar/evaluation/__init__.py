@@ -31,9 +31,11 @@ def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
 
     ``use`` says what of the prediction is scored: ``X``, its counts, or ``log1p_mean``, the layer with the
     expectation of ln(1 + count).
-    Raises ``InputError`` where spots or genes of the one are missing in the other, or the prediction holds NaN or
-    negative values.
+    Raises ``InputError`` where spots or genes of the one are missing in the other, or the prediction names one twice,
+    lacks the layer or holds NaN or negative values.
     """
+    if use not in ("X", contract.LOG1P_MEAN):
+        raise InputError(f"cannot score {use!r} of a prediction; expected X or {contract.LOG1P_MEAN}")
     aligned = _align(predicted, truth)
     genes = list(predicted.var_names)
     true_counts = contract.counts(truth, genes)
@@ -41,6 +43,8 @@ def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
         counts = _dense(aligned.X, "X")
         log2 = metrics.log2p1(counts)
     else:
+        if use not in aligned.layers:
+            raise InputError(f"the prediction has no layer {use!r}; score its X, or predict again")
         log1p = _dense(aligned.layers[use], f"layers[{use!r}]")
         log2, counts = log1p / np.log(2), np.expm1(log1p)
     per_gene = metrics.score_genes(log2, true_counts)
@@ -77,6 +81,9 @@ def _align(predicted: AnnData, truth: AnnData) -> AnnData:
         ("spots", predicted.obs_names, truth.obs_names),
         ("genes", predicted.var_names, truth.var_names),
     ):
+        if not theirs.is_unique:
+            twice = theirs[theirs.duplicated()][0]
+            raise InputError(f"the prediction's {kind} name {twice!r} more than once; expected each once")
         missing = theirs.difference(ours)
         if len(missing):
             raise InputError(

@@ -72,7 +72,7 @@ def rvd(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     array([0.5625])
     """
     var_predicted, var_truth = np.var(predicted, axis=0), np.var(truth, axis=0)
-    constant = var_truth == 0
+    constant = np.ptp(truth, axis=0) == 0  # the variance of equal numbers need not be exactly 0
     return np.where(constant, np.nan, np.square((var_predicted - var_truth) / np.where(constant, 1, var_truth)))
 
 

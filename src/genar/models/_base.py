@@ -76,7 +76,12 @@ class Spots:
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
         """Spots as a batch: the mean of their views, or the given ``view`` [B] of each (training draws one)."""
         views = self.features[rows]
-        features = views.mean(dim=1) if view is None else views[torch.arange(len(views)), view]
+        # added view by view: a reduction may round differently in another batch
+        features = (
+            sum(views.unbind(1)[1:], views[:, 0]) / views.shape[1]
+            if view is None
+            else views[torch.arange(len(views)), view]
+        )
         counts = None if self.counts is None else self.counts[rows]
         return Batch(features, self.coords_um[rows], self.coords_unit[rows], self.spot_ids[rows], counts)
 
@@ -112,6 +117,10 @@ class Counts:
     """how ``point`` was made"""
     layers: dict[str, Tensor] = field(default_factory=dict)
     """float32 [B, G] each: ``log1p_mean`` (expectation of ln(1 + count)), ``mean``, ``p_zero``"""
+
+    def first(self, n: int) -> "Counts":
+        """The first ``n`` spots alone."""
+        return Counts(self.point[:n], self.decode, {name: values[:n] for name, values in self.layers.items()})
 
     @staticmethod
     def join(parts: Sequence["Counts"]) -> "Counts":

@@ -16,9 +16,8 @@ Letters: B spots, S trajectories, G genes, K scales, M groups of a scale, L posi
 V classes.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,240 +27,13 @@ from genar.errors import InputError
 from genar.genes import Scales, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._count_loss import count_kl, two_point_kl
-from genar.models.ridge import choose_penalty
+from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
+from genar.models._genar_parts import Block, Cache, Condition, CountTable
 
-_MAX_LOGIT_SCALE = math.log(100.0)
-_POSITION_WAVES = 64
-# Trajectories generated at a time; bounds memory, changes no value beyond rounding.
-_TRAJECTORIES = 512
+__all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
-
-@dataclass(frozen=True)
-class GenARConfig:
-    """Size and options of the network. ``paper()`` and ``released()`` are the published ones, ``small()`` the
-    default."""
-
-    n_features: int = 1280
-    """F, width of the encoder's vector"""
-    width: int = 128
-    """D"""
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 3.0
-    dropout: float = 0.1
-    """in the condition and the gene-identity projection"""
-    drop_path: float = 0.1
-    """of the last block; rises linearly from 0"""
-    max_count: int = 0
-    """C: larger counts are capped in training; 0 takes the largest training count, rounded up to a power of two less
-    one"""
-    history: str = "queries"
-    """``tokens`` (eq. 3) or ``queries``: coarser scales are seen through their interpolated positions alone"""
-    within: str = "full"
-    """attention among the positions of one scale: ``causal`` (paper) or ``full``"""
-    coords: str = "pitch"
-    """position code: ``unit`` ([0, 1] over the section, released code), ``pitch`` (100 um) or ``none``"""
-    gene_identity: bool = True
-    """FiLM and mixing with learned embeddings of the genes"""
-    group_temperature: float = 0.0
-    """widens the target of a group to this standard deviation (counts); 0 shares it between two neighbouring counts"""
-    sigma_base: float = 1.0
-    sigma_slope: float = 0.01
-    """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
-    components: int = 64
-    """> 0: features are standardised and reduced to so many principal components, shrunk as ridge shrinks them (see
-    ``Condition``); 0 feeds the features themselves through a layer norm (paper)"""
-    feature_dropout: float = 0.0
-    """share of the features (or components) hidden in each training step"""
-    token_noise: float = 0.5
-    """standard deviation, in ln(1 + count), of noise that a spot's coarser tokens share in training; each group adds
-    half as much"""
-    count_basis: int = 0
-    """> 0: count classes are embedded and read out through so many smooth bumps over ln(1 + count); 0 gives each its
-    own weights"""
-    start_at_frequencies: bool = True
-    """a bias per position and count, started at the frequency of each count in training"""
-
-    def __post_init__(self):
-        for name, allowed in (
-            ("history", ("tokens", "queries")),
-            ("within", ("causal", "full")),
-            ("coords", ("unit", "pitch", "none")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"model: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        for name in ("n_features", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model: {name} must be at least 1, found {getattr(self, name)}")
-        for name in ("dropout", "drop_path", "feature_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"model: {name} must be in [0, 1), found {getattr(self, name)}")
-        if self.width % self.heads:
-            raise InputError(f"model: width {self.width} must be a multiple of heads {self.heads}")
-        if self.max_count < 0 or self.sigma_base <= 0 or self.token_noise < 0 or self.count_basis < 0:
-            raise InputError(
-                "model: max_count, token_noise and count_basis must not be negative, sigma_base must be > 0"
-            )
-
-
-def small(**changes) -> GenARConfig:
-    """The default: trains on a CPU."""
-    return GenARConfig(**changes)
-
-
-def paper(**changes) -> GenARConfig:
-    """The paper's network (appendix D) without anything that the paper does not have."""
-    config = GenARConfig(
-        width=768, depth=8, heads=8, max_count=2000, history="tokens", within="causal", coords="unit",
-        components=0, feature_dropout=0.0, token_noise=0.0, count_basis=0, start_at_frequencies=False,
-    )  # fmt: skip
-    return replace(config, **changes)
-
-
-def released(**changes) -> GenARConfig:
-    """The size that the authors' released code trains: 512 wide."""
-    return replace(paper(width=512), **changes)
-
-
-PRESETS = {"small": small, "paper": paper, "released": released}
-
-
-class Condition(nn.Module):
-    """h [B, D] from the feature and the position of a spot (section 3).
-
-    With ``components`` the features enter as principal components, each divided by sqrt(its variance + penalty / N),
-    where
-    the penalty is the one that ridge regression needs on the same spots: strong components come whitened, weak ones
-    vanish. A few hundred spots cannot tell a thousand features apart, and this is how much they can.
-    """
-
-    feature_mean: Tensor
-    feature_map: Tensor
-
-    def __init__(self, config: GenARConfig):
-        super().__init__()
-        self.config = config
-        n_inputs = config.components or config.n_features
-        if config.components:
-            self.register_buffer("feature_mean", torch.zeros(config.n_features))
-            self.register_buffer("feature_map", torch.zeros(config.n_features, config.components))
-        self.histology = nn.Sequential(
-            nn.Identity() if config.components else nn.LayerNorm(n_inputs),
-            nn.Dropout(config.feature_dropout), nn.Linear(n_inputs, 512), nn.GELU(), nn.Dropout(config.dropout),
-            nn.Linear(512, 512), nn.LayerNorm(512),
-        )  # fmt: skip
-        n_position = 0 if config.coords == "none" else 256
-        self.position = nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256)) if n_position else None
-        self.fuse = nn.Sequential(
-            nn.Linear(512 + n_position, config.width), nn.LayerNorm(config.width), nn.Dropout(config.dropout)
-        )
-
-    @torch.no_grad()
-    def find_components(self, spots: Spots) -> None:
-        """Set the map from features to components by the training spots."""
-        x = spots.features.mean(dim=1).double()
-        mean, scale = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
-        _, s, vh = torch.linalg.svd((x - mean) / scale, full_matrices=False)
-        n = min(self.config.components, len(s))
-        shrink = ((s[:n].square() + choose_penalty(spots)) / len(x)).rsqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_map[:, :n] = (vh[:n].T * shrink / scale[:, None]).float()
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Batch of B spots -> h [B, D]."""
-        x = batch.features
-        if self.config.components:
-            x = (x - self.feature_mean) @ self.feature_map
-        h = self.histology(x)
-        if self.position is not None:
-            coords = batch.coords_unit if self.config.coords == "unit" else batch.coords_um / 100
-            h = torch.cat([h, self.position(position_code(coords))], dim=1)
-        return self.fuse(h)
-
-
-def position_code(coords: Tensor) -> Tensor:
-    """Sines and cosines of 64 frequencies 10000^(-i/64) for x and for y: [B, 2] -> [B, 256]."""
-    waves = torch.exp(-math.log(10_000.0) * torch.arange(_POSITION_WAVES, device=coords.device) / _POSITION_WAVES)
-    angles = coords.float()[:, :, None] * waves  # [B, 2, 64]
-    return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
-
-
-class Block(nn.Module):
-    """Transformer block steered by the condition (AdaLN), with cosine attention."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.heads, self.drop_path = heads, drop_path
-        self.steer = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor, h: Tensor, mask: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """x [B, L, D], h [B, D], mask [L, keys] (True where seen) -> [B, L, D]."""
-        gamma1, scale1, shift1, gamma2, scale2, shift2 = self.steer(h)[:, None].chunk(6, dim=2)  # each [B, 1, D]
-        x = x + self._drop(gamma1 * self._attend(self.norm(x) * (1 + scale1) + shift1, mask, cache))
-        return x + self._drop(gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2))
-
-    def _attend(self, x: Tensor, mask: Tensor, cache: "Cache | None") -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
-        q = fn.normalize(q, dim=-1) * self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        k = fn.normalize(k, dim=-1)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        x = fn.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        """Drop-path: the branch is left out for a share of the spots."""
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
-
-
-class Cache:
-    """Keys and values of one block at the positions that later scales see, preallocated: [B, H, L, D / H] each."""
-
-    def __init__(self, n_positions: int):
-        self.n_positions, self.length, self.n_keep = n_positions, 0, 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values seen by this step: those kept so far and the new ones, of which the first ``n_keep`` stay."""
-        if self.keys is None or self.values is None:
-            shape = (*k.shape[:2], self.n_positions, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        stop = self.length + k.shape[2]
-        self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop] = k, v
-        self.length += self.n_keep  # what lies beyond is overwritten by the next step
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-
-class CountTable(nn.Module):
-    """A weight row per count class, [V, D]: free, or a mixture of smooth bumps over ln(1 + count)."""
-
-    basis: Tensor | None
-
-    def __init__(self, n_classes: int, width: int, n_basis: int, std: float):
-        super().__init__()
-        self.register_buffer("basis", count_bumps(n_classes, n_basis) if n_basis else None, persistent=False)
-        self.weight = nn.Parameter(torch.randn(n_basis or n_classes, width) * std)
-
-    def rows(self) -> Tensor:
-        """The table [V, D]."""
-        return self.weight if self.basis is None else self.basis @ self.weight
-
-
-def count_bumps(n_classes: int, n_basis: int) -> Tensor:
-    """Triangular bumps [V, R] evenly spaced over ln(1 + count); a row sums to one."""
-    place = torch.log1p(torch.arange(n_classes).double())
-    place = place / place[-1].clamp(min=1e-9) * (n_basis - 1)
-    return (1 - (place[:, None] - torch.arange(n_basis)).abs()).clamp(min=0).float()
+# Trajectories generated at a time.
+_TRAJECTORIES = 64
 
 
 class GenAR(Model):
@@ -466,14 +238,17 @@ class GenAR(Model):
     # -- generation -------------------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
-        """See :meth:`generate`; many trajectories are generated in turns."""
-        spots_at_once = max(1, _TRAJECTORIES // samples)
-        parts = []
-        for start in range(0, len(batch.features), spots_at_once):
-            at = slice(start, start + spots_at_once)
-            part = Batch(batch.features[at], batch.coords_um[at], batch.coords_unit[at], batch.spot_ids[at])
+        """See :meth:`generate`. Spots go through in blocks of one fixed shape, the last one padded.
+
+        Matrix products round differently at other shapes, and a token near a tie might fall otherwise in another batch.
+        """
+        samples = 1 if decode == "greedy" else samples
+        n_spots, block, parts = len(batch.features), max(1, _TRAJECTORIES // samples), []
+        for start in range(0, n_spots, block):
+            rows = torch.arange(start, start + block, device=batch.features.device).clamp(max=n_spots - 1)
+            part = Batch(batch.features[rows], batch.coords_um[rows], batch.coords_unit[rows], batch.spot_ids[rows])
             parts.append(self.generate(part, decode=decode, samples=samples, seed=seed))
-        return Counts.join(parts)
+        return Counts.join(parts).first(n_spots)
 
     @torch.no_grad()
     def generate(
@@ -495,9 +270,9 @@ class GenAR(Model):
         logits = self._last_logits(h, None if draws is None else draws.to(h.device), cache)
         counts = torch.arange(logits.shape[2], device=h.device, dtype=torch.float32)
         p = logits.float().softmax(dim=2).unflatten(0, (-1, samples)).mean(dim=1)  # [B, G, V]
-        mean = p @ counts
+        mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
         point = p.argmax(dim=2) if decode == "greedy" else mean.round().long()
-        layers = {"mean": mean, "log1p_mean": p @ torch.log1p(counts), "p_zero": p[:, :, 0]}
+        layers = {"mean": mean, "log1p_mean": (p * torch.log1p(counts)).sum(dim=2), "p_zero": p[:, :, 0]}
         panel_order = {name: values[:, self.inverse] for name, values in layers.items()}
         return Counts(point[:, self.inverse], decode, panel_order)
 
@@ -588,16 +363,6 @@ def log_frequencies(means: Tensor, max_count: int) -> Tensor:
 def auto_max_count(counts: Tensor) -> int:
     """The largest count, rounded up to a power of two less one, so that the classes number a power of two."""
     return 2 ** max(1, int(counts.max()).bit_length()) - 1
-
-
-def config_from_dict(facts: Mapping, preset: str = "small") -> GenARConfig:
-    """A configuration from plain values over a preset; ``InputError`` naming what is not known."""
-    if preset not in PRESETS:
-        raise InputError(f"model: preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
-    known = {f.name for f in fields(GenARConfig)}
-    if unknown := sorted(set(facts) - known):
-        raise InputError(f"model: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return PRESETS[preset](**facts)
 
 
 MODEL = GenAR

