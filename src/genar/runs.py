@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.models.genar import GenARConfig
 from genar.prediction import SAMPLES, predict_section, write_prediction
 from genar.report import maps
-from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
+from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
 _PACKAGES = (
@@ -105,7 +106,8 @@ def train_run(
     config = train_config_from_dict(dict(plan.train_settings), plan.recipe)
     cls = model_class(plan.model)
     cls.check_settings(plan.preset, plan.model_settings)
-    _claim_folder(plan)
+    if (plan.out / "run.json").exists():
+        raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
     panel = _panel(plan, training, say)
     for section in (*training, *held_out):
@@ -124,7 +126,7 @@ def train_run(
     features = {contract.name(s): read_features(stores[contract.name(s)], s) for s in (*training, *held_out)}
     spots = Spots.join([make_spots(s, features[contract.name(s)], panel.genes) for s in training])
     say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
-    resume = plan.out / "resume"
+    resume = _claim_resume(plan)
     torch.manual_seed(config.seed)
     model = cls.create(recipe_width(features), spots, plan.preset, plan.model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
@@ -156,7 +158,7 @@ def train_run(
         )
     clock.lap("scores and maps")
     _write_run(plan, config, checkpoint, (*training, *held_out), stores, clock.seconds)
-    _remove_resume(resume)
+    shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
 
@@ -368,23 +370,15 @@ class _Clock:
         self._last = now
 
 
-def _claim_folder(plan: TrainPlan) -> None:
-    """Refuse a folder that holds a finished run or another's; leave the plan there, to know it again when resuming."""
-    if (plan.out / "run.json").exists():
-        raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
+def _claim_resume(plan: TrainPlan) -> Path:
+    """Folder of the resume file. The plan is left there, so that another one does not go on from it."""
+    folder = plan.out / "resume"
     mine = json.dumps(_plain(asdict(plan)), sort_keys=True, indent=1) + "\n"
-    mark = plan.out / "resume" / "plan.json"
-    if mark.exists() and mark.read_text() != mine:
-        raise InputError(
-            f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
-        )
+    mark = folder / "plan.json"
+    if (folder / RESUME_FILE).exists() and mark.read_text() != mine:
+        raise InputError(f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out")
     write_text(mark, mine)
-
-
-def _remove_resume(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
+    return folder
 
 
 def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:

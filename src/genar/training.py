@@ -149,6 +149,8 @@ def fit(
     if not model.gradient:
         model.eval()
         return FitSummary()
+    if config.precision == "bf16" and not torch.cuda.is_available() and not _cpu_has_bf16():
+        warnings.warn("this CPU has no bf16 instructions: bf16 will be much slower than fp32 here", stacklevel=2)
     training, validation = split_validation(spots, config.validation_share)
     module = _Module(model, training, validation, config, log)
     _quiet_lightning()
@@ -159,7 +161,7 @@ def fit(
         devices=1,
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
-        deterministic=True,
+        deterministic="warn",  # on a CPU everything is; some CUDA kernels have no deterministic form
         logger=False,
         enable_checkpointing=folder is not None,
         enable_model_summary=False,
@@ -310,6 +312,13 @@ def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list
             ModelCheckpoint(folder, filename=name, save_on_train_epoch_end=True, enable_version_counter=False)
         )
     return callbacks
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: nobody can tell
+        return True
 
 
 def _quiet_lightning() -> None:
