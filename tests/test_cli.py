@@ -11,7 +11,7 @@ import tifffile
 from genar import cli
 from genar.data import read_section
 from genar.data.simulate import TissueConfig, write_tissue
-from genar.runs import read_settings
+from genar.settings import read_settings
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "validate_every=1", "batch_size=16"]

@@ -16,6 +16,7 @@ ROOMS = [
     "features",
     "models",
     "training",
+    "settings",
     "prediction",
     "evaluation",
     "report",

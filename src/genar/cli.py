@@ -198,8 +198,9 @@ def train(
 ) -> None:
     """Train a model and score it on the held-out sections, beside `mean` and `ridge`."""
     from genar import runs
+    from genar.settings import read_settings
 
-    model_settings, train_settings = runs.read_settings(config, set_ or [])
+    model_settings, train_settings = read_settings(config, set_ or [])
     for key, value in (("precision", precision), ("seed", seed)):
         if value is not None:
             train_settings[key] = value

@@ -1,7 +1,6 @@
 """Whole runs: from a folder of sections to a scored prediction. One function a command; the command line only calls
 them."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from genar.features import FeatureRecipe, default_store, embed, read_features, r
 from genar.genes import Panel, read_panel, select_panel
 from genar.models import Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from genar.models.genar import GenARConfig
 from genar.prediction import SAMPLES, predict_section, write_prediction
 from genar.report import maps
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
@@ -81,6 +79,10 @@ class TrainPlan:
     model_settings: Mapping = field(default_factory=dict)
     train_settings: Mapping = field(default_factory=dict)
 
+    def __post_init__(self):
+        encoders.encoder_row(self.encoder)
+        FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1)
+
 
 @dataclass
 class RunResult:
@@ -110,33 +112,47 @@ def train_run(
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
     panel = _panel(plan, training, say)
-    for section in (*training, *held_out):
+    cls.check_settings(plan.preset, plan.model_settings, len(panel.genes))
+    sections = (*training, *held_out)
+    for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
-    _check_images((*training, *held_out))
+    _check_images(sections)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
     encoder = encoders.load_encoder(plan.encoder, weights=plan.weights, device=plan.device)
     recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
-    store = plan.features or default_store()
-    stores = embed_sections((*training, *held_out), encoder, recipe, store, bar)
-    del encoder
+    stores = embed_sections(sections, encoder, recipe, plan.features or default_store(), bar)
+    features = {contract.name(s): read_features(stores[contract.name(s)], s) for s in sections}
     clock.lap("features")
 
-    features = {contract.name(s): read_features(stores[contract.name(s)], s) for s in (*training, *held_out)}
     spots = Spots.join([make_spots(s, features[contract.name(s)], panel.genes) for s in training])
     say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
     resume = _claim_resume(plan)
     torch.manual_seed(config.seed)
-    model = cls.create(recipe_width(features), spots, plan.preset, plan.model_settings)
+    model = cls.create(encoder.width, spots, plan.preset, plan.model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
-    checkpoint = Checkpoint(
-        plan.model, model, panel, asdict(recipe), _training_facts(plan, config, training, spots, summary)
-    )
+    facts = _training_facts(plan, config, training, spots, summary)
+    checkpoint = Checkpoint(plan.model, model, panel, asdict(recipe), facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
     clock.lap("training")
 
-    rivals = {name: _baseline(name, spots, panel, recipe) for name in BASELINES if name != plan.model}
+    scores = _predict_and_score(plan, checkpoint, spots, held_out, features, outputs, bar)
+    if summary.history:
+        path = plan.out / "maps" / "training.png"
+        outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
+    clock.lap("prediction, scores and maps")
+    _write_run(plan, config, checkpoint, sections, stores, clock.seconds)
+    shutil.rmtree(resume)
+    outputs["run"] = plan.out / "run.json"
+    return RunResult(outputs, scores, clock.seconds)
+
+
+def _predict_and_score(
+    plan: TrainPlan, checkpoint: Checkpoint, spots: Spots, held_out, features, outputs: dict[str, Path], bar: Bar
+) -> dict[str, dict[str, Scores]]:
+    """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
+    rivals = {name: _baseline(name, spots, checkpoint) for name in BASELINES if name != plan.model}
     scores: dict[str, dict[str, Scores]] = {}
     for section in held_out:
         name = contract.name(section)
@@ -148,19 +164,10 @@ def train_run(
             expected = predict_section(fitted, section, features[name])
             scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
         _write_maps(predicted, section, scores[name], plan.out / "maps")
-    clock.lap("prediction")
     if held_out:
         outputs |= write_scores(plan.out, scores)
         outputs["maps"] = plan.out / "maps"
-    if summary.history:
-        outputs["training curve"] = maps.write_training_curve(
-            summary.history, summary.best_epoch, plan.out / "maps" / "training.png"
-        )
-    clock.lap("scores and maps")
-    _write_run(plan, config, checkpoint, (*training, *held_out), stores, clock.seconds)
-    shutil.rmtree(resume)
-    outputs["run"] = plan.out / "run.json"
-    return RunResult(outputs, scores, clock.seconds)
+    return scores
 
 
 def embed_sections(
@@ -173,11 +180,6 @@ def embed_sections(
         with bar(f"embedding {name}", section.n_obs) as tick:
             stores[name] = embed(section, encoder, recipe, store, progress=tick)
     return stores
-
-
-def recipe_width(features: Mapping[str, np.ndarray]) -> int:
-    """F of the features of a run."""
-    return next(iter(features.values())).shape[2]
 
 
 def predict_run(
@@ -299,64 +301,6 @@ def read_prediction(path: Path) -> AnnData:
         raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
 
 
-def read_settings(config: Path | None, assignments: Sequence[str]) -> tuple[dict, dict]:
-    """Settings of the model and of the training, from a YAML file and ``KEY=VALUE`` lines, which win.
-
-    A key is a field of ``TrainConfig`` or ``GenARConfig``, or ``scales``. Raises ``InputError`` naming one that is
-    neither.
-    """
-    import yaml
-
-    settings: dict = {}
-    if config is not None:
-        try:
-            settings = yaml.safe_load(config.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{config}: not readable YAML ({error})") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"{config}: expected lines of the form key: value, found {type(settings).__name__}")
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set {text}: expected KEY=VALUE")
-        try:
-            settings[key.strip()] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {text}: the value is not readable ({error})") from error
-    known_train, known_model = ({f.name: f for f in fields(cls)} for cls in (TrainConfig, GenARConfig))
-    for key, value in settings.items():
-        if key not in known_train and key not in known_model and key != "scales":
-            near = difflib.get_close_matches(str(key), [*known_train, *known_model, "scales"], n=1)
-            raise InputError(f"setting {key!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
-        field_type = {**known_train, **known_model}[key].type if key != "scales" else None
-        settings[key] = _fit_type(key, value, field_type)
-    return {k: v for k, v in settings.items() if k not in known_train}, {
-        k: v for k, v in settings.items() if k in known_train
-    }
-
-
-def _number(value):
-    """YAML 1.1 reads 1e-3 as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _fit_type(key: str, value, kind):
-    """The value as its field's type; whole numbers pass for real ones."""
-    if key == "scales":
-        if isinstance(value, list) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise InputError(f"setting scales: expected a list of whole numbers such as [1, 20, 200], found {value!r}")
-    value = _number(value) if kind is float else value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"setting {key}: expected {kind.__name__}, found {value!r}")
-    return value
-
-
 class _Clock:
     """Seconds by stage."""
 
@@ -376,7 +320,9 @@ def _claim_resume(plan: TrainPlan) -> Path:
     mine = json.dumps(_plain(asdict(plan)), sort_keys=True, indent=1) + "\n"
     mark = folder / "plan.json"
     if (folder / RESUME_FILE).exists() and mark.read_text() != mine:
-        raise InputError(f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out")
+        raise InputError(
+            f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
+        )
     write_text(mark, mine)
     return folder
 
@@ -415,10 +361,11 @@ def _check_images(sections: Sequence[AnnData]) -> None:
             slide.close()
 
 
-def _baseline(name: str, spots: Spots, panel: Panel, recipe: FeatureRecipe) -> Checkpoint:
+def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
+    """A closed-form model fitted on the same spots, panel and features."""
     model = model_class(name).create(spots.features.shape[2], spots, "", {})
     fit(model, spots, TrainConfig())
-    return Checkpoint(name, model, panel, asdict(recipe))
+    return Checkpoint(name, model, beside.panel, beside.features)
 
 
 def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:

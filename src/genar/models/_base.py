@@ -160,8 +160,11 @@ class Model(nn.Module, abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def check_settings(cls, preset: str, settings: Mapping) -> None:
-        """Refuse a preset or settings that the model does not know: ``InputError``. Called before any long work."""
+    def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
+        """Refuse a preset or settings that the model does not know, or that do not suit ``n_genes`` (once known).
+
+        Raises ``InputError``; called before any long work.
+        """
 
     @classmethod
     @abc.abstractmethod
@@ -188,7 +191,7 @@ class ClosedForm(Model):
         self.n_features, self.n_genes = n_features, n_genes
 
     @classmethod
-    def check_settings(cls, preset: str, settings: Mapping) -> None:
+    def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
         """It has none."""
         if settings:
             raise InputError(f"model {cls.__name__.lower()} has no settings, found {', '.join(settings)}")

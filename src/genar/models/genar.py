@@ -312,9 +312,11 @@ class GenAR(Model):
     # -- making and saving ------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_settings(cls, preset: str, settings: Mapping) -> None:
+    def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
         """Settings are the fields of :class:`GenARConfig`, and ``scales``: the groups at each scale, coarse to fine."""
         config_from_dict({name: value for name, value in settings.items() if name != "scales"}, preset)
+        if n_genes is not None and "scales" in settings:
+            Scales(tuple(range(n_genes)), tuple(settings["scales"]))
 
     @classmethod
     def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "GenAR":

@@ -47,7 +47,7 @@ def write_gene_map(predicted: AnnData, truth: AnnData, gene: str, path: Path, *,
 def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[str, str]], path: Path) -> Path:
     """A row per (gene, title)."""
     behind = background(truth)
-    figure = Figure(figsize=(8.6, 0.4 + 3.9 * len(genes)), layout="constrained")
+    figure = Figure(figsize=(8.6, 0.4 + 3.35 * len(genes)), layout="constrained")
     axes = figure.subplots(len(genes), 2, squeeze=False)
     for (gene, title), row in zip(genes, axes, strict=True):
         values = (
