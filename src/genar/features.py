@@ -1,9 +1,8 @@
 """The feature store: every spot of a section embedded once, found again by its recipe, resumed where it stopped.
 
 A store is a Zarr group ``<section>-<hash>.zarr`` with ``features`` float16 [N, views, F], ``barcode`` [N] and, as
-attributes, the recipe and what it was made of. The hash covers the recipe, the spots and the slide file: what
-differs in any of
-them is another store. A store that is still being filled ends in ``.partial``.
+attributes, the recipe and what it was made of. The hash covers the recipe, the spots and the slide file: what differs
+in any of them is another store. A store that is still being filled ends in ``.partial``.
 """
 
 import contextlib

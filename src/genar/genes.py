@@ -106,10 +106,8 @@ def select_panel(
     Both recipes take the highly variable genes of each section (scanpy's default flavour, 2000 a section), drop
     mitochondrial and ribosomal names, and rank the union by mean and by standard deviation of the raw counts over all
     spots. ``paper`` intersects the top ``n_top`` of both and takes the first ``n_genes`` by alphabet (all where
-    ``None``), as the
-    released code does. ``clean`` takes the least rank cut whose intersection holds ``n_genes``, and cuts the surplus
-    by the
-    rank of the mean. Genes come in alphabetical order.
+    ``None``), as the released code does. ``clean`` takes the least rank cut whose intersection holds ``n_genes``, and
+    cuts the surplus by the rank of the mean. Genes come in alphabetical order.
 
     Raises ``InputError`` where the recipe is unknown or fewer genes are left than asked for.
     """
@@ -191,10 +189,9 @@ def default_sizes(n_genes: int) -> tuple[int, ...]:
 class Scales:
     """The hierarchy: genes in cluster order, pooled into ever finer groups of consecutive genes.
 
-    ``order[i]`` is the panel index of the gene at place i; ``sizes[k]`` the number of groups of scale k (the last: G).
-    Group t of a scale of M groups holds places floor(t G / M) to floor((t + 1) G / M): every gene is in one group,
-    and for sizes that
-    divide G these are the blocks of adaptive average pooling.
+    ``order[i]`` is the panel index of the gene at place i; ``sizes[k]`` the number of groups of scale k (the last:
+    G). Group t of a scale of M groups holds places floor(t G / M) to floor((t + 1) G / M): every gene is in one
+    group, and for sizes that divide G these are the blocks of adaptive average pooling.
     """
 
     order: tuple[int, ...]

@@ -35,12 +35,10 @@ def predict_section(
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
     ``features`` [N, views, F] are averaged over the views. X is made by ``decode`` (the model's first by default:
-    ``greedy`` for
-    GenAR); ``layers`` ``mean``, ``log1p_mean`` and ``p_zero`` (as far as the model has them) by expectation over
-    ``samples``
-    trajectories drawn with ``seed``. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept;
-    ``uns["genar"]["prediction"]`` says how it was made.
-    Raises ``InputError`` where the features or ``decode`` do not fit the model.
+    ``greedy`` for GenAR); ``layers`` ``mean``, ``log1p_mean`` and ``p_zero`` (as far as the model has them) by
+    expectation over ``samples`` trajectories drawn with ``seed``. ``obsm["spatial"]`` and ``uns["spatial"]`` are
+    kept; ``uns["genar"]["prediction"]`` says how it was made. Raises ``InputError`` where the features or ``decode``
+    do not fit the model.
     """
     model = checkpoint.model
     decode = decode or model.decodings[0]

@@ -100,9 +100,8 @@ def train_run(
     draw maps.
 
     Nothing of a held-out section reaches the panel, the gene order, a constant or the choice of an epoch. A run that
-    was
-    interrupted goes on from its last epoch when it is started again with the same plan.
-    Raises ``InputError`` for bad input, before the long work starts where that can be known.
+    was interrupted goes on from its last epoch when it is started again with the same plan. Raises ``InputError`` for
+    bad input, before the long work starts where that can be known.
     """
     clock = _Clock()
     config = train_config_from_dict(dict(plan.train_settings), plan.recipe)

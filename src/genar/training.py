@@ -1,8 +1,7 @@
 """Fit a model on the spots of the training sections: the configuration, the Lightning loop, the choice of an epoch.
 
 The epoch is chosen by free-running generation on a validation part of the *training* sections; the teacher-forced
-loss says
-nothing of what generation makes of its own tokens.
+loss says nothing of what generation makes of its own tokens.
 """
 
 import logging
@@ -140,9 +139,8 @@ def fit(
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
 
-    ``folder`` takes a resume file after every epoch; a call that finds one there goes on from it. The same seed,
-    data and
-    machine give the same weights, bit for bit, on a CPU.
+    ``folder`` takes a resume file after every epoch; a call that finds one there goes on from it. The same seed, data
+    and machine give the same weights, bit for bit, on a CPU.
     """
     pl.seed_everything(config.seed, verbose=False)
     model.prepare(spots)

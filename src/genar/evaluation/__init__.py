@@ -30,9 +30,8 @@ def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
     """Score ``predicted`` on its genes and on all spots of ``truth``.
 
     ``use`` says what of the prediction is scored: ``X``, its counts, or ``log1p_mean``, the layer with the
-    expectation of ln(1 + count).
-    Raises ``InputError`` where spots or genes of the one are missing in the other, or the prediction names one twice,
-    lacks the layer or holds NaN or negative values.
+    expectation of ln(1 + count). Raises ``InputError`` where spots or genes of the one are missing in the other, or
+    the prediction names one twice, lacks the layer or holds NaN or negative values.
     """
     if use not in ("X", contract.LOG1P_MEAN):
         raise InputError(f"cannot score {use!r} of a prediction; expected X or {contract.LOG1P_MEAN}")

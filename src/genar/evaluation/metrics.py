@@ -1,8 +1,7 @@
 """Metrics: plain functions on arrays [N spots, G genes]. None takes a logarithm for you: :func:`log2p1` does.
 
 A metric per gene is undefined (NaN) where its formula divides by zero; how many genes that concerns is always
-reported beside the
-summary. Definitions follow the paper (section 4.1) where it has them.
+reported beside the summary. Definitions follow the paper (section 4.1) where it has them.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """What every model shares: the batch it sees, the prediction it returns, the interface.
 
 Shape letters of the package: B spots in a batch, N spots of a section, G genes, K scales, M groups at one scale, L
-sequence
-length, D width, F feature width, V count classes, S sampled trajectories.
+sequence length, D width, F feature width, V count classes, S sampled trajectories.
 """
 
 import abc
@@ -139,8 +138,7 @@ class Model(nn.Module, abc.ABC):
     """A method that predicts counts from features.
 
     ``prepare`` sees the training spots once: closed-form methods are fitted there and have ``gradient`` false; for
-    the others
-    it sets constants, and training descends ``loss``. Everything learned is in the state dict.
+    the others it sets constants, and training descends ``loss``. Everything learned is in the state dict.
     """
 
     gradient: ClassVar[bool] = True

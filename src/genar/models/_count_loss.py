@@ -1,8 +1,7 @@
 """Kullback-Leibler losses over count classes that never build a B x G x V target, nor keep the logits of a batch.
 
 Head and loss run together on chunks of positions and are computed again in the backward pass, so that at any moment
-only one
-chunk's logits exist. The Gaussian target lives in a window of +- 6 sigma; the mass outside is 2e-9.
+only one chunk's logits exist. The Gaussian target lives in a window of +- 6 sigma; the mass outside is 2e-9.
 """
 
 from collections.abc import Callable

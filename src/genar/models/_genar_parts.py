@@ -18,9 +18,8 @@ class Condition(nn.Module):
     """h [B, D] from the feature and the position of a spot (section 3).
 
     With ``components`` the features enter as principal components, each divided by sqrt(its variance + penalty / N),
-    where
-    the penalty is the one that ridge regression needs on the same spots: strong components come whitened, weak ones
-    vanish. A few hundred spots cannot tell a thousand features apart, and this is how much they can.
+    where the penalty is the one that ridge regression needs on the same spots: strong components come whitened, weak
+    ones vanish. A few hundred spots cannot tell a thousand features apart, and this is how much they can.
     """
 
     feature_mean: Tensor

@@ -1,19 +1,15 @@
 """GenAR: counts generated scale by scale, from the mean of all genes down to each gene (the paper's model).
 
-What is unusual about it. Genes stand in cluster order and are pooled into ever finer groups; the token of a group *is*
-its rounded mean count, so there is no codebook. A scale's positions start from the tokens of the scale above
-("interpolated"),
-see all coarser tokens ("history") and give a softmax over count classes 0..C. A token's embedding does not depend on
-the
-pass in which it is read. Hence training is one pass over [start ; history 1..K-1 ; interpolated 1..K] under one
-mask, and
-generation runs the very same network scale by scale on cached keys and values: the mask of a step is a cut of the
-training mask.
+What is unusual about it. Genes stand in cluster order and are pooled into ever finer groups; the token of a group
+*is* its rounded mean count, so there is no codebook. A scale's positions start from the tokens of the scale above
+("interpolated"), see all coarser tokens ("history") and give a softmax over count classes 0..C. A token's embedding
+does not depend on the pass in which it is read. Hence training is one pass over [start ; history 1..K-1 ;
+interpolated 1..K] under one mask, and generation runs the very same network scale by scale on cached keys and values:
+the mask of a step is a cut of the training mask.
 
-Equation and section numbers are the paper's ("GenAR: Next-Scale Autoregressive Generation for Spatial Gene
-Expression Prediction").
-Letters: B spots, S trajectories, G genes, K scales, M groups of a scale, L positions, D width, H heads, F features,
-V classes.
+Equation and section numbers are the paper's ("GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression
+Prediction"). Letters: B spots, S trajectories, G genes, K scales, M groups of a scale, L positions, D width, H heads,
+F features, V classes.
 """
 
 from collections.abc import Mapping

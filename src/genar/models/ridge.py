@@ -1,8 +1,8 @@
 """Ridge regression of log2(1 + count) on the standardised features: the method that a deep one has to beat.
 
 All genes share one penalty, chosen among ``PENALTIES`` by the squared error on left-out training sections; with a
-single section,
-on left-out blocks of it. Neighbouring spots look alike, so leaving out single spots would choose too small a penalty.
+single section, on left-out blocks of it. Neighbouring spots look alike, so leaving out single spots would choose too
+small a penalty.
 """
 
 import numpy as np
