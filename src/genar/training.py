@@ -35,7 +35,7 @@ class TrainConfig:
     """How a model is trained. The defaults were chosen on validation sections (docs/accuracy.md); ``paper_recipe()``
     is the paper's."""
 
-    max_epochs: int = 30
+    max_epochs: int = 15
     batch_size: int = 64
     """spots a step"""
     lr: float = 1e-3
@@ -53,7 +53,7 @@ class TrainConfig:
     validation_share: float = 0.1
     """share of each training section's spots, in one strip, on which the epoch is chosen; 0 trains on all for
     max_epochs"""
-    validate_every: int = 5
+    validate_every: int = 3
     """epochs between validations"""
     patience: int = 4
     """validations without a better one before training stops"""

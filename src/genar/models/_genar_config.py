@@ -35,7 +35,7 @@ class GenARConfig:
     """FiLM and mixing with learned embeddings of the genes"""
     group_temperature: float = 0.0
     """widens the target of a group to this standard deviation (counts); 0 shares it between two neighbouring counts"""
-    sigma_base: float = 1.0
+    sigma_base: float = 0.5
     sigma_slope: float = 0.1
     """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
     components: int = 32
@@ -83,8 +83,8 @@ def paper(**changes) -> GenARConfig:
     """The paper's network (appendix D) without anything that the paper does not have."""
     config = GenARConfig(
         width=768, depth=8, heads=8, max_count=2000, history="tokens", within="causal", coords="unit",
-        components=0, dropout=0.1, feature_dropout=0.0, token_noise=0.0, count_basis=0, sigma_slope=0.01,
-        start_at_frequencies=False,
+        components=0, dropout=0.1, feature_dropout=0.0, token_noise=0.0, count_basis=0, sigma_base=1.0,
+        sigma_slope=0.01, start_at_frequencies=False,
     )  # fmt: skip
     return replace(config, **changes)
 
