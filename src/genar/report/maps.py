@@ -62,8 +62,7 @@ def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[st
         row[0].text(0, -0.02, title, transform=row[0].transAxes, fontsize=8, va="top")
         figure.colorbar(spots, ax=row.tolist(), label="log2(1 + count)", shrink=0.8)  # pyright: ignore
     source = SIMULATED if truth.uns[contract.GENAR][contract.SOURCE] == "simulated" else ""
-    label = f"section {contract.name(truth)}" + (f" ({source})" if source else "")
-    figure.suptitle(label, fontsize=10)
+    figure.suptitle(f"section {contract.name(truth)}" + (f" ({source})" if source else ""), fontsize=10)
     return _save(figure, path)
 
 
