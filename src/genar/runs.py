@@ -286,7 +286,12 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
     return result
 
 
-DEMO: dict = {"n_genes": 100, "samples": 8, "model_settings": {}, "train_settings": {"max_epochs": 12, "ema_decay": 0.9}}
+DEMO: dict = {
+    "n_genes": 100,
+    "samples": 8,
+    "model_settings": {},
+    "train_settings": {"max_epochs": 12, "ema_decay": 0.9},
+}
 """Settings of the demo: small enough for a few minutes on two cores."""
 
 
