@@ -195,19 +195,24 @@ def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
 
 
 class _Loader:
-    """Batches in a random order, each spot in one of its views; torch's generator decides both."""
+    """Batches in a random order, each spot in one of its views; both follow from seed and epoch, also when resumed."""
 
-    def __init__(self, spots: Spots, batch_size: int):
-        self.spots, self.batch_size = spots, batch_size
+    def __init__(self, spots: Spots, batch_size: int, seed: int, epoch: Callable[[], int]):
+        self.spots, self.batch_size, self.seed, self.epoch = spots, batch_size, seed, epoch
 
     def __len__(self) -> int:
         return math.ceil(len(self.spots) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.randperm(len(self.spots))
+        random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
+        order = torch.randperm(len(self.spots), generator=random)
         for rows in order.tensor_split(len(self)):  # equal parts: no tiny last batch
-            view = torch.randint(self.spots.features.shape[1], (len(rows),))
+            view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
             yield self.spots.batch(rows, view)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch
 
 
 class _Module(pl.LightningModule):
@@ -220,7 +225,10 @@ class _Module(pl.LightningModule):
         self.summary, self._best, self._losses = FitSummary(), {}, []
 
     def train_dataloader(self):
-        return _Loader(self._training, self.config.batch_size)
+        return _Loader(self._training, self.config.batch_size, self.config.seed, lambda: self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
 
     def val_dataloader(self):
         whole = [] if self._validation is None else [self._validation.batch()]
@@ -277,7 +285,7 @@ class _Module(pl.LightningModule):
             {"params": [p for p in self.model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
         ]
         optimizer = (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(groups, lr=config.lr)
-        n_steps = config.max_epochs * len(self.train_dataloader())
+        n_steps = config.max_epochs * math.ceil(len(self._training) / config.batch_size)
 
         def rate(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
