@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import anndata
 import numpy as np
@@ -11,7 +12,11 @@ import tifffile
 from genar import cli
 from genar.data import read_section
 from genar.data.simulate import TissueConfig, write_tissue
+from genar.features import Inputs
+from genar.models import Decoding
+from genar.models.genar import GenARConfig
 from genar.settings import read_settings
+from genar.training import TrainConfig
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "validate_every=1", "batch_size=16"]
@@ -264,9 +269,57 @@ def test_a_section_that_lacks_a_panel_gene_is_named(trained, broken, tmp_path, m
 
 def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path):
     (tmp_path / "settings.yaml").write_text("width: 32\nlr: 1e-4\nmax_epochs: 7\n")
-    model, train = read_settings(tmp_path / "settings.yaml", ["lr=2e-3", "scales=[1, 20]", "token_noise=1"])
-    assert model == {"width": 32, "scales": (1, 20), "token_noise": 1.0}
-    assert train == {"lr": 2e-3, "max_epochs": 7}
+    words = ["lr=2e-3", "scales=[1, 20]", "token_noise=1", "context_spots=6", "layers=[q05, sd]", "top_k=3"]
+    settings = read_settings(tmp_path / "settings.yaml", words)
+    assert settings.model == {"width": 32, "scales": (1, 20), "token_noise": 1.0}
+    assert settings.train == {"lr": 2e-3, "max_epochs": 7}
+    assert settings.inputs == {"context_spots": (6,)}
+    assert settings.decoding == {"layers": ("q05", "sd"), "top_k": 3}
+
+
+OWNERS = {"model": GenARConfig(), "train": TrainConfig(), "decoding": Decoding(), "inputs": Inputs()}
+FIELDS = [(owner, f.name) for owner, config in OWNERS.items() for f in fields(config)]
+
+
+@pytest.mark.parametrize(("owner", "name"), [pair for pair in FIELDS if pair[1] not in ("n_features", "n_blocks")])
+def test_every_option_is_reachable_by_set(owner, name):
+    value = getattr(OWNERS[owner], name)
+    settings = read_settings(None, [f"{name}={json.dumps(value)}"])
+    assert getattr(settings, owner if name != "seed" else "train") == {name: value}
+
+
+def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeypatch, capsys):
+    words = ["predict", f"{tissue}:B", "--model", trained[0], "--features", store, "--seed", "3"]
+    drawn = [*words, "--decode", "sample", "--set", "top_k=1", "--set", "layers=[sd, q25]", "--samples", "2"]
+    assert run(monkeypatch, *drawn, "--out", tmp_path / "a.h5ad") == 0
+    assert run(monkeypatch, *words, "--decode", "greedy", "--out", tmp_path / "b.h5ad") == 0
+    sampled, greedy = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in "ab")
+    assert set(sampled.layers) == {"sd", "q25"}
+    assert sampled.uns["genar"]["prediction"]["top_k"] == 1
+    assert (sampled.X != greedy.X).nnz == 0  # the likeliest class alone is the likeliest class
+    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q95"}
+    assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
+    assert_one_line(capsys, "width")
+
+
+def test_train_takes_gene_sets_context_and_another_output(tissue, store, tmp_path, monkeypatch):
+    section = read_section(f"{tissue}:A")
+    genes = [str(gene) for gene in section.var_names[:20]]
+    (tmp_path / "panel.txt").write_text("\n".join(genes))
+    (tmp_path / "sets.gmt").write_text("one\tx\t" + "\t".join(genes[::-1]))
+    words = ["train", tissue, "--test", "B", "--out", tmp_path / "run", "--features", store, *SMALL, *SET]
+    words += ["--panel", tmp_path / "panel.txt"]
+    more = [f"order={tmp_path / 'sets.gmt'}", "context_spots=[3]", "output=continuous", "final_loss=squared_error"]
+    assert run(monkeypatch, *words, *(word for setting in more for word in ("--set", setting))) == 0
+    config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
+    assert config["model"]["scales"]["order"] == list(range(20))[::-1]
+    assert config["features"]["context_spots"] == [3]
+    assert config["model"]["config"]["n_features"] == 2 * 1280
+    out = tmp_path / "again.h5ad"
+    again = ["predict", f"{tissue}:B", "--model", tmp_path / "run", "--features", store, "--out", out]
+    assert run(monkeypatch, *again) == 0
+    first = anndata.read_h5ad(tmp_path / "run" / "predictions" / "B.h5ad")
+    assert (anndata.read_h5ad(out).X != first.X).nnz == 0
 
 
 @pytest.mark.parametrize("command", ["encoders", "models"])

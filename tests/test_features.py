@@ -13,7 +13,16 @@ from torch import nn
 from genar.data import contract, open_slide, read_section
 from genar.encoders import Encoder, EncoderRow, load_encoder
 from genar.errors import InputError
-from genar.features import FeatureRecipe, default_store, embed, read_features, recipe_of, store_path
+from genar.features import (
+    FeatureRecipe,
+    Inputs,
+    default_store,
+    embed,
+    read_features,
+    read_inputs,
+    recipe_of,
+    store_path,
+)
 
 ROW = EncoderRow("tiny", "none", "", 8, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "MIT")
 
@@ -348,3 +357,37 @@ def test_batch_size_never_changes_the_embedded_encoders_features(section):
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-4)
     differences = [(together[i] - together[j]).abs().max() for i, j in product(range(8), repeat=2) if i < j]
     assert min(differences) > 1e-2
+
+
+# -- what a model sees of them --------------------------------------------------------------------------------------
+
+
+def test_inputs_are_widths_and_neighbours_means(section, encoder, tmp_path):
+    inputs = Inputs(widths_um=(112, 300), context_spots=(2, 6))
+    recipes = inputs.recipes(recipe_of(encoder))
+    assert [recipe.width_um for recipe in recipes] == [112, 300]
+    paths = [embed(section, encoder, recipe, tmp_path) for recipe in recipes]
+    assert paths[0] != paths[1]
+    seen = read_inputs(paths, section, inputs)
+    own, wide = (read_features(path, section) for path in paths)
+    assert seen.shape == (section.n_obs, 8, inputs.n_blocks * encoder.width)
+    np.testing.assert_array_equal(seen[:, :, :8], own)
+    np.testing.assert_array_equal(seen[:, :, 8:16], wide)
+    distance = np.linalg.norm(section.obsm["spatial"][5] - section.obsm["spatial"], axis=1)
+    nearest = np.argsort(distance)[1:7]
+    np.testing.assert_allclose(seen[5, :, 24:], own[nearest].mean(axis=0), rtol=1e-5)
+
+
+def test_a_lone_spot_is_its_own_neighbour(section, encoder, tmp_path):
+    lone = section[:1].copy()
+    path = embed(lone, encoder, recipe_of(encoder), tmp_path)
+    seen = read_inputs([path], lone, Inputs(context_spots=(6,)))
+    np.testing.assert_array_equal(seen[:, :, 8:], seen[:, :, :8])
+
+
+@pytest.mark.parametrize("facts", [{"widths_um": (112, 0)}, {"context_spots": (0,)}])
+def test_senseless_inputs_are_refused(facts):
+    with pytest.raises(InputError, match="widths_um"):
+        Inputs(**facts)
+    with pytest.raises(InputError, match="hest"):
+        Inputs(widths_um=(112,)).recipes(FeatureRecipe("tiny", "", "genar"))

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -6,11 +7,14 @@ import torch
 
 from genar.errors import InputError
 from genar.genes import Scales, default_sizes
-from genar.models import Spots
+from genar.models import Batch, Decoding, Spots
 from genar.models._base import uniforms
-from genar.models._count_loss import count_kl, two_point_kl
+from genar.models._count_loss import count_kl, cross_entropy, gaussian_nll, two_point_kl
+from genar.models._decoding import draw, summarise
+from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import count_bumps, position_code
-from genar.models.genar import GenAR, auto_max_count, log_frequencies, paper, released, small
+from genar.models._linear_start import find_components, fit_curvatures, interpolate
+from genar.models.genar import GenAR, auto_max_count, paper, released, small
 
 N_GENES, N_FEATURES = 24, 16
 TINY = small(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, components=6, count_basis=8)
@@ -25,7 +29,19 @@ VARIANTS = {
     "free-classes": replace(TINY, count_basis=0),
     "temperature": replace(TINY, group_temperature=1.5),
     "paper-like": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31),
+    "no-linear-start": replace(TINY, linear_start=False),
+    "cross-entropy": replace(TINY, final_loss="cross_entropy"),
+    "gaussian-nll": replace(TINY, final_loss="gaussian_nll"),
+    "continuous": replace(TINY, output="continuous", final_loss="gaussian_nll"),
+    "squared-error": replace(TINY, output="continuous", final_loss="squared_error"),
+    "continuous-paper": paper(
+        n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, output="continuous", final_loss="gaussian_nll"
+    ),
+    "two-blocks": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, n_blocks=2),
+    "recompute": replace(TINY, recompute=True),
 }
+DISTRIBUTIONS = [name for name in VARIANTS if name != "squared-error"]
+WRONG_LOSS = {"output": "continuous", "final_loss": "cross_entropy"}
 
 
 def make_spots(n=20, seed=0):
@@ -58,14 +74,14 @@ def model(request):
 
 
 def largest_difference(a, b):
-    return max(float((a.layers[name] - b.layers[name]).abs().max()) for name in a.layers)
+    return max(float(((a.layers[n] - b.layers[n]).abs() / (1 + b.layers[n].abs())).max()) for n in a.layers)
 
 
 @pytest.mark.parametrize("decode", ["greedy", "mean"])
 def test_cached_generation_equals_uncached(model, decode):
     batch = make_spots().batch()
-    cached = model.generate(batch, decode=decode, samples=3)
-    uncached = model.generate(batch, decode=decode, samples=3, cache=False)
+    cached = model.generate(batch, Decoding(decode, 3))
+    uncached = model.generate(batch, Decoding(decode, 3), cache=False)
     assert torch.equal(cached.point, uncached.point)
     assert largest_difference(cached, uncached) < 1e-4
 
@@ -96,10 +112,10 @@ def _cache(model):
 @pytest.mark.parametrize("size", [1, 7])
 def test_batch_size_and_order_never_change_a_prediction(model, decode, size):
     spots = make_spots()
-    whole = model.predict(spots.batch(), decode=decode, samples=4)
+    whole = model.predict(spots.batch(), Decoding(decode, 4))
     order = torch.randperm(len(spots), generator=torch.Generator().manual_seed(0))
     for rows in order.split(size):
-        part = model.predict(spots.batch(rows), decode=decode, samples=4)
+        part = model.predict(spots.batch(rows), Decoding(decode, 4))
         assert torch.equal(part.point, whole.point[rows])
         for name, values in part.layers.items():
             torch.testing.assert_close(values, whole.layers[name][rows], atol=1e-5, rtol=1e-5)
@@ -161,7 +177,10 @@ def test_every_weight_takes_part(model):
 
 
 def test_decoding_layers_are_a_distribution_s(model):
-    predicted = model.generate(make_spots().batch(), decode="mean", samples=5)
+    predicted = model.generate(make_spots().batch(), Decoding("mean", 5))
+    if model.config.final_loss == "squared_error":
+        assert set(predicted.layers) == {"mean", "log1p_mean"}
+        return
     p_zero, mean, log1p = (predicted.layers[name] for name in ("p_zero", "mean", "log1p_mean"))
     assert ((p_zero >= 0) & (p_zero <= 1)).all()
     assert (mean >= 0).all()
@@ -173,31 +192,93 @@ def test_samples_average_distributions():
     """Many trajectories approach the expectation over the coarse token that one scale defines."""
     model = make_model(sizes=(1, N_GENES))
     batch = make_spots(4).batch()
-    many = model.generate(batch, decode="mean", samples=400).layers["mean"]
+    many = model.generate(batch, Decoding("mean", 400)).layers["mean"]
     h, table = model.condition(batch), model.embed.rows()
     caches = [_cache(model) for _ in model.blocks]
     first = model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
-    p = (model._read_out(0, first, h, model._film()) @ model.head.rows().T + model._bias(0)).softmax(dim=2)[:, 0]
+    known = model._known(batch)
+    inputs = (model._places[0], model._read_out(0, first, h, model._film()), model._start(0, known, h))
+    p = model.head.logits(*inputs).softmax(dim=2)[:, 0]
     expected = torch.zeros(4, N_GENES)
     for token in range(32):
         caches = [_cache(model) for _ in model.blocks]
         model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
-        x = model._cached_pass(1, table, torch.full((4, 1), token), h, caches)
-        logits = model._read_out(1, x, h, model._film()) @ model.head.rows().T + model._bias(1)
+        parents = torch.full((4, 1), token)
+        x = model._cached_pass(1, table, parents, h, caches)
+        start = model._start(1, known, parents)
+        logits = model.head.logits(model._places[1], model._read_out(1, x, h, model._film()), start)
         expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
     torch.testing.assert_close(many, expected.detach()[:, model.inverse], atol=0.15, rtol=0.05)
 
 
 def test_seeds_decide_the_trajectories():
     model, batch = make_model(), make_spots().batch()
-    first, again, other = (model.generate(batch, decode="mean", samples=3, seed=s) for s in (5, 5, 6))
+    first, again, other = (model.generate(batch, Decoding("mean", 3, s)) for s in (5, 5, 6))
     assert largest_difference(first, again) == 0
     assert largest_difference(first, other) > 0
 
 
 def test_unknown_decoding_is_refused():
     with pytest.raises(InputError, match="greedy, mean"):
-        make_model().generate(make_spots().batch(), decode="beam")
+        Decoding("beam")
+    for wrong in ({"samples": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"layers": ("q00",)}):
+        with pytest.raises(InputError):
+            Decoding(**wrong)
+    squared = make_model(VARIANTS["squared-error"])
+    with pytest.raises(InputError, match="squared error"):
+        squared.generate(make_spots().batch(), Decoding("sample"))
+
+
+# -- decoding -------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_of_the_predictive_distribution():
+    p = torch.tensor([[[0.5, 0.3, 0.2], [0.0, 0.04, 0.96]]])
+    layers = summarise(p, ("mean", "sd", "p_zero", "q05", "q50", "q80", "q95"))
+    assert layers["mean"][0].tolist() == pytest.approx([0.7, 1.96])
+    assert layers["sd"][0].tolist() == pytest.approx([0.61**0.5, 0.0384**0.5], abs=1e-6)
+    assert layers["q05"][0].tolist() == [0, 2]
+    assert layers["q50"][0].tolist() == [0, 2]
+    assert layers["q80"][0].tolist() == [1, 2]
+    assert layers["q95"][0].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_median_quantiles_and_mean_agree(name):
+    model, batch = make_model(VARIANTS[name]), make_spots().batch()
+    quantiles = model.generate(batch, Decoding("quantiles", 4))
+    median = model.generate(batch, Decoding("median", 4, layers=("mean", "q50")))
+    assert torch.equal(quantiles.point, median.point)
+    assert torch.equal(quantiles.point, quantiles.layers["q50"].long())
+    assert (quantiles.layers["q05"] <= quantiles.layers["q25"]).all()
+    assert (quantiles.layers["q75"] <= quantiles.layers["q95"]).all()
+    assert set(median.layers) == {"mean", "q50"}
+
+
+def test_draws_follow_temperature_top_k_and_top_p():
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1])).expand(4000, 1, 4)
+    uniform = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
+
+    def shares(**options):
+        return torch.bincount(draw(logits, uniform, Decoding("sample", **options))[:, 0], minlength=4) / 4000
+
+    torch.testing.assert_close(shares(), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.02, rtol=0)
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.8), torch.tensor([5, 2.5, 1.5, 0]) / 9, atol=0.02, rtol=0)
+    assert shares(top_p=0.3).tolist() == [1, 0, 0, 0]
+    assert shares(temperature=0.1)[0] > 0.95
+    assert shares(temperature=100.0).min() > 0.2
+
+
+def test_samples_are_draws_of_the_predictive_distribution():
+    model, spots = make_model(sizes=(N_GENES,)), make_spots(1)
+    many = spots.rows(torch.zeros(600, dtype=torch.long))
+    many.spot_ids = torch.arange(600)
+    predicted = model.generate(many.batch(), Decoding("sample", layers=("mean", "sd")))
+    error = predicted.point.float().mean(dim=0) - predicted.layers["mean"][0]
+    assert (error.abs() < 5 * predicted.layers["sd"][0] / 600**0.5 + 1e-3).all()
+    again = model.generate(many.batch(), Decoding("sample", seed=1))
+    assert not torch.equal(again.point, predicted.point)
 
 
 def test_uniforms_are_uniform_and_depend_on_the_spot_alone():
@@ -239,6 +320,17 @@ def test_two_point_target_at_whole_fractional_and_largest_counts():
         target[0, i, min(low + 1, 5)] += m - low
     found = two_point_kl(logits, torch.eye(6), torch.zeros(1, 6), mean)
     torch.testing.assert_close(found, dense_kl(logits, target))
+
+
+def test_cross_entropy_and_gaussian_nll_equal_torch_s():
+    torch.manual_seed(0)
+    logits, count = torch.randn(3, 4, 9), torch.randint(0, 9, (3, 4)).float()
+    eye, bias, sigma = torch.eye(9), torch.zeros(1, 9), torch.rand(3, 4) + 0.5
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), count.flatten().long(), reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, eye, bias, count).flatten(), expected)
+    mean = (logits.softmax(dim=2) * torch.arange(9)).sum(dim=2)
+    expected = -torch.distributions.Normal(mean, sigma).log_prob(count)
+    torch.testing.assert_close(gaussian_nll(logits, eye, bias, count, sigma), expected)
 
 
 def test_chunked_loss_has_the_gradient_of_the_whole(monkeypatch):
@@ -293,7 +385,15 @@ def test_published_presets():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"history": "both"}, {"width": 10, "heads": 4}, {"dropout": 1.0}, {"depth": 0}, {"token_noise": -1.0}],
+    [
+        {"history": "both"},
+        {"width": 10, "heads": 4},
+        {"dropout": 1.0},
+        {"depth": 0},
+        {"token_noise": -1.0},
+        {"components": 0},
+        WRONG_LOSS,
+    ],
 )
 def test_senseless_configurations_are_refused(changes):
     with pytest.raises(InputError):
@@ -324,6 +424,50 @@ def test_counts_above_the_cap_are_capped():
     assert torch.isfinite(model.loss(high.batch()).total)
 
 
+DESIGNS = [
+    (200,), (1, 20, 200), (1, 40, 100, 200), (1, 4, 8, 40, 100, 200), (1, 8, 40, 200), (1, 4, 20, 100, 200),
+    (1, 2, 4, 8, 40, 100, 200), default_sizes(50), default_sizes(777), (1, 5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", DESIGNS)
+def test_any_scale_design_trains_and_generates(sizes):
+    torch.manual_seed(0)
+    config = paper(n_features=4, width=8, depth=1, heads=1, max_count=7)
+    model = GenAR(config, Scales(tuple(range(sizes[-1])), sizes))
+    counts = torch.randint(0, 8, (2, sizes[-1]))
+    batch = Batch(torch.randn(2, 4), torch.rand(2, 2), torch.rand(2, 2), torch.arange(2), counts)
+    loss = model.loss(batch)
+    loss.total.backward()
+    assert loss.per_scale.shape == (len(sizes),)
+    assert model.eval().generate(batch).point.shape == counts.shape
+
+
+def test_recomputed_activations_give_the_same_gradient():
+    gradients = []
+    for recompute in (False, True):
+        model = make_model(replace(TINY, recompute=recompute, dropout=0.0, drop_path=0.0, feature_dropout=0.0)).train()
+        model.loss(make_spots().batch()).total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_scale_weights_weigh_the_scales():
+    batch = make_spots().batch()
+    per_scale = make_model().loss(batch).per_scale
+    first = make_model(replace(TINY, scale_weights=(1.0, 0.0, 0.0, 3.0))).loss(batch)
+    torch.testing.assert_close(first.total, (per_scale[0] + 3 * per_scale[3]) / 4)
+
+
+def test_token_noise_moves_the_tokens_of_training_alone():
+    model, means = make_model(replace(TINY, token_noise=0.5)), [torch.full((400, 3), 5.0)]
+    assert torch.equal(model._noisy(means)[0], means[0])
+    model.train()
+    noisy = torch.log1p(model._noisy(means)[0]) - math.log(6)
+    assert float(noisy.mean(dim=1).std()) == pytest.approx(0.52, abs=0.06)  # shared by a spot
+    assert float((noisy - noisy.mean(dim=1, keepdim=True)).std()) == pytest.approx(0.25 * (2 / 3) ** 0.5, abs=0.03)
+
+
 def test_a_single_scale_works():
     model = make_model(sizes=(N_GENES,))
     assert model.loss(make_spots().batch()).per_scale.shape == (1,)
@@ -348,3 +492,54 @@ def test_position_code_tells_neighbours_apart_by_pitch_only():
     pitch = position_code(torch.tensor([[10.0, 10.0], [12.0, 10.0]]))
     unit = position_code(torch.tensor([[0.50, 0.50], [0.52, 0.50]]))
     assert (pitch[0] - pitch[1]).norm() > 10 * (unit[0] - unit[1]).norm()
+
+
+# -- what is known before training ----------------------------------------------------------------------------------
+
+
+def linear_spots(n=300, n_genes=8, views=8, seed=0):
+    """Counts whose logarithm is linear in two features; a third changes with the view and says nothing."""
+    g = torch.Generator().manual_seed(seed)
+    signal = torch.randn(n, 2, generator=g)
+    rate = torch.exp(1.5 + signal @ torch.randn(2, n_genes, generator=g) * 0.4)
+    spread = torch.tensor([0.1, 0.1, 3.0, 3.0, 3.0, 3.0])
+    features = torch.cat([signal, torch.zeros(n, 4)], dim=1)[:, None] + torch.randn(n, views, 6, generator=g) * spread
+    xy = torch.rand(n, 2, generator=g) * 2000
+    return Spots(features, xy, xy / 2000, torch.arange(n), torch.arange(n) % 3, torch.poisson(rate, generator=g).long())
+
+
+def test_components_leave_out_what_turns_with_the_patch():
+    found = find_components(linear_spots(), 2)
+    assert found.ratio > 0
+    weight = found.directions.abs() * linear_spots().features.mean(dim=1).std(dim=0)[:, None]
+    assert float(weight[:2].sum() / weight.sum()) > 0.9
+    assert find_components(linear_spots(views=1), 2).ratio == 0  # one view tells nothing of turning
+
+
+@pytest.mark.parametrize("sizes", [(8,), (1, 2, 8)])
+def test_untrained_model_predicts_what_ridge_expects(sizes):
+    """Before training the generated expectation is the regression's, scale by scale."""
+    train, test = linear_spots(seed=0), linear_spots(seed=0)
+    torch.manual_seed(0)
+    config = small(n_features=6, width=16, depth=1, heads=2, components=4, max_count=auto_max_count(train.counts))
+    model = GenAR(config, Scales(tuple(range(8)), sizes))
+    model.prepare(train)
+    predicted = model.eval().predict(test.batch(), Decoding(samples=32)).layers["log1p_mean"]
+    truth = torch.log1p(test.counts.float())
+    explained = 1 - (predicted - truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
+    x = torch.cat([test.features.mean(dim=1)[:, :2], torch.ones(len(truth), 1)], dim=1)
+    best = x @ torch.linalg.lstsq(x, truth).solution
+    possible = 1 - (best - truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
+    assert float(explained) > 0.9 * float(possible)
+
+
+def test_curvature_and_tilt_give_the_wanted_moments():
+    levels = torch.log1p(torch.arange(64.0)).double()
+    base = log_frequencies(torch.poisson(torch.full((200, 2), 6.0)), 63).double()
+    expected = torch.linspace(0.8, 2.6, 50).double()[:, None].expand(-1, 2)
+    b, means, tilts = fit_curvatures(base, levels, expected, torch.tensor([0.05, 0.2]).double())
+    p = (base + interpolate(tilts, means, expected)[:, :, None] * levels - b[:, None] * levels**2 / 2).softmax(dim=2)
+    mean = (p * levels).sum(dim=2)
+    variance = (p * levels**2).sum(dim=2) - mean**2
+    torch.testing.assert_close(mean, expected, atol=5e-3, rtol=0)
+    torch.testing.assert_close(variance.mean(dim=0), torch.tensor([0.05, 0.2]).double(), atol=5e-3, rtol=0)

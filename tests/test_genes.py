@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from genar.data import contract, read_section
 from genar.errors import InputError
-from genar.genes import PAPER_N_TOP, Panel, Scales, default_sizes, fit_scales, read_panel, select_panel
+from genar.genes import (
+    PAPER_N_TOP,
+    Panel,
+    Scales,
+    default_sizes,
+    fit_scales,
+    order_by_sets,
+    read_gene_sets,
+    read_panel,
+    select_panel,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")  # few genes
 
@@ -366,3 +376,31 @@ def test_pooled_targets_are_those_of_the_released_code(shared):
         scales = Scales(tuple(range(200)), (1, 4, 8, 40, 100, 200))
         for k in range(5):
             np.testing.assert_allclose(scales.pool(golden["counts"], k), golden[f"pooled_{k}"], rtol=1e-6)
+
+
+# -- other orders ---------------------------------------------------------------------------------------------------
+
+
+def test_random_order_is_one_and_repeats():
+    counts = np.ones((3, 30))
+    first, again = (fit_scales(counts, order="random") for _ in range(2))
+    assert first == again
+    assert first.order != tuple(range(30))
+
+
+def test_gene_sets_order_the_panel(tmp_path):
+    (tmp_path / "sets.gmt").write_text("immune\tsome words\tCD3\tCD4\n\nother\tx\tKRT8\tCD3\tNOTHERE\n")
+    sets = read_gene_sets(tmp_path / "sets.gmt")
+    assert sets == {"immune": ("CD3", "CD4"), "other": ("KRT8", "CD3", "NOTHERE")}
+    order = order_by_sets(["ACTB", "KRT8", "CD4", "CD3"], sets)
+    assert order == (3, 2, 1, 0)  # in no set: last
+    assert fit_scales(np.ones((2, 4)), (2, 4), order=order).order == order
+    with pytest.raises(InputError, match="none of the panel's 1 genes"):
+        order_by_sets(["XIST"], sets)
+
+
+@pytest.mark.parametrize("text", ["", "name only", "a\tb\tG1\na\tb\tG2", "a\tb\t \t"])
+def test_what_is_no_gmt_file_is_refused(text, tmp_path):
+    (tmp_path / "sets.gmt").write_text(text)
+    with pytest.raises(InputError, match=r"sets\.gmt"):
+        read_gene_sets(tmp_path / "sets.gmt")

@@ -20,7 +20,9 @@ ROOMS = [
     "prediction",
     "evaluation",
     "report",
+    "recipes",
     "runs",
+    "bench",
     "cli",
 ]  # each imports itself and those before
 EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")

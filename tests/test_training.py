@@ -5,7 +5,7 @@ import torch
 from genar.data import contract, read_sections
 from genar.errors import InputError
 from genar.genes import Panel
-from genar.models import Spots, model_class, model_names
+from genar.models import Decoding, Spots, model_class, model_names
 from genar.models._base import log2p1
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.models.ridge import PENALTIES, Ridge, blocks
@@ -13,7 +13,9 @@ from genar.prediction import predict_section
 from genar.training import TrainConfig, fit, make_spots, paper_recipe, split_validation, train_config_from_dict
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4}
-QUICK = TrainConfig(max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2)
+QUICK = TrainConfig(
+    max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2, validation_share=0.1
+)
 N_FEATURES = 12
 
 
@@ -58,7 +60,7 @@ def fitted(request, spots, panel):
 
 def test_predictions_are_counts_of_the_panel(fitted, tissue_sections):
     section = tissue_sections[1]
-    predicted = predict_section(fitted, section, random_features(section), samples=2)
+    predicted = predict_section(fitted, section, random_features(section), Decoding(samples=2))
     assert predicted.shape == (section.n_obs, 20)
     assert list(predicted.var_names) == list(fitted.panel.genes)
     assert list(predicted.obs_names) == list(section.obs_names)
@@ -74,8 +76,8 @@ def test_permuting_spots_permutes_predictions(fitted, tissue_sections):
     section = tissue_sections[1]
     features = random_features(section)
     order = np.random.default_rng(0).permutation(section.n_obs)
-    straight = predict_section(fitted, section, features, samples=2)
-    permuted = predict_section(fitted, section[order].copy(), features[order], samples=2, batch_size=7)
+    straight = predict_section(fitted, section, features, Decoding(samples=2))
+    permuted = predict_section(fitted, section[order].copy(), features[order], Decoding(samples=2), batch_size=7)
     assert (straight.X[order] != permuted.X).nnz == 0
     np.testing.assert_allclose(straight.layers["log1p_mean"][order], permuted.layers["log1p_mean"], atol=1e-5)
 
@@ -87,7 +89,7 @@ def test_checkpoints_come_back_bit_equal(fitted, tissue_sections, tmp_path):
     for name, tensor in fitted.model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     features = random_features(tissue_sections[0])
-    one, two = (predict_section(c, tissue_sections[0], features, samples=2) for c in (fitted, loaded))
+    one, two = (predict_section(c, tissue_sections[0], features, Decoding(samples=2)) for c in (fitted, loaded))
     assert (one.X != two.X).nnz == 0
     # the weights lie elsewhere in memory, and sums may round differently there
     np.testing.assert_allclose(one.layers["log1p_mean"], two.layers["log1p_mean"], atol=1e-5)
@@ -103,7 +105,10 @@ def test_unknown_model_and_decoding_are_refused(fitted, tissue_sections):
     with pytest.raises(InputError, match="ridge"):
         model_class("magic")
     with pytest.raises(InputError, match="beam"):
-        predict_section(fitted, tissue_sections[0], random_features(tissue_sections[0]), decode="beam")
+        Decoding("beam")
+    if fitted.name != "genar":
+        with pytest.raises(InputError, match="not by 'sample'"):
+            predict_section(fitted, tissue_sections[0], random_features(tissue_sections[0]), Decoding("sample"))
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def test_paper_recipe():
     assert (recipe.optimizer, recipe.schedule, recipe.ema_decay) == ("adam", "constant", 0.0)
 
 
-@pytest.mark.parametrize("facts", [{"max_epochs": 0}, {"optimizer": "sgd"}, {"lr": 0.0}, {"epochs": 3}])
+@pytest.mark.parametrize("facts", [{"max_epochs": -1}, {"optimizer": "sgd"}, {"lr": 0.0}, {"epochs": 3}])
 def test_senseless_training_is_refused(facts):
     with pytest.raises(InputError):
         train_config_from_dict(facts)

@@ -31,6 +31,7 @@ Store = Annotated[Path | None, typer.Option("--features", help="Folder of the fe
 Weights = Annotated[Path | None, typer.Option(help="Encoder weights (.safetensors) instead of the hub's.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 SectionDir = Annotated[str, typer.Argument(help="Folder of sections (HEST-1k layout).")]
+_SAMPLES = "Trajectories averaged in the expectation [default: 16]."
 OneSection = Annotated[str, typer.Argument(help="One section: FOLDER:ID or FOLDER/st/ID.h5ad.")]
 
 
@@ -185,12 +186,12 @@ def train(
     patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
     views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
     features: Store = None,
-    samples: Annotated[int, typer.Option(min=1, help="Trajectories averaged in the expectation.")] = 16,
+    samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of the model or the training; repeatable.")
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of model, training, inputs or decoding; repeatable.")
     ] = None,
     device: str = "cpu",
     mpp: Mpp = None,
@@ -200,13 +201,12 @@ def train(
     from genar import runs
     from genar.settings import read_settings
 
-    model_settings, train_settings = read_settings(config, set_ or [])
-    for key, value in (("precision", precision), ("seed", seed)):
-        if value is not None:
-            train_settings[key] = value
+    settings = read_settings(config, set_ or [])
+    settings.train.update(_given(precision=precision, seed=seed))
+    settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, samples, mpp, device, model_settings, train_settings,
+        features, mpp, device, settings,
     )  # fmt: skip
     result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)
@@ -217,9 +217,13 @@ def predict(
     section: OneSection,
     model: Annotated[Path, typer.Option(help="A training run, or its checkpoint folder.")],
     out: Out,
-    decode: Annotated[str | None, typer.Option(help="What makes X: greedy or mean [default: the model's].")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Trajectories averaged in the expectation.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the trajectories.")] = 0,
+    decode: Annotated[str | None, typer.Option(help="What makes X [default: the model's first decoding].")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the trajectories.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the decoding (temperature, top_k, top_p, layers, …)."),
+    ] = None,
     features: Store = None,
     weights: Weights = None,
     mpp: Mpp = None,
@@ -228,10 +232,11 @@ def predict(
     """Predict the counts of a section with a trained model."""
     from genar import runs
     from genar.data import read_section
+    from genar.settings import read_decoding
 
+    how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, mpp=mpp)
-    options = {"decode": decode, "samples": samples, "seed": seed}
-    predicted = runs.predict_run(read, model, out, features=features, weights=weights, bar=_bar(json), **options)
+    predicted = runs.predict_run(read, model, out, features=features, weights=weights, how=how, bar=_bar(json))
     _finish(json, {"prediction": out}, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 
@@ -247,6 +252,30 @@ def evaluate(
     from genar.data import read_section
 
     _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read_section(truth), out), json)
+
+
+@app.command()
+def bench(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that comes with GenAR.")],
+    data: Annotated[Path, typer.Option(help="Folder of the sections.")],
+    out: Out,
+    features: Store = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe's methods on every held-out section and write its table; what is there already is not run again."""
+    from genar import bench as benching
+
+    say = _speaker(json)
+    result = benching.bench_run(
+        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run
+    )
+    if result is None:
+        return _finish(json, {}, "planned")
+    if not json:
+        print((out / "table.md").read_text())
+    table, differences = (frame.to_dict(orient="index") for frame in (result.table, result.differences))
+    _finish(json, result.outputs, table=table, differences=differences)
 
 
 @app.command()
@@ -268,6 +297,11 @@ def models(json: Json = False) -> None:
         for n in model_names()
     ]
     _list(json, rows, ("name", "decodings", "about"))
+
+
+def _given(**options) -> dict:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _ids(text: str) -> list[str]:
@@ -322,20 +356,14 @@ def _tell_run(result, json: bool, note: str = "") -> None:
 def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:
     """Say where the results lie; with --json one object, NaN as null."""
     if json:
+        from genar.data.files import json_ready
+
         facts = {"status": status, "outputs": {name: str(path) for name, path in outputs.items()}, **figures}
-        print(json_module.dumps(_no_nan(facts)))
+        print(json_module.dumps(json_ready(facts)))
         return
     width = max((len(name) for name in outputs), default=0)
     for name, path in outputs.items():
         print(f"{name:<{width}}  {path}")
-
-
-def _no_nan(value):
-    if isinstance(value, dict):
-        return {key: _no_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_no_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _list(json: bool, rows: list[dict], columns: tuple[str, ...]) -> None:

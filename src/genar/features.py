@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import torch
 from anndata import AnnData
+from scipy.spatial import KDTree
 
 import genar
 from genar.data import contract
@@ -60,6 +61,33 @@ class FeatureRecipe:
         if self.patch == "genar":
             return 224.0
         return max(224.0, float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) / mpp)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What of the stored features a model sees of a spot, beyond the one patch."""
+
+    widths_um: tuple[float, ...] = ()
+    """widths of the patches of a spot, the first the recipe's own; empty: that one alone"""
+    context_spots: tuple[int, ...] = ()
+    """for each number, the mean feature of so many nearest spots joins the spot's own"""
+
+    def __post_init__(self):
+        if any(width <= 0 for width in self.widths_um) or any(n < 1 for n in self.context_spots):
+            raise InputError(
+                f"widths_um must be positive and context_spots at least 1, found {self.widths_um}, {self.context_spots}"
+            )
+
+    @property
+    def n_blocks(self) -> int:
+        """Feature vectors of a spot, one after the other."""
+        return max(1, len(self.widths_um)) + len(self.context_spots)
+
+    def recipes(self, recipe: FeatureRecipe) -> list[FeatureRecipe]:
+        """A recipe for each patch width. Raises ``InputError`` where the patch convention has no widths in um."""
+        if self.widths_um and recipe.patch != "hest":
+            raise InputError(f"widths_um needs patch convention hest, found {recipe.patch}")
+        return [replace(recipe, width_um=float(width)) for width in self.widths_um] or [recipe]
 
 
 def recipe_of(encoder: Encoder, *, patch: str = "hest", width_um: float = 112.0, views: int = 0) -> FeatureRecipe:
@@ -143,6 +171,31 @@ def read_features(path: Path, section: AnnData) -> np.ndarray:
     if not np.isfinite(features).all():
         raise InputError(f"{path}: holds NaN or infinite features; delete it and embed again")
     return features
+
+
+def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.ndarray:
+    """Features float32 [N, views, blocks F]: each patch width's, then the neighbours' means of the first width.
+
+    The neighbours' mean is taken view by view. A section of fewer spots takes those there are; a lone spot itself.
+    """
+    parts = [read_features(path, section) for path in paths]
+    if inputs.context_spots:
+        coords, own = contract.coords_um(section), parts[0]
+        n_most = min(max(inputs.context_spots), len(coords) - 1)
+        nearest = KDTree(coords).query(coords, k=n_most + 1)[1].reshape(len(coords), -1)
+        others = _without_self(nearest)
+        for n in inputs.context_spots:
+            among = others[:, : min(n, n_most)] if n_most else np.arange(len(coords))[:, None]
+            parts.append(own[among].mean(axis=1))
+    return np.concatenate(parts, axis=2)
+
+
+def _without_self(nearest: np.ndarray) -> np.ndarray:
+    """Neighbours [N, n] of [N, n + 1]; the spot itself need not come first where two lie at one place."""
+    others = np.empty((len(nearest), nearest.shape[1] - 1), dtype=int)
+    for spot, row in enumerate(nearest):
+        others[spot] = row[row != spot][: nearest.shape[1] - 1]
+    return others
 
 
 def _fingerprint(slide: Path) -> str:

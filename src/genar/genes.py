@@ -248,8 +248,26 @@ class Scales:
         return cls(tuple(facts["order"]), tuple(facts["sizes"]), tuple(facts.get("clusters", ())))
 
 
-def fit_scales(counts: np.ndarray, sizes: Sequence[int] | None = None, *, seed: int = 42) -> Scales:
-    """Order the genes by k-means on the z-scored counts [N, G] of the training spots (section 3, "Gene Clustering").
+def fit_scales(
+    counts: np.ndarray, sizes: Sequence[int] | None = None, *, order: str | Sequence[int] = "kmeans", seed: int = 42
+) -> Scales:
+    """The hierarchy over the genes of the training counts [N, G]; ``sizes`` as in ``Scales``, ``default_sizes`` if
+    ``None``.
+
+    ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in their order.
+    """
+    n_genes = counts.shape[1]
+    sizes = default_sizes(n_genes) if sizes is None else tuple(sizes)
+    if order == "kmeans":
+        found, clusters = cluster_order(counts, seed=seed)
+        return Scales(tuple(found.tolist()), sizes, tuple(clusters.tolist()))
+    if order == "random":
+        return Scales(tuple(np.random.default_rng(seed).permutation(n_genes).tolist()), sizes)
+    return Scales(tuple(int(i) for i in order), sizes)
+
+
+def cluster_order(counts: np.ndarray, *, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
+    """Panel indices [G] and clusters [G] by k-means on the z-scored counts [N, G] (section 3, "Gene Clustering").
 
     Four clusters (k-means++ with 10 starts); one of more than 10 genes is divided again into max(2, size // 12), as the
     released code does. Genes come in the order of cluster, then subcluster, then panel.
@@ -266,8 +284,45 @@ def fit_scales(counts: np.ndarray, sizes: Sequence[int] | None = None, *, seed: 
             fine[members] = _k_means(z[members], max(2, len(members) // 12), seed)
     order = np.lexsort((np.arange(n_genes), fine, coarse))
     _, clusters = np.unique(np.stack([coarse, fine])[:, order], axis=1, return_inverse=True)
-    sizes = default_sizes(n_genes) if sizes is None else tuple(sizes)
-    return Scales(tuple(order.tolist()), sizes, tuple(clusters.ravel().tolist()))
+    return order, clusters.ravel()
+
+
+def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Gene sets of a GMT file: a line each, name, description and genes between tabs.
+
+    Raises ``InputError`` naming the line where one is not of that form.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable GMT file ({error})") from error
+    sets: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, *rest = line.split("\t")
+        genes = tuple(gene.strip() for gene in rest[1:] if gene.strip())
+        if not genes:
+            raise InputError(f"{path}, line {number}: expected name, description and genes between tabs")
+        if name in sets:
+            raise InputError(f"{path}, line {number}: gene set {name!r} stands twice; each name may stand once")
+        sets[name] = genes
+    if not sets:
+        raise InputError(f"{path}: holds no gene set")
+    return sets
+
+
+def order_by_sets(genes: Sequence[str], sets: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
+    """Panel indices in the order of the sets; a gene of several stands in the first, genes of none come last.
+
+    Raises ``InputError`` where no gene of the panel is in any set.
+    """
+    place = {gene: i for i, gene in enumerate(genes)}
+    named = [place[gene] for members in sets.values() for gene in members if gene in place]
+    if not named:
+        raise InputError(f"none of the panel's {len(genes)} genes is in the {len(sets)} gene sets; same kind of name?")
+    return tuple(dict.fromkeys([*named, *range(len(genes))]))
 
 
 def _k_means(z: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:

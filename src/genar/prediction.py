@@ -1,6 +1,7 @@
 """Checkpoint and section in, AnnData of counts out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,46 +14,51 @@ import genar
 from genar.data import contract
 from genar.data.files import replacing
 from genar.errors import InputError
-from genar.models import Counts
+from genar.models import Counts, Decoding
 from genar.models.checkpoint import Checkpoint
 from genar.training import make_spots
 
 SAMPLES = 16
+LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q95")
 _SPOTS_AT_ONCE = 64
+
+
+def decoding(checkpoint_decodings: Sequence[str], facts: Mapping) -> Decoding:
+    """The default decoding of a prediction with ``facts`` over it: the model's first, expectations over ``SAMPLES``
+    trajectories, and the layers ``LAYERS``."""
+    return Decoding(**{"decode": checkpoint_decodings[0], "samples": SAMPLES, "layers": LAYERS, **facts})
 
 
 def predict_section(
     checkpoint: Checkpoint,
     section: AnnData,
     features: np.ndarray,
+    how: Decoding | None = None,
     *,
-    decode: str | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
     batch_size: int = _SPOTS_AT_ONCE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AnnData:
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
-    ``features`` [N, views, F] are averaged over the views. X is made by ``decode`` (the model's first by default:
-    ``greedy`` for GenAR); ``layers`` ``mean``, ``log1p_mean`` and ``p_zero`` (as far as the model has them) by
-    expectation over ``samples`` trajectories drawn with ``seed``. ``obsm["spatial"]`` and ``uns["spatial"]`` are
-    kept; ``uns["genar"]["prediction"]`` says how it was made. Raises ``InputError`` where the features or ``decode``
-    do not fit the model.
+    ``features`` [N, views, F] are averaged over the views. X is made by ``how.decode`` (``greedy`` for GenAR by
+    default); ``layers`` (as far as the model has them) are of the distribution averaged over ``how.samples``
+    trajectories. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
+    made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
     """
     model = checkpoint.model
-    decode = decode or model.decodings[0]
-    if decode not in model.decodings:
-        raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {decode!r}")
+    how = how or decoding(model.decodings, {})
+    if how.decode not in model.decodings:
+        raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
+    expected = how if how.trajectories == how.samples else replace(how, decode="mean")
     spots = make_spots(section, features)
     points, layers = [], []
     for start in range(0, len(spots), batch_size):
         batch = spots.batch(slice(start, start + batch_size))
         with torch.inference_mode():
-            layers.append(model.predict(batch, decode="mean", samples=samples, seed=seed))
-            points.append(layers[-1] if decode == "mean" else model.predict(batch, decode=decode, seed=seed))
+            layers.append(model.predict(batch, expected))
+            points.append(layers[-1] if expected == how else model.predict(batch, how))
         progress(min(start + batch_size, len(spots)), len(spots))
-    made = {"model": checkpoint.name, "decode": decode, "samples": samples, "seed": seed}
+    made = {"model": checkpoint.name, **asdict(how), "layers": list(how.kept)}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
     return _as_anndata(section, checkpoint.panel.genes, Counts.join(points), Counts.join(layers), made)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from anndata import AnnData
 import genar
 from genar import encoders
 from genar.data import contract, find_sections, open_slide, pick
-from genar.data.files import write_text
+from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import Scores, score, write_scores
-from genar.features import FeatureRecipe, default_store, embed, read_features, recipe_of
-from genar.genes import Panel, read_panel, select_panel
-from genar.models import Spots, model_class
+from genar.features import FeatureRecipe, Inputs, default_store, embed, read_inputs, recipe_of
+from genar.genes import Panel, order_by_sets, read_gene_sets, read_panel, select_panel
+from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from genar.prediction import SAMPLES, predict_section, write_prediction
+from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
+from genar.settings import Settings
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
@@ -73,15 +74,23 @@ class TrainPlan:
     views: int = 0
     features: Path | None = None
     """folder of the feature stores; the user's cache where not given"""
-    samples: int = SAMPLES
     mpp: float | None = None
     device: str = "cpu"
-    model_settings: Mapping = field(default_factory=dict)
-    train_settings: Mapping = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
+    beside: tuple[str, ...] = BASELINES
+    """methods fitted and scored on the same spots and features"""
+    maps: bool = True
+    only: tuple[str, ...] = ()
+    """sections that take part; empty: all of the folder"""
 
     def __post_init__(self):
         encoders.encoder_row(self.encoder)
-        FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1)
+        self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the model sees of a spot."""
+        return Inputs(**self.settings.inputs)
 
 
 @dataclass
@@ -104,14 +113,18 @@ def train_run(
     bad input, before the long work starts where that can be known.
     """
     clock = _Clock()
-    config = train_config_from_dict(dict(plan.train_settings), plan.recipe)
+    config = train_config_from_dict(plan.settings.train, plan.recipe)
     cls = model_class(plan.model)
-    cls.check_settings(plan.preset, plan.model_settings)
+    how = decoding(cls.decodings, plan.settings.decoding)
+    model_settings, sets = _gene_sets(plan.settings.model)
+    cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
     panel = _panel(plan, training, say)
-    cls.check_settings(plan.preset, plan.model_settings, len(panel.genes))
+    if sets is not None:
+        model_settings["order"] = order_by_sets(panel.genes, sets)
+    cls.check_settings(plan.preset, model_settings, len(panel.genes))
     sections = (*training, *held_out)
     for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
@@ -121,51 +134,56 @@ def train_run(
 
     encoder = encoders.load_encoder(plan.encoder, weights=plan.weights, device=plan.device)
     recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
-    stores = embed_sections(sections, encoder, recipe, plan.features or default_store(), bar)
-    features = {contract.name(s): read_features(stores[contract.name(s)], s) for s in sections}
+    named = {contract.name(section): section for section in sections}
+    inputs, store = plan.inputs, plan.features or default_store()
+    stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
+    features = {n: read_inputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
     clock.lap("features")
 
-    spots = Spots.join([make_spots(s, features[contract.name(s)], panel.genes) for s in training])
+    spots = Spots.join(
+        [make_spots(s, features[contract.name(s)], panel.genes, n_blocks=inputs.n_blocks) for s in training]
+    )
     say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
     resume = _claim_resume(plan)
     torch.manual_seed(config.seed)
-    model = cls.create(encoder.width, spots, plan.preset, plan.model_settings)
+    model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
     facts = _training_facts(plan, config, training, spots, summary)
-    checkpoint = Checkpoint(plan.model, model, panel, asdict(recipe), facts)
+    checkpoint = Checkpoint(plan.model, model, panel, asdict(recipe) | asdict(inputs), facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
     clock.lap("training")
 
-    scores = _predict_and_score(plan, checkpoint, spots, held_out, features, outputs, bar)
-    if summary.history:
+    scores = _predict_and_score(plan, checkpoint, how, spots, held_out, features, outputs, bar)
+    if summary.history and plan.maps:
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, checkpoint, sections, stores, clock.seconds)
+    _write_run(plan, config, how, checkpoint, sections, stores, clock.seconds)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
 
 
 def _predict_and_score(
-    plan: TrainPlan, checkpoint: Checkpoint, spots: Spots, held_out, features, outputs: dict[str, Path], bar: Bar
+    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: Spots, held_out, features, outputs, bar: Bar
 ) -> dict[str, dict[str, Scores]]:
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
-    rivals = {name: _baseline(name, spots, checkpoint) for name in BASELINES if name != plan.model}
+    rivals = {name: _baseline(name, spots, checkpoint) for name in plan.beside if name != plan.model}
     scores: dict[str, dict[str, Scores]] = {}
     for section in held_out:
         name = contract.name(section)
         with bar(f"predicting {name}", section.n_obs) as tick:
-            predicted = predict_section(checkpoint, section, features[name], samples=plan.samples, progress=tick)
+            predicted = predict_section(checkpoint, section, features[name], how, progress=tick)
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
         scores[name] = _score(plan.model, predicted, section)
         for rival, fitted in rivals.items():
             expected = predict_section(fitted, section, features[name])
             scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
-        _write_maps(predicted, section, scores[name], plan.out / "maps")
+        if plan.maps:
+            _write_maps(predicted, section, scores[name], plan.out / "maps")
+            outputs["maps"] = plan.out / "maps"
     if held_out:
         outputs |= write_scores(plan.out, scores)
-        outputs["maps"] = plan.out / "maps"
     return scores
 
 
@@ -188,26 +206,26 @@ def predict_run(
     *,
     features: Path | None = None,
     weights: Path | None = None,
-    decode: str | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    how: Mapping | None = None,
     bar: Bar = no_bar,
 ) -> AnnData:
-    """Predict one section with a checkpoint, embedding it where its features are not stored, and write the
-    ``.h5ad``."""
+    """Predict one section with a checkpoint, embedding it where its features are not stored, and write the ``.h5ad``.
+
+    ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``).
+    """
     checkpoint = load_checkpoint(model)
-    recipe = FeatureRecipe(**checkpoint.features)
+    decode = decoding(checkpoint.model.decodings, how or {})
+    recipe, inputs = _recipe_and_inputs(checkpoint.features)
     encoder = encoders.load_encoder(recipe.encoder, weights=weights)
     if encoder.weights_sha256 != recipe.weights_sha256:
         raise InputError(
             f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
             f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
         )
-    (path,) = embed_sections([section], encoder, recipe, features or default_store(), bar).values()
-    with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
-        predicted = predict_section(
-            checkpoint, section, read_features(path, section), decode=decode, samples=samples, seed=seed, progress=tick
-        )
+    store, name = features or default_store(), contract.name(section)
+    paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
+    with bar(f"predicting {name}", section.n_obs) as tick:
+        predicted = predict_section(checkpoint, section, read_inputs(paths, section, inputs), decode, progress=tick)
     write_prediction(predicted, out)
     return predicted
 
@@ -288,9 +306,7 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
 
 DEMO: dict = {
     "n_genes": 100,
-    "samples": 8,
-    "model_settings": {},
-    "train_settings": {"max_epochs": 12, "ema_decay": 0.9},
+    "settings": Settings(train={"max_epochs": 12}, decoding={"samples": 8}),
 }
 """Settings of the demo: small enough for a few minutes on two cores."""
 
@@ -321,7 +337,7 @@ class _Clock:
 def _claim_resume(plan: TrainPlan) -> Path:
     """Folder of the resume file. The plan is left there, so that another one does not go on from it."""
     folder = plan.out / "resume"
-    mine = json.dumps(_plain(asdict(plan)), sort_keys=True, indent=1) + "\n"
+    mine = json.dumps(json_ready(asdict(plan)), sort_keys=True, indent=1) + "\n"
     mark = folder / "plan.json"
     if (folder / RESUME_FILE).exists() and mark.read_text() != mine:
         raise InputError(
@@ -333,6 +349,7 @@ def _claim_resume(plan: TrainPlan) -> Path:
 
 def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
     refs = find_sections(plan.sections)
+    refs = pick(refs, plan.only) if plan.only else refs
     held = pick(refs, plan.test)
     kept = [ref for ref in refs if ref not in held]
     if not kept:
@@ -357,6 +374,21 @@ def _panel(plan: TrainPlan, training: list[AnnData], say) -> Panel:
     return panel
 
 
+def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:
+    """Settings of the model and, where ``order`` names a GMT file, its gene sets."""
+    order = settings.get("order")
+    if isinstance(order, str) and order not in ("kmeans", "random"):
+        return {name: value for name, value in settings.items() if name != "order"}, read_gene_sets(order)
+    return dict(settings), None
+
+
+def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
+    """What a checkpoint says of its features."""
+    known = {f.name for f in fields(Inputs)}
+    inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
+    return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
+
+
 def _check_images(sections: Sequence[AnnData]) -> None:
     for section in sections:
         if (path := contract.slide_path(section)) is not None:
@@ -375,6 +407,8 @@ def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
 def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:
     """The method's own name scores X by its default decoding; ``_mean`` the expectation, where that is another
     thing."""
+    if contract.LOG1P_MEAN not in predicted.layers:
+        return {method: score(predicted, truth)}
     if predicted.uns[contract.GENAR]["prediction"]["decode"] == "mean":
         return {method: score(predicted, truth, use=contract.LOG1P_MEAN)}
     return {method: score(predicted, truth), f"{method}_mean": score(predicted, truth, use=contract.LOG1P_MEAN)}
@@ -403,17 +437,18 @@ def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots
     }
 
 
-def _write_run(plan: TrainPlan, config: TrainConfig, checkpoint: Checkpoint, sections, stores, seconds) -> None:
+def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, seconds) -> None:
     facts = {
         "command": " ".join(sys.argv),
         "genar_version": genar.__version__,
-        "plan": _plain(asdict(plan)),
+        "plan": json_ready(asdict(plan)),
         "model": checkpoint.model.facts(),
         "train": asdict(config),
-        "seeds": {"training": config.seed, "prediction": 0},
+        "decoding": asdict(how),
+        "seeds": {"training": config.seed, "prediction": how.seed},
         "data": {contract.name(s): _hash_counts(s) for s in sections},
         "panel_sha256": checkpoint.panel.sha256,
-        "features": {name: path.name for name, path in stores.items()},
+        "features": {name: [made[name].name for made in stores] for name in stores[0]},
         "checkpoint_sha256": checkpoint.sha256,
         "environment": environment(),
         "seconds": seconds,
@@ -440,12 +475,3 @@ def environment() -> dict:
             versions[package] = "absent"
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     return {"python": platform.python_version(), **versions, **machine}
-
-
-def _plain(value):
-    """JSON's types only."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value

@@ -1,20 +1,39 @@
-"""Settings from a YAML file and the command line, sorted into those of the model and those of the training."""
+"""Settings from a YAML file and the command line, sorted into those of the model, the training, the decoding and the
+inputs."""
 
 import difflib
+import types
+import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from genar.errors import InputError
+from genar.features import Inputs
+from genar.models import Decoding
 from genar.models.genar import GenARConfig
 from genar.training import TrainConfig
 
+_STRUCTURE = {"scales": tuple[int, ...], "order": str}
+# What the data decide, not the user.
+_NOT_SET = ("n_features", "n_blocks")
 
-def read_settings(config: Path | None, assignments: Sequence[str]) -> tuple[dict, dict]:
-    """Settings of the model and of the training, from a YAML file and ``KEY=VALUE`` lines, which win.
 
-    A key is a field of ``TrainConfig`` or ``GenARConfig``, or ``scales``. Raises ``InputError`` naming one that is
-    neither.
+@dataclass(frozen=True)
+class Settings:
+    """Plain values by owner; each owner checks its own."""
+
+    model: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+    decoding: dict = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)
+
+
+def read_settings(config: Path | None, assignments: Sequence[str]) -> Settings:
+    """Settings from a YAML file and ``KEY=VALUE`` lines, which win.
+
+    A key is a field of ``GenARConfig``, ``TrainConfig``, ``Decoding`` or ``Inputs``, or ``scales`` or ``order``. Raises
+    ``InputError`` naming one that is none of them, or a value of another type.
     """
     import yaml
 
@@ -34,16 +53,28 @@ def read_settings(config: Path | None, assignments: Sequence[str]) -> tuple[dict
             settings[key.strip()] = _number(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"--set {text}: the value is not readable ({error})") from error
-    known_train, known_model = ({f.name: f for f in fields(cls)} for cls in (TrainConfig, GenARConfig))
+    kinds = {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
+    kinds["model"] = {name: kind for name, kind in kinds["model"].items() if name not in _NOT_SET} | _STRUCTURE
+    sorted_out: dict[str, dict] = {owner: {} for owner in kinds}
     for key, value in settings.items():
-        if key not in known_train and key not in known_model and key != "scales":
-            near = difflib.get_close_matches(str(key), [*known_train, *known_model, "scales"], n=1)
+        owner = next((owner for owner, known in kinds.items() if key in known), None)
+        if owner is None:
+            near = difflib.get_close_matches(str(key), [name for known in kinds.values() for name in known], n=1)
             raise InputError(f"setting {key!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
-        field_type = {**known_train, **known_model}[key].type if key != "scales" else None
-        settings[key] = _fit_type(key, value, field_type)
-    return {k: v for k, v in settings.items() if k not in known_train}, {
-        k: v for k, v in settings.items() if k in known_train
-    }
+        sorted_out[owner][key] = _fit_type(key, value, kinds[owner][key])
+    return Settings(**sorted_out)
+
+
+def read_decoding(assignments: Sequence[str]) -> dict:
+    """Fields of ``Decoding`` from ``KEY=VALUE`` lines. Raises ``InputError`` naming another key."""
+    settings = read_settings(None, assignments)
+    if others := [*settings.model, *settings.train, *settings.inputs]:
+        known = ", ".join(f.name for f in fields(Decoding))
+        raise InputError(f"setting {others[0]!r} is the training's; a prediction takes {known}")
+    return settings.decoding
+
+
+_OWNERS = {"model": GenARConfig, "train": TrainConfig, "decoding": Decoding, "inputs": Inputs}
 
 
 def _number(value):
@@ -55,14 +86,14 @@ def _number(value):
 
 
 def _fit_type(key: str, value, kind):
-    """The value as its field's type; whole numbers pass for real ones."""
-    if key == "scales":
-        if isinstance(value, list) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise InputError(f"setting scales: expected a list of whole numbers such as [1, 20, 200], found {value!r}")
+    """The value as its field's type; whole numbers pass for real ones, a lone one for a list."""
+    if isinstance(kind, types.GenericAlias):
+        element = typing.get_args(kind)[0]
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        return tuple(_fit_type(key, v, element) for v in values)
     value = _number(value) if kind is float else value
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise InputError(f"setting {key}: expected {kind.__name__}, found {value!r}")
+        raise InputError(f"setting {key}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
     return value

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from genar.data import contract
 from genar.errors import InputError
-from genar.models import Batch, Model, Spots
+from genar.models import Batch, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 
@@ -35,7 +35,8 @@ class TrainConfig:
     """How a model is trained. The defaults were chosen on validation sections (docs/accuracy.md); ``paper_recipe()``
     is the paper's."""
 
-    max_epochs: int = 15
+    max_epochs: int = 6
+    """0 leaves the model at its start"""
     batch_size: int = 64
     """spots a step"""
     lr: float = 1e-3
@@ -50,9 +51,9 @@ class TrainConfig:
     """largest gradient norm"""
     ema_decay: float = 0.98
     """of the averaged weights, per step; 0 keeps the last weights"""
-    validation_share: float = 0.1
+    validation_share: float = 0.0
     """share of each training section's spots, in one strip, on which the epoch is chosen; 0 trains on all for
-    max_epochs"""
+    max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots are worth more"""
     validate_every: int = 3
     """epochs between validations"""
     patience: int = 4
@@ -71,7 +72,9 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"train: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        for name in ("max_epochs", "batch_size", "validate_every", "patience", "validation_samples"):
+        if self.max_epochs < 0:
+            raise InputError(f"train: max_epochs must be at least 0, found {self.max_epochs}")
+        for name in ("batch_size", "validate_every", "patience", "validation_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train: {name} must be at least 1, found {getattr(self, name)}")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
@@ -82,7 +85,8 @@ def paper_recipe(**changes) -> TrainConfig:
     """Section 4.2 and appendix D: Adam, 1e-4, L2 1e-4, batch 64, constant rate, at most 50 epochs."""
     own = {
         "max_epochs": 50, "lr": 1e-4, "optimizer": "adam", "weight_decay": 1e-4, "schedule": "constant",
-        "warmup_steps": 0, "ema_decay": 0.0, "validation_samples": 1,
+        "warmup_steps": 0, "ema_decay": 0.0, "validation_share": 0.1,
+        "validation_samples": 1,
     }  # fmt: skip
     return TrainConfig(**{**own, **changes})
 
@@ -100,8 +104,11 @@ def train_config_from_dict(facts: dict, recipe: str = "default") -> TrainConfig:
     return RECIPES[recipe](**facts)
 
 
-def make_spots(section: AnnData, features: np.ndarray, genes: Sequence[str] | None = None) -> Spots:
-    """The spots of a section for a model, with the counts of ``genes`` where given; ``features`` float32 [N, views, F].
+def make_spots(
+    section: AnnData, features: np.ndarray, genes: Sequence[str] | None = None, *, n_blocks: int = 1
+) -> Spots:
+    """The spots of a section for a model, with the counts of ``genes`` where given; ``features`` float32 [N, views, F],
+    of ``n_blocks`` equal blocks.
 
     A spot's random numbers follow its name and its section's, so they stay the same in any order or batch.
     """
@@ -116,6 +123,7 @@ def make_spots(section: AnnData, features: np.ndarray, genes: Sequence[str] | No
         torch.tensor(ids),
         torch.zeros(len(xy), dtype=torch.long),
         counts,
+        n_blocks,
     )
 
 
@@ -143,13 +151,17 @@ def fit(
     and machine give the same weights, bit for bit, on a CPU.
     """
     pl.seed_everything(config.seed, verbose=False)
-    model.prepare(spots)
     if not model.gradient:
+        model.prepare(spots)
         model.eval()
         return FitSummary()
-    if config.precision == "bf16" and not torch.cuda.is_available() and not _cpu_has_bf16():
+    if config.precision == "bf16" and not torch.cuda.is_available() and not cpu_has_bf16():
         warnings.warn("this CPU has no bf16 instructions: bf16 will be much slower than fp32 here", stacklevel=2)
     training, validation = split_validation(spots, config.validation_share)
+    model.prepare(training)  # the validation strip must not be known from here either
+    if config.max_epochs == 0:
+        model.eval()
+        return FitSummary()
     module = _Module(model, training, validation, config, log)
     _quiet_lightning()
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
@@ -244,7 +256,7 @@ class _Module(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        predicted = self.model.predict(batch, samples=self.config.validation_samples, seed=self.config.seed)
+        predicted = self.model.predict(batch, Decoding(samples=self.config.validation_samples, seed=self.config.seed))
         mse, pcc = _log2_scores(predicted.layers["log1p_mean"] / LN2, batch.counts)
         epoch, loss = self.current_epoch + 1, float(torch.stack(self._losses or [torch.zeros(())]).mean())
         self._losses = []
@@ -258,6 +270,11 @@ class _Module(pl.LightningModule):
         self._say(
             f"epoch {epoch}/{self.config.max_epochs}: loss {loss:.1f} nats, validation mse {mse:.3f} pcc {pcc:.3f}"
         )
+
+    def on_train_epoch_end(self) -> None:
+        if self._validation is None:
+            loss, self._losses = float(torch.stack(self._losses).mean()), []
+            self._say(f"epoch {self.current_epoch + 1}/{self.config.max_epochs}: loss {loss:.1f} nats")
 
     def restore_best(self) -> None:
         """Load the weights of the best validation; without one, those of the end stay."""
@@ -311,7 +328,13 @@ def _log2_scores(predicted: Tensor, counts: Tensor | None) -> tuple[float, float
 def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list[Callback]:
     callbacks: list[Callback] = [RichProgressBar(leave=False)] if progress else []
     if config.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=config.ema_decay, update_starting_at_step=config.warmup_steps))
+        callbacks.append(
+            EMAWeightAveraging(
+                decay=config.ema_decay,
+                update_starting_at_step=config.warmup_steps,
+                use_buffers=False,  # they are constants
+            )
+        )
     if folder is not None:  # the last epoch alone, under one name
         name = RESUME_FILE.removesuffix(".ckpt")
         callbacks.append(
@@ -320,7 +343,8 @@ def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list
     return callbacks
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether bf16 matrix products are fast here; where nobody can tell, yes."""
     try:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux: nobody can tell

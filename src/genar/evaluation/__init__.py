@@ -10,11 +10,15 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract
-from genar.data.files import write_text
+from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import metrics
 
 __all__ = ["Scores", "metrics", "score", "write_scores"]
+
+
+# Layers with the ends of the 90 % interval of every count.
+_INTERVAL_90 = ("q05", "q95")
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,18 @@ def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
         log2, counts = log1p / np.log(2), np.expm1(log1p)
     per_gene = metrics.score_genes(log2, true_counts)
     summary = metrics.summarise(per_gene, counts, true_counts)
+    if use != "X" and all(name in aligned.layers for name in _INTERVAL_90):
+        low, high = (_dense(aligned.layers[name], f"layers[{name!r}]") for name in _INTERVAL_90)
+        summary |= metrics.calibration(low, high, true_counts)
+        per_gene["coverage_90"] = metrics.coverage(low, high, true_counts)
     return Scores(summary, pd.DataFrame(per_gene, index=pd.Index(genes, name="gene")))
 
 
 def write_scores(folder: Path, scores: dict[str, dict[str, Scores]]) -> dict[str, Path]:
     """Write ``metrics.json`` (section -> method -> metric -> value) and ``metrics.csv`` (a row per section, method
     and gene)."""
-    summary = {
-        section: {method: _plain(s.summary) for method, s in methods.items()} for section, methods in scores.items()
-    }
-    write_text(folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
+    summary = {section: {method: s.summary for method, s in methods.items()} for section, methods in scores.items()}
+    write_text(folder / "metrics.json", json.dumps(json_ready(summary), indent=1) + "\n")
     tables = [
         s.per_gene.reset_index().assign(section=section, method=method)
         for section, methods in scores.items()
@@ -68,11 +74,6 @@ def write_scores(folder: Path, scores: dict[str, dict[str, Scores]]) -> dict[str
     table = table[[*first, *(column for column in table if column not in first)]]
     write_text(folder / "metrics.csv", table.to_csv(index=False, float_format="%.6g"))
     return {"metrics": folder / "metrics.json", "per_gene": folder / "metrics.csv"}
-
-
-def _plain(summary: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN: an undefined metric is null."""
-    return {name: None if np.isnan(value) else value for name, value in summary.items()}
 
 
 def _align(predicted: AnnData, truth: AnnData) -> AnnData:

@@ -122,18 +122,39 @@ def depth_correlation(predicted: np.ndarray, truth: np.ndarray) -> dict[str, flo
     return {"depth_pcc": float(pcc(predicted, truth)[0]), "depth_spearman": float(spearman(predicted, truth)[0])}
 
 
-def by_expression(pcc_per_gene: np.ndarray, mean_count: np.ndarray) -> dict[str, float]:
-    """Mean defined PCC of genes by their mean true count: below 10, 10 to 100, above 100; NaN for an empty class.
+def by_expression(per_gene: np.ndarray, mean_count: np.ndarray, name: str = "pcc") -> dict[str, float]:
+    """Mean defined value of genes by their mean true count: below 10, 10 to 100, above 100; NaN for an empty class.
 
     >>> by_expression(np.array([0.2, 0.4, 0.6]), np.array([1.0, 5.0, 50.0]))
     {'pcc_mean_below_10': 0.3, 'pcc_mean_10_to_100': 0.6, 'pcc_mean_above_100': nan}
     """
     classes = {
-        "pcc_mean_below_10": mean_count < 10,
-        "pcc_mean_10_to_100": (mean_count >= 10) & (mean_count <= 100),
-        "pcc_mean_above_100": mean_count > 100,
+        "mean_below_10": mean_count < 10,
+        "mean_10_to_100": (mean_count >= 10) & (mean_count <= 100),
+        "mean_above_100": mean_count > 100,
     }
-    return {name: round(top_mean(pcc_per_gene[inside], inside.sum()), 12) for name, inside in classes.items()}
+    return {f"{name}_{at}": round(top_mean(per_gene[inside], inside.sum()), 12) for at, inside in classes.items()}
+
+
+def coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Share of each gene's true counts inside [low, high], ends included: [N, G] each -> [G].
+
+    >>> coverage(np.array([[0], [1]]), np.array([[2], [3]]), np.array([[2], [4]]))
+    array([0.5])
+    """
+    truth = np.asarray(truth)
+    return ((np.asarray(low) <= truth) & (truth <= np.asarray(high))).mean(axis=0)
+
+
+def calibration(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Coverage of intervals of nominal 90 %, over all and by mean true count, and their mean width in counts; [N, G].
+
+    Counts are whole: the interval of a gene that is mostly zero cannot hold less than its zeros, and covers more.
+    """
+    per_gene, mean_count = coverage(low, high, truth), np.asarray(truth, dtype=np.float64).mean(axis=0)
+    levels = by_expression(per_gene, mean_count, name="coverage_90")
+    width = float(np.subtract(high, low, dtype=np.float64).mean())
+    return {"coverage_90": float(per_gene.mean()), **levels, "width_90": width}
 
 
 PER_GENE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

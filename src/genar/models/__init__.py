@@ -4,9 +4,9 @@ from importlib import import_module
 from pathlib import Path
 
 from genar.errors import InputError
-from genar.models._base import Batch, Counts, LossOutput, Model, Spots
+from genar.models._base import Batch, Counts, Decoding, LossOutput, Model, Spots
 
-__all__ = ["Batch", "Counts", "LossOutput", "Model", "Spots", "model_class", "model_names"]
+__all__ = ["Batch", "Counts", "Decoding", "LossOutput", "Model", "Spots", "model_class", "model_names"]
 
 
 def model_names() -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from genar.errors import InputError
+from genar.models._decoding import DEFAULT, Decoding
 
 LN2 = math.log(2.0)
 
@@ -57,6 +58,8 @@ class Spots:
     section: Tensor
     """int64 [N]: which section a spot belongs to"""
     counts: Tensor | None = None
+    n_blocks: int = 1
+    """equal blocks in F: patch widths and neighbours' means"""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -70,6 +73,7 @@ class Spots:
             self.spot_ids[rows],
             self.section[rows],
             None if self.counts is None else self.counts[rows],
+            self.n_blocks,
         )
 
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
@@ -95,6 +99,7 @@ class Spots:
             torch.cat([part.spot_ids for part in parts]),
             torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)]),
             torch.cat(counts) if len(counts) == len(parts) else None,
+            parts[0].n_blocks,
         )
 
 
@@ -115,7 +120,7 @@ class Counts:
     decode: str
     """how ``point`` was made"""
     layers: dict[str, Tensor] = field(default_factory=dict)
-    """float32 [B, G] each: ``log1p_mean`` (expectation of ln(1 + count)), ``mean``, ``p_zero``"""
+    """float32 [B, G] each: those of ``Decoding.layers`` that the model has"""
 
     def first(self, n: int) -> "Counts":
         """The first ``n`` spots alone."""
@@ -149,8 +154,11 @@ class Model(nn.Module, abc.ABC):
         """Fit, or set constants, on the training spots (with counts)."""
 
     @abc.abstractmethod
-    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
-        """Counts of the batch's spots. The result for a spot depends on no other spot of the batch."""
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
+        """Counts of the batch's spots, decoded as ``how`` says (``how.decode`` is one of ``decodings``).
+
+        The result for a spot depends on no other spot of the batch.
+        """
 
     def loss(self, batch: Batch) -> LossOutput:
         """Training loss; closed-form methods have none."""

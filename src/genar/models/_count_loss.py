@@ -4,6 +4,7 @@ Head and loss run together on chunks of positions and are computed again in the 
 only one chunk's logits exist. The Gaussian target lives in a window of +- 6 sigma; the mass outside is 2e-9.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,30 @@ def count_kl(read: Tensor, head: Tensor, bias: Tensor, mean: Tensor, sigma: Tens
         return _kl(logits, at, target)
 
     return _in_chunks(kl, read, head, bias, (mean, sigma))
+
+
+def gaussian_nll(read: Tensor, head: Tensor, bias: Tensor, count: Tensor, sigma: Tensor) -> Tensor:
+    """Negative log density of ``count`` under a Gaussian around the softmax's expectation with ``sigma`` [B, M], nats.
+
+    Shapes as in :func:`two_point_kl`.
+    """
+
+    def nll(logits: Tensor, count: Tensor, sigma: Tensor) -> Tensor:
+        classes = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
+        expected = logits.softmax(dim=-1) @ classes
+        return 0.5 * ((count - expected) / sigma).square() + sigma.log() + 0.5 * math.log(2 * math.pi)
+
+    return _in_chunks(nll, read, head, bias, (count, sigma))
+
+
+def cross_entropy(read: Tensor, head: Tensor, bias: Tensor, count: Tensor) -> Tensor:
+    """Negative log probability of the class of ``count`` [B, M], nats. Shapes as in :func:`two_point_kl`."""
+
+    def entropy(logits: Tensor, count: Tensor) -> Tensor:
+        at = count.round().long().clamp(max=logits.shape[-1] - 1)
+        return logits.logsumexp(dim=-1) - logits.gather(-1, at[..., None])[..., 0]
+
+    return _in_chunks(entropy, read, head, bias, (count,))
 
 
 def _kl(logits: Tensor, at: Tensor, target: Tensor) -> Tensor:

@@ -5,6 +5,12 @@ from dataclasses import dataclass, fields, replace
 
 from genar.errors import InputError
 
+FINAL_LOSSES = {
+    "counts": ("gaussian", "gaussian_nll", "cross_entropy"),
+    "continuous": ("squared_error", "gaussian_nll"),
+}
+"""For each output, how a gene's loss may be had."""
+
 
 @dataclass(frozen=True)
 class GenARConfig:
@@ -12,7 +18,9 @@ class GenARConfig:
     default."""
 
     n_features: int = 1280
-    """F, width of the encoder's vector"""
+    """F, width of all feature blocks together"""
+    n_blocks: int = 1
+    """equal feature blocks: patch widths and neighbours' means, each through a histology block of its own"""
     width: int = 128
     """D"""
     depth: int = 4
@@ -33,17 +41,26 @@ class GenARConfig:
     """position code: ``unit`` ([0, 1] over the section, released code), ``pitch`` (100 um) or ``none``"""
     gene_identity: bool = True
     """FiLM and mixing with learned embeddings of the genes"""
+    output: str = "counts"
+    """``counts``: a softmax over count classes (paper); ``continuous``: regression of ln(1 + count)"""
+    final_loss: str = "gaussian"
+    """of the genes: ``gaussian`` (KL to a discretised Gaussian, eq. 5), ``gaussian_nll`` (of the softmax's expectation)
+    or ``cross_entropy``; with continuous output, of every scale: ``squared_error`` or ``gaussian_nll``"""
+    scale_weights: tuple[float, ...] = ()
+    """weight of each scale's loss, coarse to fine; empty: equal (each a sum over its positions)"""
+    recompute: bool = False
+    """the blocks' activations are computed again in the backward pass: less memory, more time"""
     group_temperature: float = 0.0
     """widens the target of a group to this standard deviation (counts); 0 shares it between two neighbouring counts"""
     sigma_base: float = 0.5
     sigma_slope: float = 0.1
     """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
-    components: int = 32
-    """> 0: features are standardised and reduced to so many principal components, shrunk as ridge shrinks them (see
+    components: int = 64
+    """> 0: features are standardised and reduced to so many components, weighted as ridge weights them (see
     ``Condition``); 0 feeds the features themselves through a layer norm (paper)"""
     feature_dropout: float = 0.3
     """share of the features (or components) hidden in each training step"""
-    token_noise: float = 0.5
+    token_noise: float = 0.0
     """standard deviation, in ln(1 + count), of noise that a spot's coarser tokens share in training; each group adds
     half as much"""
     count_basis: int = 32
@@ -51,16 +68,21 @@ class GenARConfig:
     own weights"""
     start_at_frequencies: bool = True
     """a bias per position and count, started at the frequency of each count in training"""
+    linear_start: bool = True
+    """the logits start at a log-linear model of each group, fitted to components and parent in closed form (see
+    ``LinearStart``); needs ``components`` and ``start_at_frequencies``"""
 
     def __post_init__(self):
         for name, allowed in (
             ("history", ("tokens", "queries")),
             ("within", ("causal", "full")),
             ("coords", ("unit", "pitch", "none")),
+            ("output", tuple(FINAL_LOSSES)),
+            ("final_loss", FINAL_LOSSES.get(self.output, ())),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"model: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
-        for name in ("n_features", "width", "depth", "heads"):
+        for name in ("n_features", "n_blocks", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"model: {name} must be at least 1, found {getattr(self, name)}")
         for name in ("dropout", "drop_path", "feature_dropout"):
@@ -68,10 +90,19 @@ class GenARConfig:
                 raise InputError(f"model: {name} must be in [0, 1), found {getattr(self, name)}")
         if self.width % self.heads:
             raise InputError(f"model: width {self.width} must be a multiple of heads {self.heads}")
+        if self.n_features % self.n_blocks:
+            raise InputError(f"model: {self.n_features} features are not {self.n_blocks} equal blocks")
+        if self.linear_start and not (self.components and self.start_at_frequencies):
+            raise InputError("model: linear_start needs components > 0 and start_at_frequencies; set it to false")
         if self.max_count < 0 or self.sigma_base <= 0 or self.token_noise < 0 or self.count_basis < 0:
             raise InputError(
                 "model: max_count, token_noise and count_basis must not be negative, sigma_base must be > 0"
             )
+
+    @property
+    def histology_inputs(self) -> list[int]:
+        """Width of what each histology block reads."""
+        return [self.components] if self.components else [self.n_features // self.n_blocks] * self.n_blocks
 
 
 def small(**changes) -> GenARConfig:
@@ -84,7 +115,7 @@ def paper(**changes) -> GenARConfig:
     config = GenARConfig(
         width=768, depth=8, heads=8, max_count=2000, history="tokens", within="causal", coords="unit",
         components=0, dropout=0.1, feature_dropout=0.0, token_noise=0.0, count_basis=0, sigma_base=1.0,
-        sigma_slope=0.01, start_at_frequencies=False,
+        sigma_slope=0.01, start_at_frequencies=False, linear_start=False,
     )  # fmt: skip
     return replace(config, **changes)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from genar.models._base import Batch, Spots
+from genar.models._base import Batch
 from genar.models._genar_config import GenARConfig
-from genar.models.ridge import choose_penalty
+from genar.models._linear_start import KNOTS, Components, interpolate
 
 _MAX_LOGIT_SCALE = math.log(100.0)
 _POSITION_WAVES = 64
@@ -17,9 +17,9 @@ _POSITION_WAVES = 64
 class Condition(nn.Module):
     """h [B, D] from the feature and the position of a spot (section 3).
 
-    With ``components`` the features enter as principal components, each divided by sqrt(its variance + penalty / N),
-    where the penalty is the one that ridge regression needs on the same spots: strong components come whitened, weak
-    ones vanish. A few hundred spots cannot tell a thousand features apart, and this is how much they can.
+    Each block of the features (patch widths, neighbours' means) has a histology block of its own. With ``components``
+    all of them enter together as few components, weighted as ridge regression on the same spots would
+    weight them (see ``_linear_start``): strong ones come with variance one, weak ones vanish.
     """
 
     feature_mean: Tensor
@@ -28,42 +28,43 @@ class Condition(nn.Module):
     def __init__(self, config: GenARConfig):
         super().__init__()
         self.config = config
-        n_inputs = config.components or config.n_features
         if config.components:
             self.register_buffer("feature_mean", torch.zeros(config.n_features))
             self.register_buffer("feature_map", torch.zeros(config.n_features, config.components))
-        self.histology = nn.Sequential(
-            nn.Identity() if config.components else nn.LayerNorm(n_inputs),
-            nn.Dropout(config.feature_dropout), nn.Linear(n_inputs, 512), nn.GELU(), nn.Dropout(config.dropout),
-            nn.Linear(512, 512), nn.LayerNorm(512),
+        self.histology = nn.ModuleList(
+            nn.Sequential(
+                nn.Identity() if config.components else nn.LayerNorm(n_inputs),
+                nn.Dropout(config.feature_dropout), nn.Linear(n_inputs, 512), nn.GELU(), nn.Dropout(config.dropout),
+                nn.Linear(512, 512), nn.LayerNorm(512),
+            )
+            for n_inputs in config.histology_inputs
         )  # fmt: skip
         n_position = 0 if config.coords == "none" else 256
         self.position = nn.Sequential(nn.Linear(256, 256), nn.LayerNorm(256)) if n_position else None
+        n_joined = 512 * len(self.histology) + n_position
         self.fuse = nn.Sequential(
-            nn.Linear(512 + n_position, config.width), nn.LayerNorm(config.width), nn.Dropout(config.dropout)
+            nn.Linear(n_joined, config.width), nn.LayerNorm(config.width), nn.Dropout(config.dropout)
         )
 
     @torch.no_grad()
-    def find_components(self, spots: Spots) -> None:
-        """Set the map from features to components by the training spots."""
-        x = spots.features.mean(dim=1).double()
-        mean, scale = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
-        _, s, vh = torch.linalg.svd((x - mean) / scale, full_matrices=False)
-        n = min(self.config.components, len(s))
-        shrink = ((s[:n].square() + choose_penalty(spots)) / len(x)).rsqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_map[:, :n] = (vh[:n].T * shrink / scale[:, None]).float()
+    def set_components(self, found: Components, n_spots: int) -> None:
+        """Set the map from features to components."""
+        self.feature_mean.copy_(found.mean)
+        self.feature_map[:, : found.directions.shape[1]] = found.directions * found.shrink(n_spots)
+
+    def components(self, batch: Batch) -> Tensor:
+        """Components of B spots [B, C]."""
+        return (batch.features - self.feature_mean) @ self.feature_map
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch of B spots -> h [B, D]."""
-        x = batch.features
-        if self.config.components:
-            x = (x - self.feature_mean) @ self.feature_map
-        h = self.histology(x)
+        inputs = self.components(batch) if self.config.components else batch.features
+        parts = inputs.split(self.config.histology_inputs, dim=1)
+        joined = [block(part) for block, part in zip(self.histology, parts, strict=True)]
         if self.position is not None:
             coords = batch.coords_unit if self.config.coords == "unit" else batch.coords_um / 100
-            h = torch.cat([h, self.position(position_code(coords))], dim=1)
-        return self.fuse(h)
+            joined.append(self.position(position_code(coords)))
+        return self.fuse(torch.cat(joined, dim=1))
 
 
 def position_code(coords: Tensor) -> Tensor:
@@ -127,6 +128,38 @@ class Cache:
         self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop] = k, v
         self.length += self.n_keep  # what lies beyond is overwritten by the next step
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class LinearStart(nn.Module):
+    """Part of the logits that is known before training.
+
+    What ridge expects of l = ln(1 + count) of a group from the image, moved by how far the parent's token lies from
+    what ridge expected of the parent, becomes the mean of a distribution: the group's training frequencies f(v) times
+    exp(a l - b l^2 / 2), with a from a table that gives p this mean, and b once a group (see ``fit_curvatures``).
+    """
+
+    slope: Tensor
+    parent_slope: Tensor
+    offset: Tensor
+    curvature: Tensor
+    means: Tensor
+    tilts: Tensor
+
+    def __init__(self, n_components: int, n_groups: int):
+        super().__init__()
+        for name, shape in (("slope", (n_components, n_groups)), ("parent_slope", (n_groups,)),
+                            ("offset", (n_groups,)), ("curvature", (n_groups,)),
+                            ("means", (n_groups, KNOTS)), ("tilts", (n_groups, KNOTS))):  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape))
+
+    def expected(self, place: slice, components: Tensor, parents: Tensor) -> Tensor:
+        """Mean l [B, M] of the groups of one scale from components [B, C] and the parents' counts [B, M]."""
+        known = components @ self.slope[:, place] + self.offset[place]
+        return known + self.parent_slope[place] * torch.log1p(parents)
+
+    def tilt(self, place: slice, expected: Tensor) -> Tensor:
+        """a [B, M], from the ``expected`` l [B, M]."""
+        return interpolate(self.tilts[place], self.means[place], expected)
 
 
 class CountTable(nn.Module):

@@ -18,16 +18,22 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
+from torch.utils.checkpoint import checkpoint
 
 from genar.errors import InputError
-from genar.genes import Scales, fit_scales
+from genar.genes import Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
-from genar.models._count_loss import count_kl, two_point_kl
+from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
-from genar.models._genar_parts import Block, Cache, Condition, CountTable
+from genar.models._genar_heads import CountHead, ValueHead
+from genar.models._genar_parts import Block, Cache, Condition, CountTable, LinearStart
+from genar.models._linear_start import Components, find_components, fit_curvatures, fit_means
+from genar.models.ridge import folds
 
 __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
+# Settings that shape the hierarchy rather than the network.
+STRUCTURE = ("scales", "order")
 # Trajectories generated at a time.
 _TRAJECTORIES = 64
 
@@ -35,7 +41,7 @@ _TRAJECTORIES = 64
 class GenAR(Model):
     """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2)."""
 
-    decodings = ("greedy", "mean")
+    decodings = DECODINGS
     mask: Tensor
     order: Tensor
     inverse: Tensor
@@ -63,10 +69,9 @@ class GenAR(Model):
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, drop) for drop in drops)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_steer = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.head = CountTable(n_classes, width, config.count_basis, std=0.02)
-        self.head_bias = nn.Parameter(torch.zeros(n_classes))
-        if config.start_at_frequencies:
-            self.position_bias = nn.Parameter(torch.zeros(n_groups, n_classes))
+        self.head = (CountHead if config.output == "counts" else ValueHead)(config, n_groups)
+        if config.linear_start:
+            self.linear_start = LinearStart(config.components, n_groups)
         if config.gene_identity:
             self.identity = nn.Parameter(torch.randn(scales.n_genes, width) * 0.02)
             self.group_identity = nn.Sequential(
@@ -145,7 +150,10 @@ class GenAR(Model):
 
     def _trunk(self, x: Tensor, h: Tensor, mask: Tensor, caches: list[Cache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
-            x = block(x, h, mask, caches[i] if caches else None)
+            if self.training and self.config.recompute:
+                x = checkpoint(block, x, h, mask, use_reentrant=False)  # pyright: ignore
+            else:
+                x = block(x, h, mask, caches[i] if caches else None)
         return x
 
     def _film(self) -> tuple[Tensor, Tensor] | None:
@@ -160,54 +168,83 @@ class GenAR(Model):
         return gamma, beta
 
     def _read_out(self, k: int, x: Tensor, h: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What the classes of scale k are read from, [B, M_k, D]: AdaLN, then FiLM."""
+        """What the head of scale k reads, [B, M_k, D]: AdaLN, then FiLM."""
         scale, shift = self.head_steer(h)[:, None].chunk(2, dim=2)
         x = self.head_norm(x) * (1 + scale) + shift
         return x if film is None else x * film[0][self._places[k]] + film[1][self._places[k]]
 
-    def _bias(self, k: int) -> Tensor:
-        """[1 or M_k, V]"""
-        if self.config.start_at_frequencies:
-            return self.head_bias + self.position_bias[self._places[k]]
-        return self.head_bias[None]
+    def _start(self, k: int, known: Tensor | None, parents: Tensor) -> tuple[LinearStart, Tensor] | None:
+        """The linear start and the ln(1 + count) [B, M_k] that it expects, from components [B, C] and the tokens of the
+        scale above [B, M_{k-1}]."""
+        if known is None:
+            return None
+        above = parents[:, getattr(self, f"parent_{k}")] if k else known.new_zeros(len(known), self.sizes[0])
+        return self.linear_start, self.linear_start.expected(self._places[k], known, above)
+
+    def _known(self, batch: Batch) -> Tensor | None:
+        """Components [B, C] that the linear start reads."""
+        return self.condition.components(batch) if self.config.linear_start else None
 
     # -- training ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prepare(self, spots: Spots) -> None:
-        """Set constants from the training spots: feature mean and scale, and the frequency of each count."""
+        """Set constants from the training spots: the components, the frequency of each count, the linear start."""
         assert spots.counts is not None
+        means = self.pool(spots.counts.clamp(max=self.config.max_count))
+        self.head.prepare(means)
         if self.config.components:
-            self.condition.find_components(spots)
-        if self.config.start_at_frequencies:
-            means = self.pool(spots.counts)
-            self.position_bias.copy_(torch.cat([log_frequencies(m, self.config.max_count) for m in means]))
+            found = find_components(spots, self.config.components)
+            self.condition.set_components(found, len(spots))
+            if self.config.linear_start:
+                self._fit_linear_start(spots, means, found)
+
+    def _fit_linear_start(self, spots: Spots, means: list[Tensor], found: Components) -> None:
+        """Fit the log-linear model of every group, scale by scale; the parents' tokens are the true ones."""
+        x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
+        shrink, fold, start = found.shrink(len(spots)).double()[:, None], folds(spots), self.linear_start
+        above: tuple[Tensor, Tensor, Tensor] | None = None
+        for k, mean in enumerate(means):
+            y, place = torch.log1p(mean).double(), self._places[k]
+            slope, expected = fit_means(x, y, fold, found.penalty)
+            intercept = y.mean(dim=0) - x.mean(dim=0) @ slope
+            own = (slope, intercept, torch.log1p(mean.round()).double() - expected)
+            if above is not None:
+                slope_above, intercept_above, surprise = (part[..., getattr(self, f"parent_{k}")] for part in above)
+                follow = (surprise * own[2]).sum(dim=0) / surprise.square().sum(dim=0).clamp(min=1e-9)
+                expected = expected + follow * surprise
+                slope, intercept = slope - follow * slope_above, intercept - follow * intercept_above
+                start.parent_slope[place] = follow.float()
+            above = own
+            if isinstance(self.head, CountHead):
+                variance = (y - expected).square().mean(dim=0).clamp(min=1e-4)
+                base = self.head.group_bias[place].double()
+                curvature, knots, tilts = fit_curvatures(base, self.head.log_classes.double(), expected, variance)
+                start.curvature[place] = curvature.float()
+                start.means[place], start.tilts[place] = knots.float(), tilts.float()
+            start.slope[: len(slope), place] = (slope / shrink).float()
+            start.offset[place] = intercept.float()
 
     def loss(self, batch: Batch) -> LossOutput:
-        """One teacher-forced pass; each scale's KL summed over its positions, averaged over spots (nats), K scales
-        alike.
+        """One teacher-forced pass; each scale's loss summed over its positions, averaged over spots (nats), the K
+        scales weighted by ``scale_weights``.
 
         The coarser tokens are the true means, rounded, or those with noise (``token_noise``).
         """
         assert batch.counts is not None
         means = self.pool(batch.counts.clamp(max=self.config.max_count))
         tokens = [mean.round().long() for mean in self._noisy(means[:-1])]
-        h, table, film = self.condition(batch), self.embed.rows(), self._film()
+        h, known, table, film = self.condition(batch), self._known(batch), self.embed.rows(), self._film()
         x = self._trunk(self._sequence(table, tokens, len(h)), h, self.mask)
-        head, losses = self.head.rows(), []
+        losses = []
         for k, mean in enumerate(means):
             at = slice(self._interpolated_start[k], self._interpolated_start[k + 1])
-            read = self._read_out(k, x[:, at], h, film)
-            if k < len(means) - 1 and self.config.group_temperature == 0:
-                kl = two_point_kl(read, head, self._bias(k), mean)
-            else:
-                sigma = torch.full_like(mean, self.config.group_temperature)
-                if k == len(means) - 1:
-                    sigma = mean * self.config.sigma_slope + self.config.sigma_base
-                kl = count_kl(read, head, self._bias(k), mean, sigma)
-            losses.append(kl.sum() / len(h))
+            read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, tokens[k - 1] if k else x)
+            loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
+            losses.append(loss(self._places[k], read, start, mean).sum() / len(h))
         per_scale = torch.stack(losses)
-        return LossOutput(per_scale.mean(), per_scale.detach())
+        weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
+        return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
 
     def _sequence(self, table: Tensor, tokens: list[Tensor], n_spots: int) -> Tensor:
         """The training pass's input [B, L, D] from the tokens of scales 1..K-1."""
@@ -233,58 +270,78 @@ class GenAR(Model):
 
     # -- generation -------------------------------------------------------------------------------------------------
 
-    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """See :meth:`generate`. Spots go through in blocks of one fixed shape, the last one padded.
 
         Matrix products round differently at other shapes, and a token near a tie might fall otherwise in another batch.
         """
-        samples = 1 if decode == "greedy" else samples
-        n_spots, block, parts = len(batch.features), max(1, _TRAJECTORIES // samples), []
+        n_spots, block, parts = len(batch.features), max(1, _TRAJECTORIES // how.trajectories), []
         for start in range(0, n_spots, block):
             rows = torch.arange(start, start + block, device=batch.features.device).clamp(max=n_spots - 1)
             part = Batch(batch.features[rows], batch.coords_um[rows], batch.coords_unit[rows], batch.spot_ids[rows])
-            parts.append(self.generate(part, decode=decode, samples=samples, seed=seed))
+            parts.append(self.generate(part, how))
         return Counts.join(parts).first(n_spots)
 
     @torch.no_grad()
-    def generate(
-        self, batch: Batch, *, decode: str = "greedy", samples: int = 1, seed: int = 0, cache: bool = True
-    ) -> Counts:
+    def generate(self, batch: Batch, how: Decoding = DEFAULT, *, cache: bool = True) -> Counts:
         """Counts of B spots, free-running: each scale reads the tokens that this very call made.
 
-        ``greedy`` (paper) takes the most likely class at every scale. ``mean`` takes the expectation at the last; with
-        ``samples`` = S > 1 the coarser scales are drawn S times and the S last softmaxes averaged. Both fill the layers
-        ``mean``, ``log1p_mean`` and ``p_zero``. ``cache=False`` computes every scale from scratch, to check the cache.
-        Raises ``InputError`` for another ``decode``.
+        The predictive distribution of a gene is the average of the last softmaxes of the S trajectories; ``how.decode``
+        makes the counts of it, ``how.layers`` are kept of it. ``greedy`` and ``sample`` follow one trajectory.
+        ``cache=False`` computes every scale from scratch, to check the cache. Raises ``InputError`` where squared error
+        (which gives no distribution) is asked for one.
         """
-        if decode not in self.decodings:
-            raise InputError(f"decode must be one of {', '.join(self.decodings)}, found {decode!r}")
-        samples = 1 if decode == "greedy" else samples
-        n_coarse = sum(self.sizes[:-1])
-        draws = uniforms(batch.spot_ids, seed, samples, n_coarse).flatten(0, 1) if samples > 1 else None
-        h = self.condition(batch).repeat_interleave(samples, dim=0)  # [B S, D]
-        logits = self._last_logits(h, None if draws is None else draws.to(h.device), cache)
-        counts = torch.arange(logits.shape[2], device=h.device, dtype=torch.float32)
-        p = logits.float().softmax(dim=2).unflatten(0, (-1, samples)).mean(dim=1)  # [B, G, V]
-        mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
-        point = p.argmax(dim=2) if decode == "greedy" else mean.round().long()
-        layers = {"mean": mean, "log1p_mean": (p * torch.log1p(counts)).sum(dim=2), "p_zero": p[:, :, 0]}
-        panel_order = {name: values[:, self.inverse] for name, values in layers.items()}
-        return Counts(point[:, self.inverse], decode, panel_order)
+        if self.config.final_loss == "squared_error":
+            return self._generate_values(batch, how, cache)
+        s = how.trajectories
+        n_draws = sum(self.sizes) if how.decode == "sample" else sum(self.sizes[:-1])
+        drawn = how.decode == "sample" or s > 1
+        draws = (
+            uniforms(batch.spot_ids, how.seed, s, n_draws).flatten(0, 1).to(batch.features.device) if drawn else None
+        )
+        logits = self._last(batch, how, draws, cache)
+        p = logits.softmax(dim=2).unflatten(0, (-1, s)).mean(dim=1)  # [B, G, V]
+        if how.decode == "greedy":
+            point = logits.argmax(dim=2)
+        elif how.decode == "sample":
+            assert draws is not None
+            point = draw(logits, draws[:, self._places[-1]], how)
+        elif how.decode == "mean":
+            point = summarise(p, ("mean",))["mean"].round().long()
+        else:
+            point = quantile(p, 0.5)
+        layers = {name: values[:, self.inverse] for name, values in summarise(p, how.kept).items()}
+        return Counts(point[:, self.inverse], how.decode, layers)
 
-    def _last_logits(self, h: Tensor, draws: Tensor | None, cache: bool) -> Tensor:
-        """Logits of the last scale [B, G, V] in cluster order, after generating every coarser one (eq. 2)."""
-        table, head, film = self.embed.rows(), self.head.rows(), self._film()
+    def _generate_values(self, batch: Batch, how: Decoding, cache: bool) -> Counts:
+        """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
+        if how.decode not in ("greedy", "mean"):
+            raise InputError(f"a model of squared error decodes by greedy or mean, not by {how.decode!r}")
+        how = replace(how, samples=1)
+        value = self._last(batch, how, None, cache, values=True).clamp(min=0)[:, self.inverse]
+        known = {"log1p_mean": value, "mean": torch.expm1(value)}
+        layers = {name: known[name] for name in how.kept if name in known}
+        return Counts(torch.expm1(value).round().long(), how.decode, layers)
+
+    def _last(self, batch: Batch, how: Decoding, draws: Tensor | None, cache: bool, values: bool = False) -> Tensor:
+        """Logits of the last scale [B S, G, V] (or its values [B, G]) in cluster order, after every coarser one."""
+        h = self.condition(batch).repeat_interleave(how.trajectories, dim=0)  # [B S, D]
+        known = self._known(batch)
+        known = None if known is None else known.repeat_interleave(how.trajectories, dim=0)
+        table, film = self.embed.rows(), self._film()
         n_kept = self._step(len(self.sizes) - 1)
         caches = [Cache(len(n_kept[0]) + len(n_kept[1])) for _ in self.blocks]
-        tokens = h.new_zeros(len(h), 0, dtype=torch.long)
+        tokens = torch.zeros(len(h), 0, dtype=torch.long, device=h.device)
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
             x = self._cached_pass(k, table, tokens, h, caches) if cache else self._full_pass(k, table, made, h)
-            logits = fn.linear(self._read_out(k, x, h, film), head) + self._bias(k)
+            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, tokens))
+            if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
+                return self.head.values(*inputs)[0]
+            logits = self.head.logits(*inputs)
             if k == len(self.sizes) - 1:
                 return logits
-            tokens = _choose(logits.float(), None if draws is None else draws[:, self._places[k]])
+            tokens = logits.argmax(dim=2) if draws is None else draw(logits, draws[:, self._places[k]], how)
             made.append(tokens)
         raise AssertionError("a model has at least one scale")
 
@@ -309,18 +366,25 @@ class GenAR(Model):
 
     @classmethod
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
-        """Settings are the fields of :class:`GenARConfig`, and ``scales``: the groups at each scale, coarse to fine."""
-        config_from_dict({name: value for name, value in settings.items() if name != "scales"}, preset)
-        if n_genes is not None and "scales" in settings:
-            Scales(tuple(range(n_genes)), tuple(settings["scales"]))
+        """Settings are the fields of :class:`GenARConfig`, ``scales``: the groups at each scale, coarse to fine, and
+        ``order``: ``kmeans``, ``random`` or the panel's indices in order."""
+        config_from_dict({name: value for name, value in settings.items() if name not in STRUCTURE}, preset)
+        order = settings.get("order", "kmeans")
+        if isinstance(order, str) and order not in ("kmeans", "random"):
+            raise InputError(f"model: order must be kmeans, random or a GMT file of gene sets, found {order!r}")
+        if n_genes is not None:
+            Scales(
+                tuple(range(n_genes)) if isinstance(order, str) else tuple(order),
+                tuple(settings.get("scales", default_sizes(n_genes))),
+            )
 
     @classmethod
     def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "GenAR":
         """Order the genes by the training counts and size the classes for them."""
         assert spots.counts is not None
-        scales = fit_scales(spots.counts.numpy(), settings.get("scales"))
-        own = {name: value for name, value in settings.items() if name != "scales"}
-        config = config_from_dict({**own, "n_features": n_features}, preset)
+        scales = fit_scales(spots.counts.numpy(), settings.get("scales"), order=settings.get("order", "kmeans"))
+        own = {name: value for name, value in settings.items() if name not in STRUCTURE}
+        config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
             config = replace(config, max_count=auto_max_count(spots.counts))
         return cls(config, scales)
@@ -333,29 +397,6 @@ class GenAR(Model):
     def from_facts(cls, facts: dict) -> "GenAR":
         """Inverse of :meth:`facts`."""
         return cls(config_from_dict(facts["config"]), Scales.from_dict(facts["scales"]))
-
-
-def _choose(logits: Tensor, draws: Tensor | None) -> Tensor:
-    """Tokens [B, M]: the most likely, or the quantile of each at its draw in (0, 1)."""
-    if draws is None:
-        return logits.argmax(dim=2)
-    cumulative = logits.double().softmax(dim=2).cumsum(dim=2)
-    return torch.searchsorted(cumulative, draws[:, :, None].double())[:, :, 0].clamp(max=logits.shape[2] - 1)
-
-
-def log_frequencies(means: Tensor, max_count: int) -> Tensor:
-    """Log of the smoothed frequency of each count at each position: means [N, M] -> [M, V], mean zero over the classes.
-
-    Each observed value spreads over a Gaussian as wide as counting noise, (1 + m) ** 0.5, and every class keeps a
-    floor.
-    """
-    classes = torch.arange(max_count + 1, dtype=torch.float32, device=means.device)
-    frequency = torch.zeros(means.shape[1], max_count + 1, device=means.device)
-    for mean in means.clamp(max=max_count):  # one spot at a time bounds the memory
-        spread = torch.exp(-0.5 * (classes - mean[:, None]).square() / (1 + mean[:, None]))
-        frequency += spread / spread.sum(dim=1, keepdim=True)
-    frequency = frequency / len(means) + 1e-6
-    return frequency.log() - frequency.log().mean(dim=1, keepdim=True)
 
 
 def auto_max_count(counts: Tensor) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._decoding import DEFAULT, Decoding
 
 
 class Mean(ClosedForm):
@@ -20,7 +21,7 @@ class Mean(ClosedForm):
         assert spots.counts is not None
         self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
 
-    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """The same counts for every spot."""
         return Counts.from_log2(self.gene_mean.expand(len(batch.features), -1))
 

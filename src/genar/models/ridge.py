@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._decoding import DEFAULT, Decoding
 
 PENALTIES = tuple(np.logspace(1, 6, 21))
 _N_BLOCKS = 5
@@ -48,7 +49,7 @@ class Ridge(ClosedForm):
         ):
             buffer.copy_(value)
 
-    def predict(self, batch: Batch, *, decode: str = "mean", samples: int = 1, seed: int = 0) -> Counts:
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """The regression's value."""
         x = (batch.features - self.feature_mean) / self.feature_scale
         return Counts.from_log2(x @ self.weight + self.intercept)
@@ -58,10 +59,10 @@ def choose_penalty(spots: Spots) -> float:
     """The penalty of least squared error on training sections left out in turn (of one section: on strips of it)."""
     assert spots.counts is not None
     x, y = spots.features.mean(dim=1).double(), log2p1(spots.counts).double()
-    folds = spots.section if spots.section.unique().numel() > 1 else blocks(spots.coords_um)
+    fold = folds(spots)
     errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
-    for fold in folds.unique():
-        inside, outside = folds != fold, folds == fold
+    for left_out in fold.unique():
+        inside, outside = fold != left_out, fold == left_out
         for i, (mean, scale, weight, intercept) in enumerate(_fit(x[inside], y[inside], PENALTIES)):
             predicted = (x[outside] - mean) / scale @ weight + intercept
             errors[i] += (predicted - y[outside]).square().sum()
@@ -77,6 +78,13 @@ def _fit(x: Tensor, y: Tensor, penalties):
     projected = u.T @ (y - intercept)
     for penalty in penalties:
         yield mean, scale, vh.T @ ((s / (s.square() + penalty))[:, None] * projected), intercept
+
+
+def folds(spots: Spots) -> Tensor:
+    """int64 [N]: parts to leave out in turn: the sections, at most ``_N_BLOCKS`` sets of them; strips of a single
+    one."""
+    sections, place = spots.section.unique(return_inverse=True)
+    return place % _N_BLOCKS if len(sections) > 1 else blocks(spots.coords_um)
 
 
 def blocks(coords_um: Tensor, n_blocks: int = _N_BLOCKS) -> Tensor:

@@ -1,0 +1,222 @@
+"""Speed and memory of GenAR against a plain implementation of the released design, measured in one run.
+
+    python benchmarks/model.py [--sizes small,released] [--batches 16,64] [--threads 2] [--bf16 auto] [--curves PNG]
+
+Every measurement runs in a process of its own: the median of its repetitions, and the peak of its resident memory.
+The ratios are to the plain implementation at the same size, batch and threads (float32). "share" is of the speed of a
+large matrix product, measured just before at the same precision and threads.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SIZES = {"small": (128, 4, 4, 511), "released": (512, 8, 8, 2000)}
+SCALES = (1, 4, 8, 40, 100, 200)
+VARIANTS = ("plain", "tokens", "queries", "recompute", "compiled")
+
+
+def build(variant, size, scales):
+    """(loss of a batch, generation of a batch) as functions of the batch size."""
+    import torch
+
+    from genar.genes import Scales
+    from genar.models import Batch, Decoding
+    from genar.models.genar import GenAR, paper
+
+    width, depth, heads, max_count = SIZES[size]
+    torch.manual_seed(0)
+    sizes, n_features = tuple(scales), 1280
+    counts = torch.poisson(torch.rand(64, sizes[-1]) * 20).long().clamp(max=max_count)
+    features, xy = torch.randn(64, n_features), torch.rand(64, 2) * 5000
+    if variant == "plain":
+        sys.path.insert(0, str(HERE))
+        from plain import Plain
+
+        model = Plain(n_features, width, depth, heads, max_count, sizes)
+        code = torch.randn(64, 256)
+        return (
+            model,
+            lambda n: model.loss(features[:n], code[:n], counts[:n]),
+            lambda n: model.generate(features[:n], code[:n]),
+        )
+    options = {} if variant == "tokens" else {"history": "queries", "within": "full"}
+    config = paper(
+        n_features=n_features, width=width, depth=depth, heads=heads, max_count=max_count, drop_path=0.0,
+        recompute=variant == "recompute", **options,
+    )  # fmt: skip
+    model = GenAR(config, Scales(tuple(range(sizes[-1])), sizes))
+
+    def batch(n):
+        return Batch(features[:n], xy[:n], xy[:n] / 5000, torch.arange(n), counts[:n])
+
+    if variant == "compiled":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model, lambda n: model.loss(batch(n)).total, lambda n: model.generate(batch(n), Decoding("greedy"))
+
+
+def measure(job):
+    """Run one job in this process and print its figures as JSON."""
+    import contextlib
+
+    import torch
+
+    from genar.cli import _keep_freed_memory
+
+    _keep_freed_memory()
+    torch.set_num_threads(job["threads"])
+    bf16 = job["precision"] == "bf16"
+    model, loss, generate = build(job["variant"], job["size"], job["scales"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            if job["what"] == "train":
+                value = loss(job["batch"])
+            else:
+                generate(job["batch"])
+        if job["what"] == "train":
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+    model.train(job["what"] == "train")
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    step()
+    first, seconds = time.perf_counter() - started, []
+    for _ in range(job["repeats"]):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = None
+    if job["variant"] in ("plain", "tokens", "queries"):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops = counter.get_total_flops()
+    median = statistics.median(seconds)
+    print(json.dumps({"seconds": median, "first": first, "gib": (peak - base) / 2**20, "flops": flops}))
+
+
+def peak_flops(threads, precision):
+    """Speed of a large matrix product, FLOP/s."""
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / statistics.median(seconds[1:])
+
+
+def run(**job):
+    """A job in a process of its own; ``None`` where it ran out of memory."""
+    job = {"repeats": 3, "scales": SCALES, **job}
+    done = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        print(f"  failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'killed (memory)'}")
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(size, batches, threads, precisions, variants):
+    print(
+        f"\n## {size}: width {SIZES[size][0]}, {SIZES[size][1]} layers, {SIZES[size][3] + 1} classes, {threads} threads"
+    )
+    print("| job | batch | precision | variant | spots/s | share | GiB | x plain | first step s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for what in ("generate", "train"):
+        for batch in batches:
+            plain = None
+            for variant in variants:
+                if what == "generate" and variant == "recompute":
+                    continue
+                for precision in precisions if variant != "plain" else ("fp32",):
+                    if (variant, what, size, batch) == ("plain", "train", "released", 64):
+                        continue  # needs more than 24 GiB
+                    peak = peak_flops(threads, precision)
+                    job = {"size": size, "batch": batch, "threads": threads, "precision": precision, "what": what}
+                    found = run(variant=variant, **job)
+                    if found is None:
+                        continue
+                    speed = batch / found["seconds"]
+                    plain = speed if variant == "plain" else plain
+                    share = f"{found['flops'] / found['seconds'] / peak:.0%}" if found["flops"] else ""
+                    ratio = f"{speed / plain:.2f}" if plain else ""
+                    print(
+                        f"| {what} | {batch} | {precision} | {variant} | {speed:.1f} | {share} | {found['gib']:.2f} | "
+                        f"{ratio} | {found['first']:.1f} |",
+                        flush=True,
+                    )
+
+
+def curves(path, threads):
+    """Seconds over spots and over genes, for training and generation of ``small``: PNG."""
+    from matplotlib.figure import Figure
+
+    from genar.genes import default_sizes
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    job = {"size": "small", "threads": threads, "precision": "fp32", "variant": "queries", "repeats": 2}
+    for what, colour in (("generate", "tab:blue"), ("train", "tab:orange")):
+        spots = [4, 8, 16, 32, 64]
+        seconds = [run(what=what, batch=n, **job)["seconds"] for n in spots]
+        axes[0].plot(spots, seconds, "o-", color=colour, label=what)
+        genes = [100, 200, 500, 1000, 2000]
+        seconds = [run(what=what, batch=8, scales=default_sizes(n), **job)["seconds"] for n in genes]
+        axes[1].plot(genes, seconds, "o-", color=colour, label=what)
+        growth = [round(float(b / a), 2) for a, b in itertools.pairwise(seconds)]
+        print(f"{what}: seconds for 8 spots at {genes} genes: {[round(s, 3) for s in seconds]}, steps x{growth}")
+    for axis, label in zip(axes, ("spots in a batch (200 genes)", "genes (8 spots)"), strict=True):
+        axis.set(xlabel=label, ylabel="seconds", xlim=(0, None), ylim=(0, None))
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    print(f"curves: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="small,released")
+    parser.add_argument("--batches", default="16,64")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where the CPU has it")
+    parser.add_argument("--curves", help="PNG of the cost over spots and genes")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        return measure(json.loads(options.job))
+    from genar.training import cpu_has_bf16
+
+    bf16 = options.bf16 == "yes" or (options.bf16 == "auto" and cpu_has_bf16())
+    precisions = ("fp32", "bf16") if bf16 else ("fp32",)
+    if not bf16:
+        print("bf16 is left out: this CPU has no bf16 instructions (--bf16 yes measures it nevertheless)")
+    for threads in map(int, options.threads.split(",")):
+        for size in options.sizes.split(",") if options.sizes else ():
+            compare(
+                size, [int(n) for n in options.batches.split(",")], threads, precisions, options.variants.split(",")
+            )
+    if options.curves:
+        curves(options.curves, int(options.threads.split(",")[-1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The average of the 50 training spots whose features are nearest: what a model learns beyond looking up."""
+
+import torch
+from torch import Tensor
+
+from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._decoding import DEFAULT, Decoding
+
+N_NEAREST = 50
+
+
+class KNN(ClosedForm):
+    """Predicts the mean log2(1 + count) of the 50 nearest training spots (Euclid, standardised features)."""
+
+    features: Tensor
+    log2_counts: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def __init__(self, n_features: int, n_genes: int, n_spots: int = 0):
+        super().__init__(n_features, n_genes)
+        self.n_spots = n_spots
+        for name, shape in (
+            ("features", (n_spots, n_features)),
+            ("log2_counts", (n_spots, n_genes)),
+            ("feature_mean", (n_features,)),
+            ("feature_scale", (n_features,)),
+        ):
+            self.register_buffer(name, torch.zeros(shape))
+
+    @classmethod
+    def create(cls, n_features: int, spots: Spots, preset: str, settings) -> "KNN":
+        """Sized for these spots, which it will hold."""
+        assert spots.counts is not None
+        return cls(n_features, spots.counts.shape[1], len(spots))
+
+    def prepare(self, spots: Spots) -> None:
+        """Keep the training spots, each with the mean of its views."""
+        assert spots.counts is not None
+        x = spots.features.mean(dim=1)
+        self.feature_mean.copy_(x.mean(dim=0))
+        scale = x.std(dim=0, correction=0)
+        self.feature_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        self.features.copy_((x - self.feature_mean) / self.feature_scale)
+        self.log2_counts.copy_(log2p1(spots.counts))
+
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
+        """The mean of the nearest."""
+        x = (batch.features - self.feature_mean) / self.feature_scale
+        # spot by spot: products of another shape round differently, and a tie might fall otherwise
+        distances = torch.stack([(self.features - spot).square().sum(dim=1) for spot in x])
+        nearest = distances.topk(min(N_NEAREST, self.n_spots), dim=1, largest=False).indices
+        return Counts.from_log2(self.log2_counts[nearest].mean(dim=1))
+
+    def facts(self) -> dict:
+        """Its three sizes."""
+        return {**super().facts(), "n_spots": self.n_spots}
+
+    @classmethod
+    def from_facts(cls, facts: dict) -> "KNN":
+        """Inverse of :meth:`facts`."""
+        return cls(facts["n_features"], facts["n_genes"], facts["n_spots"])
+
+
+MODEL = KNN
