@@ -2,7 +2,8 @@
 
     python benchmarks/model.py [--sizes small,released] [--batches 16,64] [--threads 2] [--bf16 auto] [--curves PNG]
 
-Every measurement runs in a process of its own: the median of its repetitions, and the peak of its resident memory.
+Every measurement runs in a process of its own: the median of its repetitions, and by how much its peak of resident
+memory rose above the built model.
 The ratios are to the plain implementation at the same size, batch and threads (float32). "share" is of the speed of a
 large matrix product, measured just before at the same precision and threads.
 """

@@ -306,7 +306,7 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
 
 DEMO: dict = {
     "n_genes": 100,
-    "settings": Settings(train={"max_epochs": 12}, decoding={"samples": 8}),
+    "settings": Settings(decoding={"samples": 8}),
 }
 """Settings of the demo: small enough for a few minutes on two cores."""
 

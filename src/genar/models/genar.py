@@ -5,7 +5,8 @@ What is unusual about it. Genes stand in cluster order and are pooled into ever 
 ("interpolated"), see all coarser tokens ("history") and give a softmax over count classes 0..C. A token's embedding
 does not depend on the pass in which it is read. Hence training is one pass over [start ; history 1..K-1 ;
 interpolated 1..K] under one mask, and generation runs the very same network scale by scale on cached keys and values:
-the mask of a step is a cut of the training mask.
+the mask of a step is a cut of the training mask. And training does not begin at nothing: the logits start at what a
+linear model of the components knows of every group and its parent (``_linear_start``).
 
 Equation and section numbers are the paper's ("GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression
 Prediction"). Letters: B spots, S trajectories, G genes, K scales, M groups of a scale, L positions, D width, H heads,
