@@ -29,5 +29,5 @@ def test_every_variant_trains_and_generates(bench, variant):
 
 def test_plain_and_ours_start_alike(bench):
     """Both share the design, so fresh networks are about equally wrong."""
-    losses = [float(bench.build(variant, "small", (1, 4, 12))[1](16)) for variant in ("plain", "tokens")]
+    losses = [bench.build(variant, "small", (1, 4, 12))[1](16).item() for variant in ("plain", "tokens")]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)

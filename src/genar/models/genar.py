@@ -151,7 +151,7 @@ class GenAR(Model):
 
     def _trunk(self, x: Tensor, h: Tensor, mask: Tensor, caches: list[Cache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
-            if self.training and self.config.recompute:
+            if self.config.recompute and caches is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, h, mask, use_reentrant=False)  # pyright: ignore
             else:
                 x = block(x, h, mask, caches[i] if caches else None)
