@@ -21,6 +21,7 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 demo: $(VENV)/.package
+	rm -rf genar-demo/run  # of an earlier demo
 	$(BIN)/genar demo --out genar-demo
 
 test: $(VENV)/.test
