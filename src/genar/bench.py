@@ -17,7 +17,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from genar.data import contract, find_sections, pick
+from genar.data import SectionRef, contract, find_sections, pick
 from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
@@ -139,7 +139,7 @@ def bench_run(
 
     Raises ``InputError`` where a section is missing, before anything runs.
     """
-    pick(find_sections(data), recipe.sections)
+    refs = pick(find_sections(data), recipe.sections)
     plans = {
         (method.name, section, seed): _plan(recipe, method, section, seed, data, out, features)
         for method in recipe.methods
@@ -152,7 +152,7 @@ def bench_run(
         say(f"[{number} of {len(missing)}] {method}, {section} held out, seed {seed}")
         if not dry_run:
             train_run(plan, say=lambda line: None, bar=bar)
-    return None if dry_run else _write_tables(recipe, plans, data, out)
+    return None if dry_run else _write_tables(recipe, plans, refs, out)
 
 
 def _plan(recipe: Recipe, method: Method, section: str, seed: int, data: Path, out: Path, features) -> TrainPlan:
@@ -167,9 +167,9 @@ def _plan(recipe: Recipe, method: Method, section: str, seed: int, data: Path, o
 
 
 def _write_tables(
-    recipe: Recipe, plans: Mapping[tuple[str, str, int], TrainPlan], data: Path, out: Path
+    recipe: Recipe, plans: Mapping[tuple[str, str, int], TrainPlan], refs: Sequence[SectionRef], out: Path
 ) -> BenchResult:
-    sampled, coverage = _score_all(plans, data)
+    sampled, coverage = _score_all(plans, {ref.id: ref for ref in refs})
     rows, gains = {}, {}
     for method in recipe.methods:
         values = intervals.over_sections(list(sampled[method.name].values()))
@@ -198,7 +198,7 @@ def _write_tables(
     return BenchResult(table, differences, outputs)
 
 
-def _score_all(plans: Mapping[tuple[str, str, int], TrainPlan], data: Path):
+def _score_all(plans: Mapping[tuple[str, str, int], TrainPlan], refs: Mapping[str, SectionRef]):
     """method -> section -> metric -> resamples, the seeds averaged; and method -> coverages."""
     truths, weights = {}, {}
     collected: dict[str, dict[str, list]] = {}
@@ -206,8 +206,7 @@ def _score_all(plans: Mapping[tuple[str, str, int], TrainPlan], data: Path):
     for (method, section, _), plan in plans.items():
         predicted = anndata.read_h5ad(plan.out / "predictions" / f"{section}.h5ad")
         if section not in truths:
-            (ref,) = pick(find_sections(data), [section])
-            truths[section] = ref.read()
+            truths[section] = refs[section].read()
             digest = int(hashlib.sha256(section.encode()).hexdigest()[:8], 16)
             weights[section] = intervals.resample_weights(truths[section].n_obs, seed=digest)
         counts = contract.counts(truths[section], list(predicted.var_names))

@@ -22,6 +22,7 @@ DROPPED_PREFIXES = ("MT", "mt", "RPS", "RPL")
 PAPER_N_TOP = 241  # gives the 208 genes of the paper's HER2ST list
 _N_HVG = 2000
 RECIPES = ("paper", "clean")
+ORDERS = ("kmeans", "random")
 
 
 @dataclass(frozen=True)

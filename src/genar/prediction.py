@@ -56,7 +56,7 @@ def predict_section(
         batch = spots.batch(slice(start, start + batch_size))
         with torch.inference_mode():
             layers.append(model.predict(batch, expected))
-            points.append(layers[-1] if expected == how else model.predict(batch, how))
+            points.append(layers[-1] if expected == how else model.predict(batch, replace(how, layers=())))
         progress(min(start + batch_size, len(spots)), len(spots))
     made = {"model": checkpoint.name, **asdict(how), "layers": list(how.kept)}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}

@@ -25,7 +25,7 @@ from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import Scores, score, write_scores
 from genar.features import FeatureRecipe, Inputs, default_store, embed, read_inputs, recipe_of
-from genar.genes import Panel, order_by_sets, read_gene_sets, read_panel, select_panel
+from genar.genes import ORDERS, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.prediction import decoding, predict_section, write_prediction
@@ -377,7 +377,7 @@ def _panel(plan: TrainPlan, training: list[AnnData], say) -> Panel:
 def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:
     """Settings of the model and, where ``order`` names a GMT file, its gene sets."""
     order = settings.get("order")
-    if isinstance(order, str) and order not in ("kmeans", "random"):
+    if isinstance(order, str) and order not in ORDERS:
         return {name: value for name, value in settings.items() if name != "order"}, read_gene_sets(order)
     return dict(settings), None
 

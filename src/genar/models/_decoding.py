@@ -1,7 +1,7 @@
 """How counts are made of a predictive distribution, and what of it is kept beside them."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,7 +62,6 @@ class Decoding:
 
 
 DEFAULT = Decoding()
-DECODING_FIELDS = tuple(f.name for f in fields(Decoding))
 
 
 def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genar.models._base import Spots, log2p1
-from genar.models.ridge import folds
+from genar.models.ridge import folds, mean_and_scale
 
 RATIOS = (0.0, 1.0, 3.0, 10.0)
 PENALTIES = tuple(10 ** (2 + i / 4) for i in range(13))  # 100 to 100,000
@@ -52,8 +52,7 @@ def find_components(spots: Spots, n: int) -> Components:
     log2(1 + count) on left-out folds is as good as the least."""
     assert spots.counts is not None
     x, y, fold = spots.features.mean(dim=1).double(), log2p1(spots.counts).double(), folds(spots)
-    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    mean, scale = mean_and_scale(x)
     x = (x - mean) / scale
     basis = torch.linalg.svd(x, full_matrices=False)[2][:_MOST_DIRECTIONS].T  # [F, Q]
     x = x @ basis

@@ -22,7 +22,7 @@ from torch.nn import functional as fn
 from torch.utils.checkpoint import checkpoint
 
 from genar.errors import InputError
-from genar.genes import Scales, default_sizes, fit_scales
+from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
@@ -371,8 +371,8 @@ class GenAR(Model):
         ``order``: ``kmeans``, ``random`` or the panel's indices in order."""
         config_from_dict({name: value for name, value in settings.items() if name not in STRUCTURE}, preset)
         order = settings.get("order", "kmeans")
-        if isinstance(order, str) and order not in ("kmeans", "random"):
-            raise InputError(f"model: order must be kmeans, random or a GMT file of gene sets, found {order!r}")
+        if isinstance(order, str) and order not in ORDERS:
+            raise InputError(f"model: order must be {', '.join(ORDERS)} or a GMT file of gene sets, found {order!r}")
         if n_genes is not None:
             Scales(
                 tuple(range(n_genes)) if isinstance(order, str) else tuple(order),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
 from genar.models._decoding import DEFAULT, Decoding
+from genar.models.ridge import mean_and_scale
 
 N_NEAREST = 50
 
@@ -38,9 +39,8 @@ class KNN(ClosedForm):
         """Keep the training spots, each with the mean of its views."""
         assert spots.counts is not None
         x = spots.features.mean(dim=1)
-        self.feature_mean.copy_(x.mean(dim=0))
-        scale = x.std(dim=0, correction=0)
-        self.feature_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        for buffer, value in zip((self.feature_mean, self.feature_scale), mean_and_scale(x), strict=True):
+            buffer.copy_(value)
         self.features.copy_((x - self.feature_mean) / self.feature_scale)
         self.log2_counts.copy_(log2p1(spots.counts))
 

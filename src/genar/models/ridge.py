@@ -71,13 +71,18 @@ def choose_penalty(spots: Spots) -> float:
 
 def _fit(x: Tensor, y: Tensor, penalties):
     """For each penalty (mean [F], scale [F], weight [F, G], intercept [G]), all from one decomposition of x [N, F]."""
-    mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    mean, scale = mean_and_scale(x)
     intercept = y.mean(dim=0)
     u, s, vh = torch.linalg.svd((x - mean) / scale, full_matrices=False)
     projected = u.T @ (y - intercept)
     for penalty in penalties:
         yield mean, scale, vh.T @ ((s / (s.square() + penalty))[:, None] * projected), intercept
+
+
+def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature of x [N, F], [F] each; one for a constant feature."""
+    scale = x.std(dim=0, correction=0)
+    return x.mean(dim=0), torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def folds(spots: Spots) -> Tensor:
