@@ -9,7 +9,15 @@ from genar.errors import InputError
 from genar.genes import Scales, default_sizes
 from genar.models import Batch, Decoding, Spots
 from genar.models._base import uniforms
-from genar.models._count_loss import count_kl, cross_entropy, gaussian_nll, two_point_kl
+from genar.models._count_loss import (
+    count_kl,
+    cross_entropy,
+    gaussian_nll,
+    gaussian_table,
+    summed,
+    table_kl,
+    two_point_kl,
+)
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import count_bumps, position_code
@@ -92,7 +100,7 @@ def test_cached_logits_equal_the_training_pass(model):
     means = model.pool(spots.counts)
     tokens = [mean.round().long() for mean in means[:-1]]
     h, table = model.condition(batch), model.embed.rows()
-    whole = model._trunk(model._sequence(table, tokens, len(spots)), h, model.mask)
+    whole = model._trunk(model._sequence(table, tokens, len(spots)), h, model.cuts)
     caches = [_cache(model) for _ in model.blocks]
     for k in range(len(model.sizes)):
         above = tokens[k - 1] if k else h.new_zeros(len(spots), 0, dtype=torch.long)
@@ -127,11 +135,11 @@ def test_no_position_sees_a_finer_or_its_own_token(model):
     batch, h = spots.batch(), model.condition(spots.batch())
     table = model.embed.rows()
     tokens = [mean.round().long() for mean in model.pool(spots.counts)[:-1]]
-    before = model._trunk(model._sequence(table, tokens, len(batch.features)), h, model.mask)
+    before = model._trunk(model._sequence(table, tokens, len(batch.features)), h, model.cuts)
     for k in range(len(tokens)):
         changed = [t.clone() for t in tokens]
         changed[k] = (changed[k] + 3) % 32
-        after = model._trunk(model._sequence(table, changed, len(batch.features)), h, model.mask)
+        after = model._trunk(model._sequence(table, changed, len(batch.features)), h, model.cuts)
         difference = (after - before).abs().amax(dim=(0, 2))
         border = model._interpolated_start[k + 1]
         assert difference[model._interpolated_start[0] : border].max() == 0
@@ -140,8 +148,9 @@ def test_no_position_sees_a_finer_or_its_own_token(model):
 
 def test_positions_number_as_the_design_says():
     scales = Scales(tuple(range(200)), default_sizes(200))
-    assert GenAR(small(n_features=8, max_count=7), scales).mask.shape == (353, 353)
-    assert GenAR(small(n_features=8, max_count=7, history="tokens"), scales).mask.shape == (507, 507)
+    assert sum(cut.n_queries for cut in GenAR(small(n_features=8, max_count=7), scales).cuts) == 353
+    tokens = GenAR(small(n_features=8, max_count=7, history="tokens"), scales)
+    assert sum(cut.n_queries for cut in tokens.cuts) == 507
 
 
 def test_pooling_agrees_with_scales_and_conserves_totals():
@@ -299,15 +308,20 @@ def dense_kl(logits, target):
     return (torch.special.xlogy(target, target) - target * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
-@pytest.mark.parametrize("n_classes", [3, 60, 500])
-def test_windowed_gaussian_equals_the_dense_one(n_classes):
+def test_gaussian_target_is_the_renormalised_one():
     torch.manual_seed(0)
-    read, head, bias = torch.randn(5, 7, 4), torch.randn(n_classes, 4) * 3, torch.randn(7, n_classes)
-    mean = torch.rand(5, 7) * (n_classes - 1)
+    logits, mean = torch.randn(5, 7, 60), torch.rand(5, 7) * 59
     sigma = 0.01 * mean + 1
-    z = (torch.arange(n_classes) - mean[..., None]) / sigma[..., None]
-    dense = dense_kl(read @ head.T + bias, (-0.5 * z.double().square()).softmax(dim=-1).float())
-    torch.testing.assert_close(count_kl(read, head, bias, mean, sigma), dense, atol=1e-5, rtol=1e-5)
+    z = (torch.arange(60) - mean[..., None]) / sigma[..., None]
+    dense = dense_kl(logits, (-0.5 * z.double().square()).softmax(dim=-1).float())
+    torch.testing.assert_close(count_kl(logits, mean, sigma), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_looked_up_targets_equal_the_computed_ones():
+    torch.manual_seed(0)
+    logits, count = torch.randn(5, 7, 60), torch.randint(0, 60, (5, 7)).float()
+    found = table_kl(logits, count, gaussian_table(60, 0.5, 0.1, logits))
+    torch.testing.assert_close(found, count_kl(logits, count, 0.1 * count + 0.5), atol=1e-5, rtol=1e-5)
 
 
 def test_two_point_target_at_whole_fractional_and_largest_counts():
@@ -318,44 +332,50 @@ def test_two_point_target_at_whole_fractional_and_largest_counts():
         low = min(int(m), 5)
         target[0, i, low] += 1 - (m - low)
         target[0, i, min(low + 1, 5)] += m - low
-    found = two_point_kl(logits, torch.eye(6), torch.zeros(1, 6), mean)
+    found = two_point_kl(logits, mean)
     torch.testing.assert_close(found, dense_kl(logits, target))
 
 
 def test_cross_entropy_and_gaussian_nll_equal_torch_s():
     torch.manual_seed(0)
     logits, count = torch.randn(3, 4, 9), torch.randint(0, 9, (3, 4)).float()
-    eye, bias, sigma = torch.eye(9), torch.zeros(1, 9), torch.rand(3, 4) + 0.5
+    sigma = torch.rand(3, 4) + 0.5
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), count.flatten().long(), reduction="none")
-    torch.testing.assert_close(cross_entropy(logits, eye, bias, count).flatten(), expected)
+    torch.testing.assert_close(cross_entropy(logits, count).flatten(), expected)
     mean = (logits.softmax(dim=2) * torch.arange(9)).sum(dim=2)
     expected = -torch.distributions.Normal(mean, sigma).log_prob(count)
-    torch.testing.assert_close(gaussian_nll(logits, eye, bias, count, sigma), expected)
+    torch.testing.assert_close(gaussian_nll(logits, count, sigma), expected)
 
 
-def test_chunked_loss_has_the_gradient_of_the_whole(monkeypatch):
-    gradients = []
-    for chunk in (1 << 24, 64):
-        monkeypatch.setattr("genar.models._count_loss._CHUNK_LOGITS", chunk)
-        torch.manual_seed(0)
-        tensors = [torch.randn(shape, requires_grad=True) for shape in ((6, 3, 4), (20, 4), (3, 20))]
-        count_kl(*tensors, torch.full((6, 3), 4.0), torch.ones(6, 3)).sum().backward()
-        gradients.append([t.grad for t in tensors])
-    for whole, chunked in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, chunked)
+@pytest.mark.parametrize("one_bias", [True, False])
+@pytest.mark.parametrize("chunk", [1 << 20, 64])
+def test_summed_loss_and_its_gradient_equal_the_plain_ones(monkeypatch, chunk, one_bias):
+    monkeypatch.setattr("genar.models._count_loss._CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    shapes = (6, 3, 4), (20, 4), (1 if one_bias else 3, 20)
+    read, head, bias = tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    targets = torch.full((6, 3), 4.0), torch.ones(6, 3)
+    plain = count_kl(read @ head.T + bias, *targets).sum() * 2
+    found = summed(count_kl, *tensors, *targets) * 2
+    torch.testing.assert_close(found, plain)
+    for one, other in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(plain, tensors), strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.autograd.grad(summed(count_kl, read.detach(), head.detach(), bias, *targets), bias)[0].abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(2 * summed(count_kl, *tensors, *targets), plain)
 
 
 @pytest.mark.real
 def test_golden_losses(shared):
     golden = np.load(shared / "golden" / "genar_losses.npz")
-    head, bias, total = torch.eye(97), torch.zeros(1, 97), 0.0
+    total = 0.0
     for k in range(6):
         logits = torch.from_numpy(golden[f"logits_{k}"].astype(np.float32))
         if k < 5:
-            kl = two_point_kl(logits, head, bias, torch.from_numpy(golden[f"pooled_{k}"]).float())
+            kl = two_point_kl(logits, torch.from_numpy(golden[f"pooled_{k}"]).float())
         else:
             counts = torch.from_numpy(golden["counts"]).float()
-            kl = count_kl(logits, head, bias, counts, 0.01 * counts + 1)
+            kl = count_kl(logits, counts, 0.01 * counts + 1)
         loss = float(kl.sum()) / 3
         assert loss == pytest.approx(float(golden[f"loss_{k}"]), rel=1e-4)
         total += loss / 6
@@ -369,7 +389,7 @@ def test_golden_gaussian_targets(shared):
     mean = torch.from_numpy(golden["gauss_mu"]).float()
     target = torch.from_numpy(golden["gauss_target"]).float()[None]
     logits = target.clamp(min=1e-30).log()
-    kl = count_kl(logits, torch.eye(97), torch.zeros(1, 97), mean, 0.01 * mean + 1)
+    kl = count_kl(logits, mean, 0.01 * mean + 1)
     assert kl.abs().max() < 1e-5
 
 

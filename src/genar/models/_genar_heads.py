@@ -5,16 +5,27 @@ frequencies or means of each group. Letters as in ``genar.py``.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from genar.models._count_loss import count_kl, cross_entropy, gaussian_nll, two_point_kl
+from genar.models._count_loss import (
+    count_kl,
+    cross_entropy,
+    gaussian_nll,
+    gaussian_table,
+    summed,
+    table_kl,
+    two_point_kl,
+)
 from genar.models._genar_config import GenARConfig
 from genar.models._genar_parts import CountTable, LinearStart
 
 _SMALLEST_SD = 1e-3
+# Classes up to which the targets of all counts are made at once: 16 MiB.
+_LARGEST_TABLE = 2048
 
 
 class CountHead(nn.Module):
@@ -39,21 +50,25 @@ class CountHead(nn.Module):
             self.group_bias.copy_(torch.cat([log_frequencies(mean, self.config.max_count) for mean in means]))
 
     def loss(self, place: slice, read: Tensor, start: "tuple[LinearStart, Tensor] | None", mean: Tensor) -> Tensor:
-        """Loss of each group of a coarser scale, nats [B, M]; ``mean`` [B, M] the true mean counts (eq. 4)."""
+        """Loss of the groups of a coarser scale, nats, summed; ``mean`` [B, M] the true mean counts (eq. 4)."""
         inputs = self._inputs(place, read, start)
         if self.config.group_temperature == 0:
-            return two_point_kl(*inputs, mean)
-        return count_kl(*inputs, mean, torch.full_like(mean, self.config.group_temperature))
+            return summed(two_point_kl, *inputs, mean)
+        return summed(count_kl, *inputs, mean, torch.full_like(mean, self.config.group_temperature))
 
     def final_loss(
         self, place: slice, read: Tensor, start: "tuple[LinearStart, Tensor] | None", count: Tensor
     ) -> Tensor:
-        """Loss of each gene, nats [B, G] (eq. 5, or as ``final_loss`` says)."""
+        """Loss of the genes, nats, summed (eq. 5, or as ``final_loss`` says)."""
         inputs = self._inputs(place, read, start)
         if self.config.final_loss == "cross_entropy":
-            return cross_entropy(*inputs, count)
-        sigma = count * self.config.sigma_slope + self.config.sigma_base
-        return (count_kl if self.config.final_loss == "gaussian" else gaussian_nll)(*inputs, count, sigma)
+            return summed(cross_entropy, *inputs, count)
+        base, slope = self.config.sigma_base, self.config.sigma_slope
+        if self.config.final_loss == "gaussian" and len(self.log_classes) <= _LARGEST_TABLE:
+            table = gaussian_table(len(self.log_classes), base, slope, self.log_classes)
+            return summed(partial(table_kl, table=table), *inputs, count)
+        sigma = count * slope + base
+        return summed(count_kl if self.config.final_loss == "gaussian" else gaussian_nll, *inputs, count, sigma)
 
     def logits(self, place: slice, read: Tensor, start: "tuple[LinearStart, Tensor] | None") -> Tensor:
         """[B, M, V]"""
@@ -61,16 +76,17 @@ class CountHead(nn.Module):
         return fn.linear(read, table).float() + bias
 
     def _inputs(self, place: slice, read: Tensor, start) -> tuple[Tensor, Tensor, Tensor]:
-        """Read-out [B, M, D], weights [V, D] and bias [1 or M, V]; with a linear start one column more, the tilt."""
-        table, bias = self.table.rows(), self.class_bias[None]
+        """What makes the logits: columns [B, M, R], weights [V, R], bias [1 or M, V]; a linear start's tilt is a column."""
+        bias = self.class_bias[None]
         if self.config.start_at_frequencies:
             bias = bias + self.group_bias[place]
+        columns, table = self.table.factors(read)
         if start is None:
-            return read, table, bias
+            return columns, table, bias
         linear, expected = start
         bias = bias - linear.curvature[place][:, None] * self.log_classes.square() / 2
-        tilt = linear.tilt(place, expected)[:, :, None].to(read.dtype)
-        return torch.cat([read, tilt], dim=2), torch.cat([table, self.log_classes[:, None]], dim=1), bias
+        tilt = linear.tilt(place, expected)[:, :, None].to(columns.dtype)
+        return torch.cat([columns, tilt], dim=2), torch.cat([table, self.log_classes[:, None]], dim=1), bias
 
 
 class ValueHead(nn.Module):
@@ -102,12 +118,12 @@ class ValueHead(nn.Module):
             self.mean.copy_(logs.mean(dim=0))
 
     def loss(self, place: slice, read: Tensor, start: "tuple[LinearStart, Tensor] | None", mean: Tensor) -> Tensor:
-        """Squared error, or Gaussian negative log likelihood, of ln(1 + mean count): [B, M]."""
+        """Squared error, or Gaussian negative log likelihood, of ln(1 + mean count), summed over positions."""
         value, log_sd = self.values(place, read, start)
         error = value - torch.log1p(mean)
         if self.config.final_loss == "squared_error":
-            return error.square()
-        return 0.5 * (error / log_sd.exp()).square() + log_sd + 0.5 * math.log(2 * math.pi)
+            return error.square().sum()
+        return (0.5 * (error / log_sd.exp()).square() + log_sd + 0.5 * math.log(2 * math.pi)).sum()
 
     final_loss = loss
 

@@ -12,6 +12,7 @@ from genar.models._linear_start import KNOTS, Components, interpolate
 
 _MAX_LOGIT_SCALE = math.log(100.0)
 _POSITION_WAVES = 64
+_SHORTEST = 1e-12
 
 
 class Condition(nn.Module):
@@ -88,27 +89,56 @@ class Block(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, h: Tensor, mask: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """x [B, L, D], h [B, D], mask [L, keys] (True where seen) -> [B, L, D]."""
+    def forward(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, cache: "Cache | None" = None) -> Tensor:
+        """x [B, L, D], h [B, D] -> [B, L, D]; ``cuts`` say which positions see which."""
         gamma1, scale1, shift1, gamma2, scale2, shift2 = self.steer(h)[:, None].chunk(6, dim=2)  # each [B, 1, D]
-        x = x + self._drop(gamma1 * self._attend(self.norm(x) * (1 + scale1) + shift1, mask, cache))
-        return x + self._drop(gamma2 * self.mlp(self.norm(x) * (1 + scale2) + shift2))
+        y = self._attend(torch.addcmul(shift1, self.norm(x), 1 + scale1), cuts, cache)
+        x = torch.addcmul(x, self._keep(x, gamma1), y)
+        y = self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2))
+        return torch.addcmul(x, self._keep(x, gamma2), y)
 
-    def _attend(self, x: Tensor, mask: Tensor, cache: "Cache | None") -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
-        q = fn.normalize(q, dim=-1) * self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        k = fn.normalize(k, dim=-1)
+    def _attend(self, x: Tensor, cuts: nn.ModuleList, cache: "Cache | None") -> Tensor:
+        qk, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).split((2, 1), dim=2)  # [B, L, 2 and 1, H, D / H]
+        sharpness = self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()[None, :, :, 0]  # [1, H, 1]
+        length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp(min=_SHORTEST)
+        qk = (qk * (torch.cat([sharpness, torch.ones_like(sharpness)]) / length)).to(v.dtype)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # [B, H, L, D / H] each
+        v = v[:, :, 0].transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
-        x = fn.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
-        return self.out(x.transpose(1, 2).flatten(2))
+        runs: list[Cut] = list(cuts)  # pyright: ignore
+        seen = [
+            fn.scaled_dot_product_attention(part, join(k, run.keys), join(v, run.keys), attn_mask=run.mask, scale=1.0)
+            for part, run in zip(q.split([run.n_queries for run in runs], dim=2), runs, strict=True)
+        ]
+        return self.out(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Drop-path: the branch is left out for a share of the spots."""
+    def _keep(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """Drop-path: gamma [B, 1, D] with zeros for a share of the spots, whose branch is left out."""
         if not self.training or self.drop_path == 0:
-            return x
+            return gamma
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
+        return gamma * keep / (1 - self.drop_path)
+
+
+class Cut(nn.Module):
+    """A run of queries that attend together: the rows of a mask [queries, keys], True where a key is seen."""
+
+    mask: Tensor | None
+
+    def __init__(self, mask: Tensor):
+        super().__init__()
+        edges = torch.diff(fn.pad(mask.any(dim=0).int(), (1, 1))).nonzero()[:, 0].tolist()
+        self.n_queries = len(mask)
+        self.keys = tuple(slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True))
+        mask = join(mask, self.keys, dim=1)
+        self.register_buffer("mask", None if mask.all() else mask, persistent=False)
+
+
+def join(x: Tensor, runs: tuple[slice, ...], dim: int = 2) -> Tensor:
+    """The ``runs`` of positions of x."""
+    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 class Cache:
@@ -175,6 +205,10 @@ class CountTable(nn.Module):
     def rows(self) -> Tensor:
         """The table [V, D]."""
         return self.weight if self.basis is None else self.basis @ self.weight
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors of x @ rows.T, for x [B, M, D]: [B, M, R] and [V, R]; R is the width or the number of bumps."""
+        return (x, self.weight) if self.basis is None else (fn.linear(x, self.weight), self.basis)
 
 
 def count_bumps(n_classes: int, n_basis: int) -> Tensor:

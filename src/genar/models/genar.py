@@ -27,7 +27,7 @@ from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
-from genar.models._genar_parts import Block, Cache, Condition, CountTable, LinearStart
+from genar.models._genar_parts import Block, Cache, Condition, CountTable, Cut, LinearStart
 from genar.models._linear_start import Components, find_components, fit_curvatures, fit_means
 from genar.models.ridge import folds
 
@@ -43,7 +43,6 @@ class GenAR(Model):
     """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2)."""
 
     decodings = DECODINGS
-    mask: Tensor
     order: Tensor
     inverse: Tensor
     first_gene: Tensor
@@ -102,13 +101,17 @@ class GenAR(Model):
             key_is_history & (older | same),
             (key_is_history & older) | (~key_is_history & (beside | (older & (not tokens)))),
         )
-        self.register_buffer("mask", seen, persistent=False)
         self._history_start, self._interpolated_start = [0], [sum(n_history)]
         for m in n_history:
             self._history_start.append(self._history_start[-1] + m)
         for m in sizes:
             self._interpolated_start.append(self._interpolated_start[-1] + m)
         self._places = [slice(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))]
+        # the last scale, most of all positions, sees them without a mask or with a narrow one
+        self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split((len(seen) - sizes[-1], sizes[-1])) if len(rows))
+        self.steps = nn.ModuleList()
+        for new, old, _ in map(self._step, range(len(sizes))):
+            self.steps.append(Cut(seen[new][:, torch.cat([old, new])]))
         for k in range(1, len(sizes)):
             self.register_buffer(f"parent_{k}", torch.from_numpy(self.scales.parent(k)).long(), persistent=False)
         edges = [torch.from_numpy(self.scales.edges(k)).long() for k in range(len(sizes))]
@@ -149,12 +152,12 @@ class GenAR(Model):
             x = 0.7 * x + 0.3 * self.identity
         return x + place
 
-    def _trunk(self, x: Tensor, h: Tensor, mask: Tensor, caches: list[Cache] | None = None) -> Tensor:
+    def _trunk(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, caches: list[Cache] | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
             if self.config.recompute and caches is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, h, mask, use_reentrant=False)  # pyright: ignore
+                x = checkpoint(block, x, h, cuts, use_reentrant=False)  # pyright: ignore
             else:
-                x = block(x, h, mask, caches[i] if caches else None)
+                x = block(x, h, cuts, caches[i] if caches else None)
         return x
 
     def _film(self) -> tuple[Tensor, Tensor] | None:
@@ -236,13 +239,13 @@ class GenAR(Model):
         means = self.pool(batch.counts.clamp(max=self.config.max_count))
         tokens = [mean.round().long() for mean in self._noisy(means[:-1])]
         h, known, table, film = self.condition(batch), self._known(batch), self.embed.rows(), self._film()
-        x = self._trunk(self._sequence(table, tokens, len(h)), h, self.mask)
+        x = self._trunk(self._sequence(table, tokens, len(h)), h, self.cuts)
         losses = []
         for k, mean in enumerate(means):
             at = slice(self._interpolated_start[k], self._interpolated_start[k + 1])
             read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, tokens[k - 1] if k else x)
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
-            losses.append(loss(self._places[k], read, start, mean).sum() / len(h))
+            losses.append(loss(self._places[k], read, start, mean) / len(h))
         per_scale = torch.stack(losses)
         weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
         return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
@@ -348,19 +351,18 @@ class GenAR(Model):
 
     def _cached_pass(self, k: int, table: Tensor, tokens: Tensor, h: Tensor, caches: list[Cache]) -> Tensor:
         """Trunk output [B, M_k, D] of scale k, feeding only what is new."""
-        new, old, n_keep = self._step(k)
+        n_keep = self._step(k)[2]
         x = self._interpolated(k, table, tokens)
         if self.config.history == "tokens":
             x = torch.cat([self._history(k - 1, table, tokens), x], dim=1)
         for cache in caches:
             cache.n_keep = n_keep
-        mask = self.mask[new][:, torch.cat([old, new])]
-        return self._trunk(x, h, mask, caches)[:, -self.sizes[k] :]
+        return self._trunk(x, h, self.steps[k : k + 1], caches)[:, -self.sizes[k] :]
 
     def _full_pass(self, k: int, table: Tensor, made: list[Tensor], h: Tensor) -> Tensor:
-        """The same by the training pass, with zeros for the tokens that are not known yet (the mask hides them)."""
+        """The same by the training pass, with zeros for the tokens that are not known yet (the masks hide them)."""
         zeros = [h.new_zeros(len(h), m, dtype=torch.long) for m in self.sizes[len(made) : -1]]
-        x = self._trunk(self._sequence(table, [*made, *zeros], len(h)), h, self.mask)
+        x = self._trunk(self._sequence(table, [*made, *zeros], len(h)), h, self.cuts)
         return x[:, self._interpolated_start[k] : self._interpolated_start[k + 1]]
 
     # -- making and saving ------------------------------------------------------------------------------------------

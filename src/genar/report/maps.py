@@ -71,7 +71,7 @@ def write_overlay(section: AnnData, path: Path) -> Path:
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     axis = figure.subplots()
     _draw_tissue(axis, section, background(section))
-    size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy(float))
+    size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy().astype(float))
     spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
     figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
     axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots", fontsize=10)
