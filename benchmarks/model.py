@@ -58,7 +58,8 @@ def build(variant, size, scales):
     if variant == "tokens":
         options = {"max_count": RELEASED_COUNT, "history": "tokens", "within": "causal"}
     model = GenAR(
-        PRESETS[size](n_features=n_features, drop_path=0.0, **options), Scales(tuple(range(sizes[-1])), sizes)
+        PRESETS[size](n_features=n_features, width=width, depth=depth, heads=heads, drop_path=0.0, **options),
+        Scales(tuple(range(sizes[-1])), sizes),
     )
     spots = Spots(
         features[:, None], xy, xy / 5000, torch.arange(64), torch.zeros(64, dtype=torch.long), counts.clamp(max=511)

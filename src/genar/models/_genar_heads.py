@@ -76,7 +76,7 @@ class CountHead(nn.Module):
         return fn.linear(read, table).float() + bias
 
     def _inputs(self, place: slice, read: Tensor, start) -> tuple[Tensor, Tensor, Tensor]:
-        """What makes the logits: columns [B, M, R], weights [V, R], bias [1 or M, V]; a linear start's tilt is a column."""
+        """Columns [B, M, R], weights [V, R] and bias [1 or M, V] of the logits; a linear start's tilt is a column."""
         bias = self.class_bias[None]
         if self.config.start_at_frequencies:
             bias = bias + self.group_bias[place]
