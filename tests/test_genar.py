@@ -9,19 +9,9 @@ from genar.errors import InputError
 from genar.genes import Scales, default_sizes
 from genar.models import Batch, Decoding, Spots
 from genar.models._base import uniforms
-from genar.models._count_loss import (
-    count_kl,
-    cross_entropy,
-    gaussian_nll,
-    gaussian_table,
-    summed,
-    table_kl,
-    two_point_kl,
-)
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import count_bumps, position_code
-from genar.models._linear_start import find_components, fit_curvatures, interpolate
 from genar.models.genar import GenAR, auto_max_count, paper, released, small
 
 N_GENES, N_FEATURES = 24, 16
@@ -301,98 +291,6 @@ def test_uniforms_are_uniform_and_depend_on_the_spot_alone():
     assert (slices == torch.arange(8)[None, :, None]).all()
 
 
-# -- losses ---------------------------------------------------------------------------------------------------------
-
-
-def dense_kl(logits, target):
-    return (torch.special.xlogy(target, target) - target * logits.log_softmax(dim=-1)).sum(dim=-1)
-
-
-def test_gaussian_target_is_the_renormalised_one():
-    torch.manual_seed(0)
-    logits, mean = torch.randn(5, 7, 60), torch.rand(5, 7) * 59
-    sigma = 0.01 * mean + 1
-    z = (torch.arange(60) - mean[..., None]) / sigma[..., None]
-    dense = dense_kl(logits, (-0.5 * z.double().square()).softmax(dim=-1).float())
-    torch.testing.assert_close(count_kl(logits, mean, sigma), dense, atol=1e-5, rtol=1e-5)
-
-
-def test_looked_up_targets_equal_the_computed_ones():
-    torch.manual_seed(0)
-    logits, count = torch.randn(5, 7, 60), torch.randint(0, 60, (5, 7)).float()
-    found = table_kl(logits, count, gaussian_table(60, 0.5, 0.1, logits))
-    torch.testing.assert_close(found, count_kl(logits, count, 0.1 * count + 0.5), atol=1e-5, rtol=1e-5)
-
-
-def test_two_point_target_at_whole_fractional_and_largest_counts():
-    logits = torch.randn(1, 4, 6)
-    mean = torch.tensor([[0.0, 2.25, 4.9, 5.0]])
-    target = torch.zeros(1, 4, 6)
-    for i, m in enumerate(mean[0].tolist()):
-        low = min(int(m), 5)
-        target[0, i, low] += 1 - (m - low)
-        target[0, i, min(low + 1, 5)] += m - low
-    found = two_point_kl(logits, mean)
-    torch.testing.assert_close(found, dense_kl(logits, target))
-
-
-def test_cross_entropy_and_gaussian_nll_equal_torch_s():
-    torch.manual_seed(0)
-    logits, count = torch.randn(3, 4, 9), torch.randint(0, 9, (3, 4)).float()
-    sigma = torch.rand(3, 4) + 0.5
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), count.flatten().long(), reduction="none")
-    torch.testing.assert_close(cross_entropy(logits, count).flatten(), expected)
-    mean = (logits.softmax(dim=2) * torch.arange(9)).sum(dim=2)
-    expected = -torch.distributions.Normal(mean, sigma).log_prob(count)
-    torch.testing.assert_close(gaussian_nll(logits, count, sigma), expected)
-
-
-@pytest.mark.parametrize("one_bias", [True, False])
-@pytest.mark.parametrize("chunk", [1 << 20, 64])
-def test_summed_loss_and_its_gradient_equal_the_plain_ones(monkeypatch, chunk, one_bias):
-    monkeypatch.setattr("genar.models._count_loss._CHUNK_LOGITS", chunk)
-    torch.manual_seed(0)
-    shapes = (6, 3, 4), (20, 4), (1 if one_bias else 3, 20)
-    read, head, bias = tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    targets = torch.full((6, 3), 4.0), torch.ones(6, 3)
-    plain = count_kl(read @ head.T + bias, *targets).sum() * 2
-    found = summed(count_kl, *tensors, *targets) * 2
-    torch.testing.assert_close(found, plain)
-    for one, other in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(plain, tensors), strict=True):
-        torch.testing.assert_close(one, other)
-    assert torch.autograd.grad(summed(count_kl, read.detach(), head.detach(), bias, *targets), bias)[0].abs().sum() > 0
-    with torch.no_grad():
-        torch.testing.assert_close(2 * summed(count_kl, *tensors, *targets), plain)
-
-
-@pytest.mark.real
-def test_golden_losses(shared):
-    golden = np.load(shared / "golden" / "genar_losses.npz")
-    total = 0.0
-    for k in range(6):
-        logits = torch.from_numpy(golden[f"logits_{k}"].astype(np.float32))
-        if k < 5:
-            kl = two_point_kl(logits, torch.from_numpy(golden[f"pooled_{k}"]).float())
-        else:
-            counts = torch.from_numpy(golden["counts"]).float()
-            kl = count_kl(logits, counts, 0.01 * counts + 1)
-        loss = float(kl.sum()) / 3
-        assert loss == pytest.approx(float(golden[f"loss_{k}"]), rel=1e-4)
-        total += loss / 6
-    assert total == pytest.approx(float(golden["loss_total"]), rel=1e-4)
-
-
-@pytest.mark.real
-def test_golden_gaussian_targets(shared):
-    """KL to the golden target's own logarithm is zero only if our target is the same."""
-    golden = np.load(shared / "golden" / "genar_losses.npz")
-    mean = torch.from_numpy(golden["gauss_mu"]).float()
-    target = torch.from_numpy(golden["gauss_target"]).float()[None]
-    logits = target.clamp(min=1e-30).log()
-    kl = count_kl(logits, mean, 0.01 * mean + 1)
-    assert kl.abs().max() < 1e-5
-
-
 # -- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -512,54 +410,3 @@ def test_position_code_tells_neighbours_apart_by_pitch_only():
     pitch = position_code(torch.tensor([[10.0, 10.0], [12.0, 10.0]]))
     unit = position_code(torch.tensor([[0.50, 0.50], [0.52, 0.50]]))
     assert (pitch[0] - pitch[1]).norm() > 10 * (unit[0] - unit[1]).norm()
-
-
-# -- what is known before training ----------------------------------------------------------------------------------
-
-
-def linear_spots(n=300, n_genes=8, views=8, seed=0):
-    """Counts whose logarithm is linear in two features; a third changes with the view and says nothing."""
-    g = torch.Generator().manual_seed(seed)
-    signal = torch.randn(n, 2, generator=g)
-    rate = torch.exp(1.5 + signal @ torch.randn(2, n_genes, generator=g) * 0.4)
-    spread = torch.tensor([0.1, 0.1, 3.0, 3.0, 3.0, 3.0])
-    features = torch.cat([signal, torch.zeros(n, 4)], dim=1)[:, None] + torch.randn(n, views, 6, generator=g) * spread
-    xy = torch.rand(n, 2, generator=g) * 2000
-    return Spots(features, xy, xy / 2000, torch.arange(n), torch.arange(n) % 3, torch.poisson(rate, generator=g).long())
-
-
-def test_components_leave_out_what_turns_with_the_patch():
-    found = find_components(linear_spots(), 2)
-    assert found.ratio > 0
-    weight = found.directions.abs() * linear_spots().features.mean(dim=1).std(dim=0)[:, None]
-    assert float(weight[:2].sum() / weight.sum()) > 0.9
-    assert find_components(linear_spots(views=1), 2).ratio == 0  # one view tells nothing of turning
-
-
-@pytest.mark.parametrize("sizes", [(8,), (1, 2, 8)])
-def test_untrained_model_predicts_what_ridge_expects(sizes):
-    """Before training the generated expectation is the regression's, scale by scale."""
-    train, test = linear_spots(seed=0), linear_spots(seed=0)
-    torch.manual_seed(0)
-    config = small(n_features=6, width=16, depth=1, heads=2, components=4, max_count=auto_max_count(train.counts))
-    model = GenAR(config, Scales(tuple(range(8)), sizes))
-    model.prepare(train)
-    predicted = model.eval().predict(test.batch(), Decoding(samples=32)).layers["log1p_mean"]
-    truth = torch.log1p(test.counts.float())
-    explained = 1 - (predicted - truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
-    x = torch.cat([test.features.mean(dim=1)[:, :2], torch.ones(len(truth), 1)], dim=1)
-    best = x @ torch.linalg.lstsq(x, truth).solution
-    possible = 1 - (best - truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
-    assert float(explained) > 0.9 * float(possible)
-
-
-def test_curvature_and_tilt_give_the_wanted_moments():
-    levels = torch.log1p(torch.arange(64.0)).double()
-    base = log_frequencies(torch.poisson(torch.full((200, 2), 6.0)), 63).double()
-    expected = torch.linspace(0.8, 2.6, 50).double()[:, None].expand(-1, 2)
-    b, means, tilts = fit_curvatures(base, levels, expected, torch.tensor([0.05, 0.2]).double())
-    p = (base + interpolate(tilts, means, expected)[:, :, None] * levels - b[:, None] * levels**2 / 2).softmax(dim=2)
-    mean = (p * levels).sum(dim=2)
-    variance = (p * levels**2).sum(dim=2) - mean**2
-    torch.testing.assert_close(mean, expected, atol=5e-3, rtol=0)
-    torch.testing.assert_close(variance.mean(dim=0), torch.tensor([0.05, 0.2]).double(), atol=5e-3, rtol=0)
