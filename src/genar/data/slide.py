@@ -208,23 +208,27 @@ def glance(path: str | Path, longest_px: int) -> Glance:
         return Glance(_shrunk(image.convert("RGB"), longest_px), size, None)
 
 
-def image_mpp(path: str | Path) -> float | None:
-    """The pixel size (um) that the image's own tags claim; ``None`` where it is silent or cannot be read.
+def image_head(path: str | Path) -> tuple[tuple[int, int], float | None]:
+    """Size (W, H) px of a slide and the pixel size (um) its own tags claim, by its head alone: nothing is decoded.
 
-    Only the head of the file is read: whether the image is whole shows where its pixels are needed.
+    Raises ``InputError`` where it is missing or not an image; whether it is whole shows where its pixels are needed.
     """
     path = Path(path)
-    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-        return None
-    try:
-        if (slide := _open_pyramid(path)) is not None:
-            with contextlib.closing(slide):
-                return slide.mpp
-        import tifffile
+    if (slide := _open_pyramid(path)) is not None:
+        with contextlib.closing(slide):
+            return slide.size_px, slide.mpp
+    if path.suffix.lower() in _TIFF_SUFFIXES:
+        with _first_page(path) as page:
+            return (page.imagewidth, page.imagelength), _resolution_mpp(page)
+    with _opened(path) as image:
+        return image.size, None
 
-        with tifffile.TiffFile(path) as tiff:
-            return _resolution_mpp(tiff.pages.first)
-    except (InputError, ValueError):  # not a TIFF
+
+def image_mpp(path: str | Path) -> float | None:
+    """The pixel size (um) that the image's own tags claim; ``None`` where it is silent or no readable image."""
+    try:
+        return image_head(path)[1]
+    except InputError:
         return None
 
 

@@ -18,7 +18,7 @@ from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
 # Files of this folder, in the order in which they are asked: what is told by more comes first.
-FORMATS = ("hest", "legacy_st")
+FORMATS = ("hest", "visium_hd", "visium", "spatialdata", "legacy_st", "h5ad", "slide")
 
 
 def format_module(name: str) -> ModuleType:
