@@ -157,7 +157,8 @@ def _check_table(result) -> Table:
             size, off = "no image", "-"
         table.add_row(
             row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
-            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library, f"{row.mpp:.3f}" if row.mpp else "-",
+            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
+            f"{row.mpp:.3f}" if row.mpp else "-",
             by + ("" if row.mpp_agree is not False else " differ"), size, off,
             {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
             *([", ".join(row.features or ()) or "none"] if asked["features"] else []),

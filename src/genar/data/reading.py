@@ -103,7 +103,7 @@ def _alike(one: float, other: float) -> bool:
     return abs(one / other - 1) <= MPP_TOLERANCE
 
 
-def pitch_px(xy: np.ndarray) -> float:
+def pitch_px(xy) -> float:
     """Distance of neighbouring spots, px: the median over all spots of the distance to the four nearest.
 
     Four, because spot positions are noisy and the nearest alone comes out too near (6 % on HER2ST). NaN where there is

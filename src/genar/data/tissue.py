@@ -42,7 +42,7 @@ def find_tissue(view: np.ndarray, um_per_px: float) -> np.ndarray:
     mean_square = ndimage.gaussian_filter(grey**2, sigma)
     texture = np.sqrt(np.clip(mean_square - ndimage.gaussian_filter(grey, sigma) ** 2, 0, None))
     weak = (smooth > _WEAK) & ((texture > _TEXTURE) | (smooth > _SOLID))
-    labels, n = ndimage.label(weak)
+    labels, n = _pieces(weak)
     strong = np.zeros(n + 1, bool)
     strong[np.unique(labels[weak & (smooth > _STRONG)])] = True
     mask = _closed(strong[labels] & (labels > 0), round(_CLOSE_UM / um_per_px))
@@ -78,13 +78,19 @@ def _closed(mask: np.ndarray, radius: int) -> np.ndarray:
     if radius < 1 or not mask.any():
         return mask
     padded = np.pad(mask, radius + 1)
-    near = ndimage.distance_transform_edt(~padded) <= radius
+    near = ndimage.distance_transform_edt(~padded) <= radius  # pyright: ignore
     closed = ndimage.distance_transform_edt(near) > radius  # pyright: ignore
     return closed[radius + 1 : -radius - 1, radius + 1 : -radius - 1] | mask
 
 
+def _pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Connected pieces of a mask: labels [h, w] from 1, and how many there are."""
+    labels = np.zeros(mask.shape, np.int32)
+    return labels, int(ndimage.label(mask, output=labels))  # pyright: ignore
+
+
 def _without_small(mask: np.ndarray, least_px: float) -> np.ndarray:
-    labels, n = ndimage.label(mask)
+    labels, n = _pieces(mask)
     sizes = np.bincount(labels.ravel(), minlength=n + 1)
     keep = sizes >= least_px
     keep[0] = False

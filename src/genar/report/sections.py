@@ -4,7 +4,7 @@ image."""
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def _look_at_counts(section: AnnData, row: SectionReport) -> None:
     row.gene_names, row.species = name_genes(section.var_names, section.var.get("gene_ids"))
 
 
-def name_genes(names: Sequence[str], ids=None) -> tuple[str, str]:
+def name_genes(names: Iterable[str], ids=None) -> tuple[str, str]:
     """Kind of the gene names (``symbols``, ``Ensembl``, ``mixed``) and the species they speak of (``human``, ``mouse``,
     or nothing): by Ensembl's prefix where there are ids, else by case, as human symbols are upper case.
 
@@ -152,11 +152,12 @@ def name_genes(names: Sequence[str], ids=None) -> tuple[str, str]:
     ensembl = texts.str.fullmatch(_ENSEMBL)
     share = ensembl.mean()
     kind = "Ensembl" if share > _SHARE else "symbols" if share < 1 - _SHARE else "mixed"
-    known = pd.Series(list(ids), dtype=str) if ids is not None else texts[ensembl]
+    known = pd.Series(list(ids) if ids is not None else list(texts[ensembl]), dtype=str)
     for prefix, species in (("ENSG0", "human"), ("ENSMUSG0", "mouse")):
         if len(known) and known.str.startswith(prefix).mean() > _SHARE:
             return kind, species
-    letters = texts[~ensembl & texts.str.contains("[A-Za-z]{2}")].str.replace(r"(?<=\d)orf(?=\d)", "", regex=True)
+    letters = pd.Series(list(texts[~ensembl & texts.str.contains("[A-Za-z]{2}")]), dtype=str)
+    letters = letters.str.replace(r"(?<=\d)orf(?=\d)", "", regex=True)
     if len(letters) and letters.str.isupper().mean() > _SHARE:
         return kind, "human"
     if len(letters) and (letters.str[:1].str.isupper() & ~letters.str.isupper()).mean() > _SHARE:

@@ -6,6 +6,7 @@ image's full resolution. A store with tables of several regions is one section a
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -49,7 +50,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     except ImportError as error:
         raise reading.missing_package(path, "spatialdata", "spatialdata") from error
     try:
-        store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))
+        store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))  # pyright: ignore
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{path}: not a readable SpatialData store ({error}); is it complete?") from error
     adata, region = _table(store, path)
@@ -82,8 +83,11 @@ def _image_name(store, region: str, path: Path) -> str | None:
     """The image that shares a coordinate system with the shapes; the largest of several. ``None`` without images."""
     from spatialdata.transformations import get_transformation
 
-    systems = set(get_transformation(store.shapes[region], get_all=True))
-    fitting = [n for n, image in store.images.items() if systems & set(get_transformation(image, get_all=True))]
+    def systems(element: Any) -> set[str]:
+        return set(get_transformation(element, get_all=True))  # pyright: ignore
+
+    of_shapes = systems(store.shapes[region])
+    fitting = [name for name, image in store.images.items() if of_shapes & systems(image)]
     return max(fitting, key=lambda name: _n_px(store.images[name]), default=None)
 
 
@@ -104,8 +108,8 @@ def _centres_px(store, adata: AnnData, region: str, image: str | None, path: Pat
     xy = np.column_stack([centroids.x, centroids.y, np.ones(len(centroids))])
     if image is None:
         return xy[:, :2]
-    of_shapes = get_transformation(shapes, get_all=True)
-    of_image = get_transformation(store.images[image], get_all=True)
+    of_shapes: Any = get_transformation(shapes, get_all=True)
+    of_image: Any = get_transformation(store.images[image], get_all=True)
     system = sorted(set(of_shapes) & set(of_image))[0]
     axes = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
     to_system, from_image = (t[system].to_affine_matrix(**axes) for t in (of_shapes, of_image))

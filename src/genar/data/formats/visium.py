@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     adata.obs = places.loc[adata.obs_names]
     outside = int((adata.obs["in_tissue"] == 0).sum())
     adata = adata[adata.obs["in_tissue"] != 0].copy()
-    adata.obsm[contract.SPATIAL] = adata.obs[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    adata.obsm[contract.SPATIAL] = pd.DataFrame(adata.obs)[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
     image = reading.named_image(section, options)
     if image is not None:
         refuse_downsampled(image, folder / "spatial", factors)
@@ -108,7 +109,7 @@ def _read_h5(path: Path):
 
     try:
         with h5py.File(path) as file:
-            matrix = file["matrix"]
+            matrix: Any = file["matrix"]
             parts = tuple(matrix[name][:] for name in ("data", "indices", "indptr"))
             n_genes, n_spots = (int(n) for n in matrix["shape"][:])
             x = sparse.csc_matrix(parts, shape=(n_genes, n_spots)).T.tocsr()  # stored gene by spot, column by column
@@ -141,7 +142,7 @@ def _read_mtx(folder: Path):
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: not a readable 10x matrix folder ({error}); is it complete?") from error
-    return x, barcodes, pd.DataFrame(rows, columns=["id", "name", "feature_type"])
+    return x, barcodes, pd.DataFrame(rows, columns=pd.Index(["id", "name", "feature_type"]))
 
 
 def read_positions(folder: Path) -> pd.DataFrame:
@@ -166,7 +167,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
     places = places.set_index("barcode") if "barcode" in places else places
     if not places.index.is_unique:
         raise InputError(f"{path}: barcode {places.index[places.index.duplicated()][0]} occurs more than once")
-    return places.rename_axis(None)[_COLUMNS[1:]]
+    return places.rename_axis(None).loc[:, _COLUMNS[1:]]
 
 
 def read_scalefactors(folder: Path) -> dict:

@@ -54,7 +54,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     adata = adata[(places["in_tissue"].loc[adata.obs_names] != 0).to_numpy()]
     to_px, step_px = _affine(folder, places)
     pooled, note = _pool(adata, places, round(options.bin_um / width))
-    centre = pooled.obs[["array_row", "array_col"]].to_numpy(float)
+    centre = pd.DataFrame(pooled.obs)[["array_row", "array_col"]].to_numpy(float)
     centre = (centre + 0.5) * round(options.bin_um / width) - 0.5  # in bins; a bin's own position is its middle
     pooled.obsm[contract.SPATIAL] = np.column_stack([centre, np.ones(len(centre))]) @ to_px
     image = reading.named_image(section, options)
@@ -98,6 +98,6 @@ def _pool(adata: AnnData, places: pd.DataFrame, factor: int) -> tuple[AnnData, s
     rows = np.asarray([list(key) for key in kept.index], dtype=int).reshape(-1, 2)  # pyright: ignore
     obs = pd.DataFrame({"array_row": rows[:, 0], "array_col": rows[:, 1], "n_bins": kept.to_numpy()})
     obs.index = pd.Index([f"{row:04d}x{col:04d}" for row, col in rows])
-    pooled = AnnData(sparse.csr_matrix(pool @ adata.X, dtype=np.float32), obs=obs, var=adata.var)
+    pooled = AnnData(sparse.csr_matrix(pool @ adata.X, dtype=np.float32), obs=obs, var=pd.DataFrame(adata.var))
     lost = len(area) - len(kept)
     return pooled, f"{lost} squares with less than half under tissue are dropped" if lost else ""
