@@ -35,7 +35,8 @@ def find_tissue(view: np.ndarray, um_per_px: float) -> np.ndarray:
     """
     density = -np.log(np.clip(view, 1, None) / _glass_colour(view)).astype(np.float32)
     red, green, blue = np.moveaxis(density, 2, 0)
-    ink = _ink(view, red, green, blue)
+    margin = max(1, round(_INK_MARGIN_UM / um_per_px))
+    ink = ndimage.binary_dilation(_ink(view, red, green, blue), iterations=margin)  # with the rim that JPEG colours
     excess = np.where(ink, 0, green - np.maximum(blue, 0.8 * red)).clip(-0.5, 1)
     sigma, grey = _SMOOTH_UM / um_per_px, np.where(ink, 0, density.mean(axis=2))
     smooth = ndimage.gaussian_filter(excess, sigma)
@@ -49,7 +50,7 @@ def find_tissue(view: np.ndarray, um_per_px: float) -> np.ndarray:
     px_per_mm2 = (1000 / um_per_px) ** 2
     mask = _without_small(mask, _LEAST_MM2 * px_per_mm2)
     mask = ~_without_small(~mask, _HOLE_MM2 * px_per_mm2)
-    return mask & ~ndimage.binary_dilation(ink, iterations=max(1, round(_INK_MARGIN_UM / um_per_px)))
+    return mask & ~ink
 
 
 def _glass_colour(view: np.ndarray) -> np.ndarray:
