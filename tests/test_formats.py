@@ -15,6 +15,7 @@ from scipy import io, sparse
 
 from genar.data import contract, find_sections, open_slide, read_section, read_sections
 from genar.errors import InputError
+from genar.genes import select_panel
 
 # --- legacy ST
 
@@ -276,7 +277,7 @@ def drop_matrix_part(outs):
         (drop_matrix_part, "not a readable 10x matrix"),
         (lambda outs: (outs / "filtered_feature_bc_matrix.h5").write_bytes(b"\x89HDF"), "not a readable 10x matrix"),
         (lambda outs: (outs / "spatial" / "tissue_positions.csv").unlink(), "expected one of tissue_positions"),
-        (lambda outs: (outs / "spatial" / "tissue_positions.csv").write_text("barcode\n1\n"), "positions"),
+        (lambda outs: (outs / "spatial" / "tissue_positions.csv").write_text("barcode\n1\n"), "expected columns"),
         (lambda outs: edit_text(outs / "spatial" / "tissue_positions.csv", "AAAC0000-1", "GGGG-1"), "no position"),
         (lambda outs: (outs / "spatial" / "scalefactors_json.json").unlink(), "scalefactors_json.json"),
         (lambda outs: (outs / "spatial" / "scalefactors_json.json").write_text("{"), "scalefactors_json.json"),
@@ -489,10 +490,6 @@ def test_format_can_be_forced_and_must_be_known(tissue, tmp_path):
         find_sections(tissue, format="magic")
 
 
-def test_pixel_less_work_needs_no_images(outs):
-    from genar.genes import select_panel
-
-    section = read_section(outs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert len(select_panel([section], n_genes=2).genes) == 2
+def test_a_panel_is_selected_without_images(tissue, tmp_path):
+    folder = shutil.copytree(tissue, tmp_path / "hest", ignore=shutil.ignore_patterns("wsis"))
+    assert len(select_panel(read_sections(folder), n_genes=20).genes) == 20

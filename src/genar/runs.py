@@ -331,6 +331,12 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
     options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
     training, held_out = ([ref.read(options) for ref in part] for part in (kept, held))
+    for section in (*training, *held_out):
+        if section.n_vars == 0:
+            raise InputError(
+                f"section {contract.name(section)}: a slide without counts; train on sections that have them, and give "
+                "slides to `genar predict`"
+            )
     patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
     shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
     if shared:

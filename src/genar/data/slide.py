@@ -18,7 +18,7 @@ from genar.errors import InputError
 WHITE = 255
 # Above this a plain (not pyramidal) image no longer fits comfortably in memory as RGB: 6 GB.
 _MAX_PLAIN_PX = 2_000_000_000
-_BLOCK_PX = 2048  # slides are looked through in blocks this wide
+_BLOCK_PX = 1024  # slides are looked through in blocks this wide
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs"}
 
 

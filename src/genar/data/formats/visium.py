@@ -156,8 +156,8 @@ def read_positions(folder: Path) -> pd.DataFrame:
             places = pd.read_parquet(path)
         else:
             with path.open(encoding="utf-8") as file:
-                header = 0 if file.readline().startswith("barcode") else None
-            places = pd.read_csv(path, header=header, names=_COLUMNS)
+                named = file.readline().startswith("barcode")
+            places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
     except ImportError as error:
         raise reading.missing_package(path, "pyarrow", "visium-hd") from error
     except (OSError, ValueError) as error:
