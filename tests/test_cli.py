@@ -207,7 +207,7 @@ def test_bad_sections_are_refused_by_train_and_check(fault, broken, tmp_path, mo
     assert_one_line(capsys, expected)
     assert not list(out.rglob("*.safetensors"))
     assert not (out / "metrics.json").exists()
-    assert run(monkeypatch, "check", broken) == 2
+    assert run(monkeypatch, "check", broken, "--out", tmp_path / "overlays") == 2
     assert expected in capsys.readouterr().err
 
 
@@ -241,7 +241,7 @@ def assert_one_line(capsys, expected):
         (["evaluate", "PANEL", "TISSUE:B", "--out", "OUT"], "h5ad"),
         (["evaluate", "RUN/predictions/B.h5ad", "TISSUE:A", "--out", "OUT"], "spots"),
         (["panel", "TISSUE", "--out", "OUT/panel.json", "--recipe", "best"], "clean"),
-        (["check", "NOWHERE"], "NOWHERE"),
+        (["check", "NOWHERE", "--out", "OUT"], "NOWHERE"),
     ],
 )
 def test_wrong_words_are_one_clear_line(words, expected, trained, tissue, store, tmp_path, monkeypatch, capsys):
@@ -355,9 +355,9 @@ def test_predictions_open_in_scanpy(trained):
 
 
 @pytest.mark.real
-def test_real_sections_pass_the_check(shared, monkeypatch, capsys):
-    assert run(monkeypatch, "check", shared / "data" / "her2st", "--json") == 0
+def test_real_sections_pass_the_check(shared, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "check", shared / "data" / "her2st", "--json", "--out", tmp_path) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]
     assert [row["section"] for row in rows] == ["SPA138", "SPA139", "SPA140", "SPA141"]
-    assert all(abs(row["mpp_image"] / row["mpp"] - 1) < 0.01 for row in rows)
+    assert all(abs(row["mpp_by"]["image"] / row["mpp"] - 1) < 0.01 for row in rows)
     assert read_section(shared / "data" / "her2st" / "st" / "SPA138.h5ad").n_obs == 181

@@ -27,12 +27,17 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
 Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overrides the metadata.")]
+Image = Annotated[
+    Path | None, typer.Option(help="Full-resolution image of the section, or a folder of them called <id>.tif.")
+]
+BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um [default: 56].")]
+SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um [default: 100].")]
 Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores [default: user cache].")]
 Weights = Annotated[Path | None, typer.Option(help="Encoder weights (.safetensors) instead of the hub's.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
-SectionDir = Annotated[str, typer.Argument(help="Folder of sections (HEST-1k layout).")]
+SectionDir = Annotated[str, typer.Argument(help="Folder of sections; the format is told from what it holds.")]
 _SAMPLES = "Trajectories averaged in the expectation [default: 16]."
-OneSection = Annotated[str, typer.Argument(help="One section: FOLDER:ID or FOLDER/st/ID.h5ad.")]
+OneSection = Annotated[str, typer.Argument(help="One section: its own file or folder, or FOLDER:ID.")]
 
 
 def main() -> None:
@@ -92,35 +97,75 @@ def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> No
 
 @app.command()
 def check(
-    paths: Annotated[list[str], typer.Argument(help="Folders of sections, or single sections.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for an overlay PNG per section.")] = None,
+    paths: Annotated[list[str], typer.Argument(help="Folders of sections or slides, or single ones.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for an overlay PNG per section.")] = Path(
+        "genar-check"
+    ),
+    features: Annotated[Path | None, typer.Option("--features", help="Folder of feature stores to look into.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list of genes that each must have.")] = None,
+    image: Image = None,
+    bin_um: BinUm = None,
+    spacing_um: SpacingUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Read sections, say what is wrong, draw the spots on the tissue."""
+    """Read sections and slides, say what is wrong, draw the spots on the tissue. Exit code 2 where a run would fail."""
     from dataclasses import asdict
 
-    from genar import runs
+    from genar.genes import read_panel
+    from genar.report.sections import check_sections
 
-    rows, faults, overlays = [], [], {}
-    for path in paths:
-        more_rows, more_faults, more_overlays = runs.check_run(Path(path), out, mpp=mpp)
-        rows, faults, overlays = rows + more_rows, faults + more_faults, overlays | more_overlays
-    table = Table(
-        "section", "format", "spots", "genes", "empty", "median library", "um/px", "image says", "image px", "patient"
-    )
-    for row in rows:
-        size = f"{row.size_px[0]} x {row.size_px[1]}" if row.size_px else "no image"
-        tag = f"{row.mpp_image:.4f}" if row.mpp_image else "-"
-        numbers = (str(row.n_spots), str(row.n_genes), str(row.n_empty), f"{row.median_library:.0f}", f"{row.mpp:.4f}")
-        table.add_row(row.section, row.source, *numbers, tag, size, row.patient)
+    result = check_sections(
+        paths, out=out, features=features, panel=read_panel(panel) if panel else None, image=image, bin_um=bin_um,
+        spacing_um=spacing_um, mpp=mpp,
+    )  # fmt: skip
     if not json:
-        console.print(table)
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
-    _finish(json, overlays, "wrong input" if faults else "done", sections=[asdict(row) for row in rows], faults=faults)
-    if faults:
+        console.print(_check_table(result))
+        for row in result.sections:
+            if row.note or row.counts_from not in ("", "X"):
+                print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
+    for line in (*result.duplicates, *(w for row in result.sections for w in row.warnings)):
+        print(f"warning: {line}", file=sys.stderr)
+    for fault in result.all_faults:
+        print("error: " + " ".join(fault.split()), file=sys.stderr)
+    overlays = {f"overlay {row.section}": row.overlay for row in result.sections if row.overlay}
+    rows = [asdict(row) for row in result.sections]
+    status = "wrong input" if result.all_faults else "done"
+    _finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
+    if result.all_faults:
         raise typer.Exit(2)
+
+
+def _check_table(result) -> Table:
+    """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
+    table = Table(
+        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
+    )
+    asked = {
+        "features": any(row.features is not None for row in result.sections),
+        "genes missing": any(row.panel_missing is not None for row in result.sections),
+    }
+    for name in ("patient", *(name for name, one in asked.items() if one), "verdict"):
+        table.add_column(name)
+    for row in result.sections:
+        empty = f" ({row.n_empty} empty)" if row.n_empty else ""
+        library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
+        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
+        if row.size_px:
+            size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
+        else:
+            size, off = "no image", "-"
+        table.add_row(
+            row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
+            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
+            f"{row.mpp:.3f}" if row.mpp else "-",
+            by + ("" if row.mpp_agree is not False else " differ"), size, off,
+            {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
+            *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
+            *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
+            "wrong" if row.faults else "warned" if row.warnings else "ok",
+        )  # fmt: skip
+    return table
 
 
 @app.command()
@@ -132,6 +177,8 @@ def features(
     patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
     views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
     device: str = "cpu",
+    image: Image = None,
+    bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
@@ -142,7 +189,9 @@ def features(
 
     loaded = encoders.load_encoder(encoder, weights=weights, device=device)
     recipe = recipe_of(loaded, patch=patch, views=views)
-    stores = runs.embed_sections(read_sections(sections, mpp=mpp), loaded, recipe, out, _bar(json))
+    stores = runs.embed_sections(
+        read_sections(sections, mpp=mpp, image=image, bin_um=bin_um), loaded, recipe, out, _bar(json)
+    )
     _finish(json, stores)
 
 
@@ -156,6 +205,8 @@ def panel(
     ] = None,
     n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    bin_um: BinUm = None,
+    mpp: Mpp = None,
     json: Json = False,
 ) -> None:
     """Select the gene panel."""
@@ -163,7 +214,7 @@ def panel(
     from genar.genes import select_panel
 
     left_out = _ids(exclude)
-    chosen = [ref.read() for ref in find_sections(sections) if ref.id not in left_out]
+    chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in find_sections(sections) if ref.id not in left_out]
     n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
     selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
@@ -194,6 +245,8 @@ def train(
         list[str] | None, typer.Option("--set", help="KEY=VALUE of model, training, inputs or decoding; repeatable.")
     ] = None,
     device: str = "cpu",
+    image: Image = None,
+    bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
@@ -206,7 +259,7 @@ def train(
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, device, settings,
+        features, mpp, device, settings, image=image, bin_um=bin_um,
     )  # fmt: skip
     result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)
@@ -214,7 +267,7 @@ def train(
 
 @app.command()
 def predict(
-    section: OneSection,
+    section: Annotated[str, typer.Argument(help="A bare slide, or one section: its own file or folder, or FOLDER:ID.")],
     model: Annotated[Path, typer.Option(help="A training run, or its checkpoint folder.")],
     out: Out,
     decode: Annotated[str | None, typer.Option(help="What makes X [default: the model's first decoding].")] = None,
@@ -226,18 +279,22 @@ def predict(
     ] = None,
     features: Store = None,
     weights: Weights = None,
+    image: Image = None,
+    bin_um: BinUm = None,
+    spacing_um: SpacingUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Predict the counts of a section with a trained model."""
+    """Predict the counts of a section or of a bare slide with a trained model."""
     from genar import runs
     from genar.data import read_section
     from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
-    read = read_section(section, mpp=mpp)
+    read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = runs.predict_run(read, model, out, features=features, weights=weights, how=how, bar=_bar(json))
-    _finish(json, {"prediction": out}, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
+    outputs = {"prediction": out} | runs.tissue_overlay(read, out)
+    _finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 
 @app.command()
@@ -245,13 +302,17 @@ def evaluate(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     truth: OneSection,
     out: Out,
+    image: Image = None,
+    bin_um: BinUm = None,
+    mpp: Mpp = None,
     json: Json = False,
 ) -> None:
     """Score a prediction, whoever made it, against the measured section."""
     from genar import runs
     from genar.data import read_section
 
-    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read_section(truth), out), json)
+    read = read_section(truth, **_given(image=image, bin_um=bin_um, mpp=mpp))
+    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read, out), json)
 
 
 @app.command()

@@ -20,8 +20,9 @@ from anndata import AnnData
 
 import genar
 from genar import encoders
-from genar.data import contract, find_sections, open_slide, pick
+from genar.data import contract, find_sections, open_slide, options_for, pick
 from genar.data.files import json_ready, write_text
+from genar.data.tissue import place_spots, tissue_of
 from genar.errors import InputError
 from genar.evaluation import Scores, score, write_scores
 from genar.features import FeatureRecipe, Inputs, default_store, embed, read_inputs, recipe_of
@@ -82,6 +83,10 @@ class TrainPlan:
     maps: bool = True
     only: tuple[str, ...] = ()
     """sections that take part; empty: all of the folder"""
+    image: Path | None = None
+    """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
+    bin_um: float | None = None
+    """width of the spots of Visium HD, um"""
 
     def __post_init__(self):
         encoders.encoder_row(self.encoder)
@@ -230,6 +235,23 @@ def predict_run(
     return predicted
 
 
+def predict_slide(slide: Path, model: Path, out: Path, *, spacing_um: float = 100.0, mpp: float | None = None, **how):
+    """Predict a bare slide: find its tissue, lay spots ``spacing_um`` um apart, embed and predict them. ``how`` is
+    passed on to :func:`predict_run`."""
+    return predict_run(place_spots(slide, spacing_um=spacing_um, mpp=mpp), model, out, **how)
+
+
+def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
+    """Write the tissue that was found on a bare slide, and the spots on it, beside its prediction; nothing for a
+    section with counts."""
+    slide = contract.slide_path(section)
+    if section.n_vars or slide is None:
+        return {}
+    view, mask, size_px, _ = tissue_of(slide, contract.mpp(section))
+    path = prediction.with_name(f"{prediction.stem}_tissue.png")
+    return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
+
+
 def evaluate_run(predicted: AnnData, truth: AnnData, out: Path) -> RunResult:
     """Score any method's prediction; ``prediction`` is its X, ``prediction_mean`` its layer ``log1p_mean`` where it
     has one."""
@@ -240,55 +262,6 @@ def evaluate_run(predicted: AnnData, truth: AnnData, out: Path) -> RunResult:
     outputs = write_scores(out, scores)
     _write_maps(predicted, truth, scores[name], out / "maps")
     return RunResult({**outputs, "maps": out / "maps"}, scores, {})
-
-
-@dataclass(frozen=True)
-class SectionReport:
-    """One row of ``genar check``."""
-
-    section: str
-    source: str
-    n_spots: int
-    n_genes: int
-    n_empty: int
-    """spots without counts"""
-    median_library: float
-    mpp: float
-    mpp_image: float | None
-    size_px: tuple[int, int] | None
-    patient: str
-
-
-def check_run(
-    path: Path, out: Path | None, *, mpp: float | None = None
-) -> tuple[list[SectionReport], list[str], dict[str, Path]]:
-    """Read every section that ``path`` names; rows of those that are sound, one line for each fault, overlays
-    written."""
-    rows, faults, overlays = [], [], {}
-    for ref in find_sections(path):
-        try:
-            section = ref.read(mpp=mpp)
-            rows.append(_report(section))
-            if out is not None:
-                overlays[ref.id] = maps.write_overlay(section, out / f"{ref.id}.png")
-        except InputError as error:
-            faults.append(str(error))
-    return rows, faults, overlays
-
-
-def _report(section: AnnData) -> SectionReport:
-    library, slide_path = section.obs[contract.LIBRARY_SIZE].to_numpy(), contract.slide_path(section)
-    tag = size = None
-    if slide_path is not None:
-        slide = open_slide(slide_path)
-        contract.check_inside(section, slide.size_px)
-        tag, size = slide.mpp, slide.size_px
-        slide.close()
-    facts = section.uns[contract.GENAR]
-    return SectionReport(
-        contract.name(section), facts[contract.SOURCE], section.n_obs, section.n_vars, int((library == 0).sum()),
-        float(np.median(library)), contract.mpp(section), tag, size, facts[contract.PATIENT],
-    )  # fmt: skip
 
 
 def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
@@ -356,7 +329,14 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
         raise InputError(f"{plan.sections}: all {len(refs)} sections are held out; leave at least one for training")
     train_ids, held_ids = (", ".join(ref.id for ref in part) or "none" for part in (kept, held))
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
-    training, held_out = ([ref.read(mpp=plan.mpp) for ref in part] for part in (kept, held))
+    options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
+    training, held_out = ([ref.read(options) for ref in part] for part in (kept, held))
+    for section in (*training, *held_out):
+        if section.n_vars == 0:
+            raise InputError(
+                f"section {contract.name(section)}: a slide without counts; train on sections that have them, and give "
+                "slides to `genar predict`"
+            )
     patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
     shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
     if shared:

@@ -66,15 +66,25 @@ def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[st
     return _save(figure, path)
 
 
-def write_overlay(section: AnnData, path: Path) -> Path:
-    """Spots on tissue, coloured by library size: shows at a glance whether coordinates and image belong together."""
+def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.ndarray, tuple] | None = None) -> Path:
+    """Spots on tissue: shows at a glance whether coordinates and image belong together.
+
+    Spots are coloured by library size, or plain where there are no counts. ``tissue`` is the view uint8 [h, w, 3], the
+    tissue mask [h, w] found on it, and the slide's size (W, H) px: what is not tissue is then shown dark.
+    """
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     axis = figure.subplots()
-    _draw_tissue(axis, section, background(section))
+    behind = None
+    if tissue is not None:
+        view, mask, size_px = tissue
+        behind = np.where(mask[..., None], view, view * 0.55).astype(np.uint8), size_px
+    _draw_tissue(axis, section, behind)
     size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy().astype(float))
     spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
-    figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
-    axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots", fontsize=10)
+    if section.n_vars:
+        figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
+    dark = ", dark: not tissue" if tissue is not None else ", no image"
+    axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots{dark}", fontsize=10)
     return _save(figure, path)
 
 

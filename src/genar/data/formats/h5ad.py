@@ -1,0 +1,67 @@
+"""Any AnnData file with raw counts (X, or layer ``counts``) and spot centres in ``obsm["spatial"]``, (x, y) in
+full-resolution px.
+
+The pixel size comes from what GenAR itself wrote (``uns["genar"]``) or ``microns_per_pixel`` of the scalefactors, then
+from the pitch where the array positions are Visium's, then from the image. The image is ``--image``, the one that
+``uns`` names if it is still there, or ``<id>.tif`` (``.svs``, ``.jpg``, …) beside the file.
+"""
+
+from pathlib import Path
+
+from anndata import AnnData
+
+from genar.data import contract, reading
+from genar.data.reading import ReadOptions
+
+NAME = "h5ad"
+EXPECTED = "AnnData files (*.h5ad with raw counts and obsm['spatial'])"
+
+
+def sections(root: Path) -> list[str]:
+    """Ids of the ``.h5ad`` files in ``root``."""
+    return [path.stem for path in root.glob("*.h5ad") if not path.name.startswith(".")]
+
+
+def of_file(path: Path) -> tuple[Path, str] | None:
+    """Folder and id of a file."""
+    return (path.parent, path.stem) if path.suffix == ".h5ad" else None
+
+
+def read(root: Path, section: str, options: ReadOptions) -> AnnData:
+    """Read one file as the contract has it."""
+    adata = reading.read_adata(root / f"{section}.h5ad")
+    image = reading.named_image(section, options) or _named_inside(adata) or reading.named_image(section, options, root)
+    return as_section(adata, section, options, image, NAME)
+
+
+def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path | None, source: str) -> AnnData:
+    """An AnnData with counts and ``obsm["spatial"]`` as the contract has it."""
+    counts_from, told = reading.keep_raw_counts(adata), adata.uns.get(contract.GENAR, {})
+    diameter_um, pitch_um = (float(told.get(key) or 0) for key in (contract.SPOT_DIAMETER_UM, contract.PITCH_UM))
+    if not pitch_um and reading.looks_like_visium(adata):
+        diameter_um, pitch_um = reading.VISIUM_SPOT_UM, reading.VISIUM_PITCH_UM
+    stated = told.get(contract.MPP) or next(
+        (lib["scalefactors"]["microns_per_pixel"] for lib in reading.libraries(adata)
+         if "microns_per_pixel" in lib.get("scalefactors", {})), None)  # fmt: skip
+    pitch = pitch_um / reading.pitch_px(adata.obsm[contract.SPATIAL]) if contract.SPATIAL in adata.obsm else 0  # pyright: ignore
+    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
+    return contract.new_section(
+        adata,
+        section=section,
+        slide=image or "",
+        mpp=mpp,
+        spot_diameter_um=diameter_um or reading.spot_diameter_px(adata) * mpp,
+        pitch_um=pitch_um,
+        source=source,
+        patient=str(told.get(contract.PATIENT) or ""),
+        mpp_by=by,
+        counts_from=counts_from,
+    )
+
+
+def _named_inside(adata: AnnData) -> Path | None:
+    """The image that the file names, where it is still there: GenAR's own slot, or scanpy's source image."""
+    named = [adata.uns.get(contract.GENAR, {}).get(contract.SLIDE)]
+    named += [library.get("metadata", {}).get("source_image_path") for library in reading.libraries(adata)]
+    paths = [Path(str(name)) for name in named if name]
+    return next((path for path in paths if path.is_file()), None)

@@ -1,0 +1,45 @@
+"""Bare slides: an image and no counts. Tissue is found and spots are laid on a grid over it (``genar.data.tissue``)."""
+
+from pathlib import Path
+
+from anndata import AnnData
+
+from genar.data.reading import SLIDE_SUFFIXES, ReadOptions
+from genar.data.tissue import place_spots
+from genar.errors import InputError
+
+NAME = "slide"
+EXPECTED = f"slides without counts ({' '.join(SLIDE_SUFFIXES)})"
+# Pictures that Space Ranger puts beside its counts: never slides of their own.
+_PICTURES = (
+    "tissue_hires_image",
+    "tissue_lowres_image",
+    "aligned_fiducials",
+    "detected_tissue_image",
+    "cytassist_image",
+)
+
+
+def sections(root: Path) -> list[str]:
+    """Ids of the slides in ``root``."""
+    return list(_slides(root))
+
+
+def of_file(path: Path) -> tuple[Path, str] | None:
+    """Folder and id of a slide."""
+    return (path.parent, path.name) if path.suffix.lower() in SLIDE_SUFFIXES else None
+
+
+def _slides(root: Path) -> dict[str, Path]:
+    found = [p for p in root.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file()]
+    found = [p for p in found if not p.name.startswith(".") and p.stem not in _PICTURES]
+    twice = {p.stem for p in found if sum(other.stem == p.stem for other in found) > 1}
+    return {p.name if p.stem in twice else p.stem: p for p in found}
+
+
+def read(root: Path, section: str, options: ReadOptions) -> AnnData:
+    """Spots on the tissue of one slide: N spots x 0 genes, as the contract has it."""
+    if options.image is not None:
+        raise InputError(f"section {section}: --image names the image of counts, and this is an image itself")
+    path = root / section if (root / section).is_file() else _slides(root)[section]
+    return place_spots(path, spacing_um=options.spacing_um, mpp=options.mpp)

@@ -1,0 +1,204 @@
+"""Space Ranger (Visium): ``filtered_feature_bc_matrix.h5`` or its folder of the same name, and ``spatial/``.
+
+A section is an ``outs`` folder; a folder of several is several sections, each called like the folder that holds it.
+The full-resolution image is not among the outputs: it is named apart (``--image``). Spot centres are 100 um apart.
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from genar.data import contract, reading
+from genar.data.reading import ReadOptions
+from genar.errors import InputError
+
+NAME = "visium"
+EXPECTED = "Space Ranger outs (filtered_feature_bc_matrix.h5, spatial/)"
+_MATRIX = "filtered_feature_bc_matrix"
+_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+
+def sections(root: Path) -> list[str]:
+    """Ids of the sections in ``root``: itself, or each folder in it (or the ``outs`` of that)."""
+    return list(folders(root, _is_outs))
+
+
+def of_file(path: Path) -> tuple[Path, str] | None:
+    """Folder and id of a section named by its matrix file."""
+    root = path.parent
+    return (root, sections(root)[0]) if path.name == f"{_MATRIX}.h5" and _is_outs(root) else None
+
+
+def _is_outs(folder: Path) -> bool:
+    return (folder / "spatial").is_dir() and ((folder / f"{_MATRIX}.h5").is_file() or (folder / _MATRIX).is_dir())
+
+
+def folders(root: Path, is_one) -> dict[str, Path]:
+    """Section id -> folder of each that ``is_one`` in ``root``; an ``outs`` folder is called like the one around it."""
+    if is_one(root):
+        around = root.resolve()
+        return {(around.parent if around.name == "outs" else around).name: root}
+    found = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        for candidate in (folder, folder / "outs"):
+            if folder.name not in found and candidate.is_dir() and is_one(candidate):
+                found[folder.name] = candidate
+    return found
+
+
+def read(root: Path, section: str, options: ReadOptions) -> AnnData:
+    """Read one section as the contract has it; spots with ``in_tissue`` 0 are dropped.
+
+    Gene names are symbols, made unique as scanpy does; ``var["gene_ids"]`` keeps the Ensembl ids. Raises ``InputError``
+    where a file is missing or damaged, or where ``--image`` names the downsampled PNG of Space Ranger.
+    """
+    folder = folders(root, _is_outs)[section]
+    adata, factors = read_matrix(folder), read_scalefactors(folder)
+    places = read_positions(folder)
+    unknown = adata.obs_names.difference(places.index)
+    if len(unknown):
+        raise InputError(f"{folder}: {len(unknown)} barcodes have no position (first: {unknown[0]}); are they a pair?")
+    adata.obs = places.loc[adata.obs_names]
+    outside = int((adata.obs["in_tissue"] == 0).sum())
+    adata = adata[adata.obs["in_tissue"] != 0].copy()
+    adata.obsm[contract.SPATIAL] = pd.DataFrame(adata.obs)[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    image = reading.named_image(section, options)
+    if image is not None:
+        refuse_downsampled(image, folder / "spatial", factors)
+    pitch = reading.VISIUM_PITCH_UM / reading.pitch_px(adata.obsm[contract.SPATIAL])
+    mpp, by = reading.pixel_size(section, options, metadata=factors.get("microns_per_pixel"), pitch=pitch, slide=image)
+    adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
+    return contract.new_section(
+        adata,
+        section=section,
+        slide=image or "",
+        mpp=mpp,
+        spot_diameter_um=reading.VISIUM_SPOT_UM,
+        pitch_um=reading.VISIUM_PITCH_UM,
+        source=NAME,
+        mpp_by=by,
+        note=f"{outside} spots are not under tissue and are dropped" if outside else "",
+    )
+
+
+def read_matrix(folder: Path) -> AnnData:
+    """Gene expression of ``filtered_feature_bc_matrix.h5``, or of the folder of that name where there is no ``.h5``."""
+    path = folder / f"{_MATRIX}.h5"
+    x, barcodes, features = _read_h5(path) if path.is_file() else _read_mtx(folder / _MATRIX)
+    if x.shape != (len(barcodes), len(features)):
+        raise InputError(f"{folder}: matrix of shape {x.shape} for {len(barcodes)} barcodes and {len(features)} genes")
+    if "feature_type" in features:  # antibodies and the like are left out
+        expression = (features["feature_type"] == "Gene Expression").to_numpy()
+        x, features = x[:, expression], features.loc[expression]
+    adata = AnnData(x.astype(np.float32), obs=pd.DataFrame(index=pd.Index(barcodes)))
+    adata.var = pd.DataFrame({"gene_ids": features["id"].to_numpy()}, index=pd.Index(features["name"].to_numpy()))
+    adata.var_names_make_unique()
+    return adata
+
+
+def _read_h5(path: Path):
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            matrix: Any = file["matrix"]
+            parts = tuple(matrix[name][:] for name in ("data", "indices", "indptr"))
+            n_genes, n_spots = (int(n) for n in matrix["shape"][:])
+            x = sparse.csc_matrix(parts, shape=(n_genes, n_spots)).T.tocsr()  # stored gene by spot, column by column
+            barcodes = [text.decode() for text in matrix["barcodes"][:]]
+            names = [name for name in ("id", "name", "feature_type") if name in matrix["features"]]
+            features = {name: [text.decode() for text in matrix["features"][name][:]] for name in names}
+    except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: not a readable 10x matrix ({error}); is it complete?") from error
+    return x, barcodes, pd.DataFrame(features)
+
+
+def _read_mtx(folder: Path):
+    def lines(*names: str) -> list[list[str]]:
+        path = next((p for name in names for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+        if path is None:
+            raise InputError(f"{folder}: expected {names[0]}.gz or {names[0]}, found neither; copy the folder again")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return [line.rstrip("\r\n").split("\t") for line in file]
+
+    try:
+        barcodes = [row[0] for row in lines("barcodes.tsv")]
+        rows = [[*row, "Gene Expression"][:3] for row in lines("features.tsv", "genes.tsv")]
+        path = next(
+            (p for p in (folder / "matrix.mtx.gz", folder / "matrix.mtx") if p.is_file()), folder / "matrix.mtx"
+        )
+        from scipy.io import mmread
+
+        x = sparse.csr_matrix(mmread(path).T)  # pyright: ignore
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: not a readable 10x matrix folder ({error}); is it complete?") from error
+    return x, barcodes, pd.DataFrame(rows, columns=pd.Index(["id", "name", "feature_type"]))
+
+
+def read_positions(folder: Path) -> pd.DataFrame:
+    """The spots' places, index barcode: ``in_tissue``, ``array_row``, ``array_col``, ``pxl_row_in_fullres``,
+    ``pxl_col_in_fullres``. With header (Space Ranger 2.0 and later), without (before), or parquet (Visium HD)."""
+    path = next((p for name in _POSITIONS if (p := folder / "spatial" / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder / 'spatial'}: expected one of {', '.join(_POSITIONS)}, found none; copy it there")
+    try:
+        if path.suffix == ".parquet":
+            places = pd.read_parquet(path)
+        else:
+            with path.open(encoding="utf-8") as file:
+                named = file.readline().startswith("barcode")
+            places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
+    except ImportError as error:
+        raise reading.missing_package(path, "pyarrow", "visium-hd") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable table of spot positions ({error}); is it complete?") from error
+    if missing := set(_COLUMNS) - set(places) - {places.index.name}:
+        raise InputError(f"{path}: expected columns {', '.join(_COLUMNS)}, found no {', '.join(sorted(missing))}")
+    places = places.set_index("barcode") if "barcode" in places else places
+    if not places.index.is_unique:
+        raise InputError(f"{path}: barcode {places.index[places.index.duplicated()][0]} occurs more than once")
+    return places.rename_axis(None).loc[:, _COLUMNS[1:]]
+
+
+def read_scalefactors(folder: Path) -> dict:
+    """``spatial/scalefactors_json.json``."""
+    path = folder / "spatial" / "scalefactors_json.json"
+    try:
+        factors = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}); copy the whole spatial folder of Space Ranger") from error
+    if not isinstance(factors, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(factors).__name__}")
+    return factors
+
+
+def refuse_downsampled(image: Path, spatial: Path, factors: dict) -> None:
+    """``InputError`` where the image is one of Space Ranger's own downsampled pictures, under whatever name."""
+    from PIL import Image
+
+    scale = min(factors.get("tissue_hires_scalef", 1), factors.get("tissue_lowres_scalef", 1))
+    if image.suffix.lower() not in (".png", ".jpg", ".jpeg") or scale >= 1:
+        return
+    for name in ("tissue_hires_image.png", "tissue_lowres_image.png"):
+        same = image.name == name
+        if not same and (spatial / name).is_file():
+            try:
+                with Image.open(image) as one, Image.open(spatial / name) as other:
+                    same = one.size == other.size
+            except (OSError, SyntaxError, Image.DecompressionBombError):
+                continue  # who reads its pixels says so
+        if same:
+            raise InputError(
+                f"{image}: this is Space Ranger's downsampled {name}; expected the full-resolution image "
+                "that Space Ranger was given (spots are in its px)"
+            )

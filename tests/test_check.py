@@ -1,0 +1,287 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pytest
+import zarr
+from PIL import Image
+
+from genar import cli
+from genar.data.simulate import TissueConfig, write_tissue
+from genar.report.sections import name_genes
+
+TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
+SET = [word for setting in TINY for word in ("--set", setting)]
+
+
+def run(monkeypatch, *words):
+    """The command in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["genar", *map(str, words)])
+    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
+    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
+
+
+@pytest.fixture
+def folder(two, tmp_path):
+    return shutil.copytree(two, tmp_path / "hest")
+
+
+@pytest.fixture
+def check(monkeypatch, capsys, tmp_path):
+    def checked(*words):
+        code = run(monkeypatch, "check", *words, "--out", tmp_path / "overlays", "--json")
+        said = capsys.readouterr()
+        return code, json.loads(said.out.splitlines()[-1]), said.err
+
+    return checked
+
+
+def edit(folder, change, section="A"):
+    path = folder / "st" / f"{section}.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata = change(adata) or adata
+    adata.write_h5ad(path)
+
+
+def test_check_tells_what_is_there(folder, check, tmp_path):
+    code, told, _ = check(folder)
+    assert (code, told["status"], told["faults"]) == (0, "done", [])
+    row, truth = told["sections"][0], anndata.read_h5ad(folder / "st" / "A.h5ad")
+    assert (row["section"], row["format"], row["patient"]) == ("A", "simulated", "Simulated A")
+    assert (row["n_spots"], row["n_genes"]) == truth.shape
+    sizes = np.asarray(truth.X.sum(axis=1)).ravel()
+    assert row["library_size"] == {"min": sizes.min(), "median": np.median(sizes), "max": sizes.max()}
+    assert row["mpp_by"] == pytest.approx({"metadata": 0.7, "pitch": 0.7, "image": 0.7}, rel=1e-3)
+    assert (row["mpp_agree"], row["raw_counts"], row["counts_from"]) == (True, True, "X")
+    assert (row["n_outside_image"], row["n_off_tissue"]) == (0, 0)
+    assert (row["gene_names"], row["species"]) == ("symbols", "human")
+    with Image.open(tmp_path / "overlays" / "A.png") as overlay:
+        assert min(overlay.size) > 400
+
+
+def test_every_section_is_checked_when_one_fails(folder, check):
+    edit(folder, lambda adata: setattr(adata, "X", adata.X.log1p()))
+    code, told, err = check(folder)
+    assert (code, told["status"]) == (2, "wrong input")
+    bad, good = told["sections"]
+    assert bad["raw_counts"] is False
+    assert "log-transformed" in bad["faults"][0]
+    assert good["faults"] == []
+    assert good["overlay"].endswith("B.png")
+    assert [line for line in err.splitlines() if line.startswith("error")] == [f"error: {bad['faults'][0]}"]
+
+
+def test_pixel_sizes_that_differ_are_a_warning_with_both_values(folder, check):
+    path = folder / "metadata" / "A.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pixel_size_um_estimated": 0.8}))
+    code, told, err = check(folder)
+    assert code == 0
+    assert told["sections"][0]["mpp_agree"] is False
+    assert "0.8000 um by the metadata, 0.7000 um by the spot pitch" in err
+
+
+def zero_spots(adata):
+    return adata[:0].copy()
+
+
+def twice(adata):
+    adata.obs_names = [adata.obs_names[1], *adata.obs_names[1:]]
+
+
+def one_place(adata):
+    adata.obsm["spatial"] = np.full((adata.n_obs, 2), 50.0)
+
+
+def outside(adata):
+    adata.obsm["spatial"] = adata.obsm["spatial"] + 1e5
+
+
+def with_value(value):
+    def change(adata):
+        x = adata.X.toarray().astype(np.float32)
+        x[0, 0] = value
+        adata.X = x
+
+    return change
+
+
+REFUSED = {
+    "at least one spot": zero_spots,
+    "occurs more than once": twice,
+    "at the same point": one_place,
+    "outside the image": outside,
+    "fractional": with_value(0.5),
+    "negative": with_value(-2),
+    "NaN or infinite": with_value(np.inf),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("says", REFUSED)
+def test_what_a_run_would_refuse_is_exit_code_2(says, folder, check):
+    edit(folder, REFUSED[says])
+    code, told, err = check(f"{folder}:A")
+    assert code == 2
+    assert len(told["faults"]) == 1
+    assert says in told["faults"][0]
+    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_damaged_images_are_exit_code_2(damage, folder, check):
+    path = folder / "wsis" / "A.tif"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"no image")
+    code, told, _ = check(f"{folder}:A")
+    assert code == 2
+    assert "A.tif" in told["faults"][0]
+
+
+def test_without_any_pixel_size_mpp_is_asked_for(folder, check):
+    for name in ("metadata", "wsis"):
+        shutil.rmtree(folder / name)
+    code, told, _ = check(f"{folder}:A")
+    assert code == 2
+    assert "--mpp" in told["faults"][0]
+    code, told, _ = check(f"{folder}:A", "--mpp", "0.7")
+    assert code == 0
+    assert "no image" in told["sections"][0]["note"]
+
+
+def test_panel_and_features_are_looked_for(folder, check, tmp_path):
+    genes = list(anndata.read_h5ad(folder / "st" / "A.h5ad").var_names)
+    (tmp_path / "panel.txt").write_text(f"{genes[0]}\nNOSUCHGENE\n")
+    names = list(anndata.read_h5ad(folder / "st" / "A.h5ad").obs_names)
+    for digest, spots in (("1", names), ("2", names[:-1])):
+        group = zarr.open_group(tmp_path / "store" / f"A-{digest}.zarr", mode="w")
+        group.create_array("barcode", shape=(len(spots),), dtype="string")[:] = np.array(spots, object)
+        group.attrs["encoder"] = "resnet18"
+    words = ("--panel", tmp_path / "panel.txt", "--features", tmp_path / "store")
+    code, told, _ = check(f"{folder}:A", *words)
+    row = told["sections"][0]
+    assert code == 2
+    assert (row["features"], row["panel_missing"]) == (["resnet18"], ["NOSUCHGENE"])
+    assert any("rows are not" in fault for fault in row["faults"])
+    assert any("1 of 2 panel genes missing (NOSUCHGENE)" in fault for fault in row["faults"])
+
+
+def test_duplicates_and_patients_across_folders_are_told(folder, two, check, tmp_path):
+    (folder / "st" / "B.h5ad").rename(folder / "st" / "C.h5ad")
+    for kind in ("wsis", "metadata"):
+        suffix = {"wsis": "tif", "metadata": "json"}[kind]
+        (folder / kind / f"B.{suffix}").rename(folder / kind / f"C.{suffix}")
+    code, told, _ = check(folder, two)
+    assert code == 0
+    assert any(line.startswith("the same id 2 times: A in") for line in told["duplicates"])
+    assert any("the same counts 2 times: C in" in line and "B in" in line for line in told["duplicates"])
+    assert any(line.startswith("patient Simulated A is in 2 folders") for line in told["duplicates"])
+    assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == ["A.png", "A_2.png", "B.png", "C.png"]
+
+
+def test_spots_off_the_tissue_are_counted(folder, check):
+    def to_the_corner(adata):
+        adata.obsm["spatial"] = adata.obsm["spatial"] / 20
+
+    edit(folder, to_the_corner)
+    code, told, err = check(f"{folder}:A")
+    assert code == 0
+    assert told["sections"][0]["n_off_tissue"] > told["sections"][0]["n_spots"] / 2
+    assert "do coordinates and image belong together" in err
+
+
+def test_check_loads_no_torch_and_prints_a_table(folder, tmp_path):
+    code = (
+        "import sys; from genar import cli\n"
+        f"sys.argv = ['genar', 'check', {str(folder)!r}, '--out', {str(tmp_path / 'o')!r}]\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "print('heavy:', [name for name in ('torch', 'scanpy', 'timm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stdout
+    assert "simulated" in done.stdout
+    assert "ok" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "expected"),
+    [
+        (["KRT8", "C1orf159", "HLA-A", "B2M", "MT-CO1"], None, ("symbols", "human")),
+        (["Krt8", "mt-Co1", "B2m", "Erbb2", "Actb", "Ywhah"], None, ("symbols", "mouse")),
+        (["ENSG00000141736", "ENSG00000141736.5"], None, ("Ensembl", "human")),
+        (["A", "B"], ["ENSMUSG00000020473"] * 2, ("symbols", "mouse")),
+        (["ENSG00000141736", "KRT8"], None, ("mixed", "human")),
+    ],
+)
+def test_gene_names_and_species(names, ids, expected):
+    assert name_genes(names, ids) == expected
+
+
+# --- from a bare slide to a prediction
+
+
+@pytest.fixture(scope="module")
+def model(two, tmp_path_factory):
+    out, store = tmp_path_factory.mktemp("run") / "run", tmp_path_factory.mktemp("features")
+    words = ["train", two, "--out", out, "--features", store, "--n-genes", "20", "--views", "1", *SET]
+    done = subprocess.run([sys.executable, "-m", "genar.cli", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_predict_takes_a_bare_slide(model, two, tmp_path, monkeypatch, capsys):
+    slide = shutil.copy(two / "wsis" / "B.tif", tmp_path / "scan.tif")
+    out = tmp_path / "out" / "pred.h5ad"
+    words = ["predict", slide, "--model", model, "--out", out, "--spacing-um", "150", "--samples", "2", "--json"]
+    assert run(monkeypatch, *words) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    predicted = anndata.read_h5ad(out)
+    assert predicted.shape == (told["n_spots"], 20)
+    assert predicted.n_obs > 10
+    assert (predicted.X.data == np.rint(predicted.X.data)).all()
+    assert predicted.uns["genar"]["source"] == "slide"
+    assert (np.diff(np.unique(predicted.obsm["spatial"][:, 0])) * 0.7).min() == pytest.approx(150, rel=1e-3)
+    with Image.open(tmp_path / "out" / "pred_tissue.png") as overlay:
+        assert min(overlay.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: Image.new("RGB", (300, 300), "white").save(p), "--mpp"),
+        (lambda p: p.write_bytes(b"no image"), "not a readable image"),
+    ],
+)
+def test_predict_refuses_slides_it_cannot_use(make, says, model, tmp_path, monkeypatch, capsys):
+    make(tmp_path / "scan.png")
+    out = tmp_path / "out" / "pred.h5ad"
+    assert run(monkeypatch, "predict", tmp_path / "scan.png", "--model", model, "--out", out) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert not out.parent.exists()
+
+
+def test_check_takes_bare_slides(two, check, tmp_path):
+    code, told, _ = check(two / "wsis")
+    assert code == 0
+    assert [row["format"] for row in told["sections"]] == ["slide", "slide"]
+    assert all(row["n_genes"] == 0 and row["n_spots"] > 10 and row["overlay"] for row in told["sections"])
+
+
+def test_slides_without_counts_cannot_be_trained_on(two, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "train", two / "wsis", "--test", "B", "--out", tmp_path / "run") == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint").exists()

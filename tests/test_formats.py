@@ -1,0 +1,495 @@
+import gzip
+import json
+import shutil
+import sys
+import warnings
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from anndata import AnnData
+from PIL import Image
+from scipy import io, sparse
+
+from genar.data import contract, find_sections, open_slide, read_section, read_sections
+from genar.errors import InputError
+from genar.genes import select_panel
+
+# --- legacy ST
+
+
+def write_legacy(folder, section="X1", *, flat=True):
+    """Counts, selection and image of three selected spots (one without counts) and one that is not selected."""
+    counts, spots, images = (folder, folder, folder) if flat else (folder / n for n in ("cnts", "spots", "imgs/p/X1"))
+    for path in (counts, spots, images):
+        path.mkdir(parents=True, exist_ok=True)
+    with gzip.open(counts / f"{section}.tsv.gz", "wt") as file:
+        file.write("\tGENE1\tGENE2\n10x9\t1\t0\n10x10\t5\t7\n11x10\t0\t2\n3x3\t9\t9\n")
+    rows = ["x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected"]
+    for x, y, selected in ((11, 10, 1), (10, 10, 1), (12, 12, 1), (10, 9, 1), (3, 3, 0)):
+        rows.append(f"{x}\t{y}\t{x + 0.02}\t{y}\t{x * 250.5}\t{y * 250.0}\t{selected}")
+    (spots / f"{section}_selection.tsv").write_text("\n".join(rows))
+    Image.fromarray(np.full((3400, 3400, 3), 200, np.uint8)).save(images / ("scan.jpg" if not flat else "X1.jpg"))
+    return folder
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_legacy_st_keeps_selected_spots_with_counts_in_the_order_of_the_counts(tmp_path, flat):
+    section = read_section(write_legacy(tmp_path, flat=flat))
+    assert contract.name(section) == "X1"
+    assert list(section.obs_names) == ["010x009", "010x010", "011x010"]
+    assert list(section.var_names) == ["GENE1", "GENE2"]
+    np.testing.assert_array_equal(contract.counts(section), [[1, 0], [5, 7], [0, 2]])
+    np.testing.assert_allclose(contract.coords_px(section), [[2505, 2250], [2505, 2500], [2755.5, 2500]])
+    facts = section.uns["genar"]
+    assert (facts["source"], facts["pitch_um"], facts["spot_diameter_um"]) == ("legacy_st", 200, 100)
+    assert facts["note"] == "1 selected spots have no counts and are dropped: 12x12"
+    assert contract.mpp(section) == pytest.approx(200 / 250.25, rel=1e-3)
+    assert contract.slide_path(section).suffix == ".jpg"
+
+
+def edit_text(path, old, new):
+    """Replace text in a plain or gzipped file."""
+    if path.suffix == ".gz":
+        text = gzip.decompress(path.read_bytes()).decode()
+        assert old in text
+        path.write_bytes(gzip.compress(text.replace(old, new).encode()))
+    else:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("X1.tsv.gz", "10x9", "A1", "expected rows named like 10x21"),
+        ("X1.tsv.gz", "10x9", "10x10", "'10x10' occurs more than once"),
+        ("X1.tsv.gz", "GENE2", "GENE1", "gene name 'GENE1' occurs more than once"),
+        ("X1.tsv.gz", "\t7\n", "\tmany\n", "expected a count in every cell"),
+        ("X1.tsv.gz", "\t7\n", "\t\n", "expected a count in every cell"),
+        ("X1.tsv.gz", "\t7\n", "\t-7\n", "negative"),
+        ("X1.tsv.gz", "\t7\n", "\tnan\n", "NaN"),
+        ("X1.tsv.gz", "\t7\n", "\n", "10x10 has 1 counts for 2 genes"),
+        ("X1.tsv.gz", "\t7\n", "\t0.7\n", "fractional"),
+        ("X1_selection.tsv", "pixel_x", "px", "no pixel_x"),
+        ("X1_selection.tsv", "12\t12\t", "10\t10\t", "selected more than once"),
+        ("X1_selection.tsv", "11\t10\t", "11.5\tten\t", "whole numbers"),
+    ],
+)
+def test_legacy_st_refuses_what_is_not_as_described(tmp_path, file, old, new, says):
+    edit_text(write_legacy(tmp_path) / file, old, new)
+    with pytest.raises(InputError, match=says) as caught:
+        read_section(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_legacy_st_refuses_broken_files_and_sections_without_spots(tmp_path):
+    folder = write_legacy(tmp_path)
+    with gzip.open(folder / "X1.tsv.gz", "wt") as file:
+        file.write("\tGENE1\n77x77\t1\n")
+    with pytest.raises(InputError, match="none of the 4 spots"):
+        read_section(folder)
+    (folder / "X1.tsv.gz").write_bytes(gzip.compress(b"\tG\n" + b"1x1\t1\n" * 99)[:-20])
+    with pytest.raises(InputError, match="not a readable table"):
+        read_section(folder)
+
+
+def test_two_images_of_one_legacy_section_are_not_guessed_between(tmp_path):
+    folder = write_legacy(tmp_path)
+    shutil.copy(folder / "X1.jpg", folder / "X1.png")
+    with pytest.raises(InputError, match=r"2 images.*--image"):
+        read_section(folder)
+    assert contract.slide_path(read_section(folder, image=folder / "X1.png")) == folder / "X1.png"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("section", ["SPA138", "SPA139", "SPA140", "SPA141"])
+def test_real_legacy_files_give_what_the_hest_files_hold(shared, section):
+    table = pd.read_csv(shared / "data" / "her2st" / "sections.csv", index_col="id")
+    row, raw = table.loc[section], shared / "data" / "her2st" / "raw"
+    ours = read_section(f"{raw}:{row.section}")
+    theirs = read_section(f"{shared / 'data' / 'her2st'}:{section}")
+    assert list(ours.obs_names) == list(theirs.obs_names)
+    assert list(ours.var_names) == list(theirs.var_names)
+    assert (ours.X != theirs.X).nnz == 0
+    np.testing.assert_array_equal(contract.coords_px(ours), contract.coords_px(theirs))
+    np.testing.assert_array_equal(ours.obs["library_size"], theirs.obs["library_size"])
+    dropped = row.selected_without_counts if isinstance(row.selected_without_counts, str) else ""
+    assert set(ours.uns["genar"]["note"].rpartition(": ")[2].split(", ")) == set(dropped.split(";"))
+    fitted = (row.pixel_size_um_gridfit_x + row.pixel_size_um_gridfit_y) / 2
+    assert contract.mpp(ours) == pytest.approx(fitted, rel=2e-3)
+    assert contract.slide_path(ours).suffix == ".jpg"
+    assert [ref.id for ref in find_sections(raw)] == ["C2", "C3", "C4", "C5"]
+
+
+# --- Space Ranger
+
+GENES = [
+    ("ENSG00000000001", "KRT8"),
+    ("ENSG00000000002", "TBCE"),
+    ("ENSG00000000003", "TBCE"),
+    ("ENSG00000000004", "B2M"),
+]
+FACTORS = {"spot_diameter_fullres": 89.4, "tissue_hires_scalef": 0.05, "fiducial_diameter_fullres": 144.5,
+           "tissue_lowres_scalef": 0.015}  # fmt: skip
+STEP_PX = 100 / 0.5  # Visium's pitch at 0.5 um per px
+
+
+def spot_table(n_rows=6, n_cols=12):
+    """Visium's array: columns of one row differ by two; the last spot of each row lies off the tissue."""
+    rows = []
+    for row in range(n_rows):
+        for col in range(row % 2, n_cols, 2):
+            y, x = 500 + row * STEP_PX * np.sqrt(3) / 2, 400 + col * STEP_PX / 2
+            rows.append((f"AAAC{row:02d}{col:02d}-1", int(col < n_cols - 2), row, col, round(y), round(x)))
+    return rows
+
+
+def counts_of(rows):
+    return np.random.default_rng(0).poisson(2, (len(rows), len(GENES)))
+
+
+def write_10x_h5(path, x, barcodes, genes=GENES, antibodies=0):
+    """The documented layout: gene by spot, compressed by column."""
+    x = np.column_stack([x, np.full((len(x), antibodies), 77)]) if antibodies else x
+    genes = [*genes, *((f"AB{i}", f"CD{i}") for i in range(antibodies))]
+    matrix = sparse.csc_matrix(x.T)
+    kinds = ["Gene Expression"] * (len(genes) - antibodies) + ["Antibody Capture"] * antibodies
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["barcodes"] = np.array(barcodes, "S")
+        group["data"], group["indices"] = matrix.data.astype(np.uint32), matrix.indices.astype(np.uint32)
+        group["indptr"], group["shape"] = matrix.indptr.astype(np.uint32), np.array(matrix.shape, np.uint64)
+        features = group.create_group("features")
+        features["_all_tag_keys"] = np.array(["genome"], "S")
+        features["id"], features["name"] = (np.array([gene[i] for gene in genes], "S") for i in (0, 1))
+        features["feature_type"], features["genome"] = np.array(kinds, "S"), np.array(["GRCh38"] * len(genes), "S")
+
+
+def write_10x_mtx(folder, x, barcodes):
+    folder.mkdir()
+    with gzip.open(folder / "matrix.mtx.gz", "wb") as file:
+        io.mmwrite(file, sparse.coo_matrix(x.T))
+    with gzip.open(folder / "barcodes.tsv.gz", "wt") as file:
+        file.write("\n".join(barcodes) + "\n")
+    with gzip.open(folder / "features.tsv.gz", "wt") as file:
+        file.writelines(f"{number}\t{name}\tGene Expression\n" for number, name in GENES)
+
+
+def write_visium(outs, *, matrix="h5", header=True, all_barcodes=False):
+    """An outs folder as Space Ranger writes it; the filtered matrix holds spots under tissue, unless told otherwise."""
+    rows = spot_table()
+    (outs / "spatial").mkdir(parents=True)
+    kept = [row for row in rows if row[1] or all_barcodes]
+    kept = kept[::-1]  # barcodes are not in the order of the positions
+    write = {"h5": lambda *a: write_10x_h5(outs / "filtered_feature_bc_matrix.h5", *a, antibodies=2),
+             "mtx": lambda *a: write_10x_mtx(outs / "filtered_feature_bc_matrix", *a)}[matrix]  # fmt: skip
+    write(counts_of(kept), [row[0] for row in kept])
+    names = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres\n"
+    name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
+    lines = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (outs / "spatial" / name).write_text((names if header else "") + lines)
+    (outs / "spatial" / "scalefactors_json.json").write_text(json.dumps(FACTORS))
+    Image.new("RGB", (100, 90), "white").save(outs / "spatial" / "tissue_hires_image.png")
+    return kept
+
+
+@pytest.mark.parametrize("matrix", ["h5", "mtx"])
+@pytest.mark.parametrize("header", [True, False])
+def test_space_ranger_of_every_age(tmp_path, matrix, header):
+    kept = write_visium(tmp_path / "P1" / "outs", matrix=matrix, header=header, all_barcodes=not header)
+    section = read_section(tmp_path / "P1" / "outs")
+    assert contract.name(section) == "P1"
+    inside = [i for i, row in enumerate(kept) if row[1]]
+    assert list(section.obs_names) == [kept[i][0] for i in inside]
+    assert list(section.var_names) == ["KRT8", "TBCE", "TBCE-1", "B2M"]  # no antibodies, names made unique
+    assert list(section.var["gene_ids"]) == [number for number, _ in GENES]
+    np.testing.assert_array_equal(contract.counts(section), counts_of(kept)[inside])
+    np.testing.assert_array_equal(contract.coords_px(section), [(kept[i][5], kept[i][4]) for i in inside])
+    assert contract.mpp(section) == pytest.approx(0.5, rel=0.01)
+    assert contract.slide_path(section) is None
+    facts = section.uns["genar"]
+    assert (facts["source"], facts["pitch_um"], facts["spot_diameter_um"]) == ("visium", 100, 55)
+    assert ("not under tissue" in facts["note"]) == (not header)
+
+
+@pytest.fixture
+def outs(tmp_path):
+    write_visium(tmp_path / "P1" / "outs")
+    return tmp_path / "P1" / "outs"
+
+
+def test_a_folder_of_outs_is_several_sections(outs, tmp_path):
+    write_visium(tmp_path / "P10" / "outs")
+    write_visium(tmp_path / "P2")
+    assert [ref.id for ref in find_sections(tmp_path)] == ["P1", "P2", "P10"]
+    assert [contract.name(s) for s in read_sections(tmp_path, ["P10", "P2"])] == ["P10", "P2"]
+    assert contract.name(read_section(f"{tmp_path}:P10")) == "P10"
+    assert contract.name(read_section(outs / "filtered_feature_bc_matrix.h5")) == "P1"
+
+
+def test_the_full_resolution_image_is_named_apart_and_is_not_the_hires_png(outs, tmp_path):
+    for name in ("scan.png", "images/P1.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    tifffile.imwrite(tmp_path / "images" / "P1.tif", np.full((1800, 2000, 3), 200, np.uint8), photometric="rgb",
+                     resolution=(2e4, 2e4), resolutionunit="CENTIMETER")  # fmt: skip
+    section = read_section(outs, image=tmp_path / "images" / "P1.tif")
+    assert contract.slide_path(section) == tmp_path / "images" / "P1.tif"
+    assert section.uns["genar"]["mpp_by"]["image"] == pytest.approx(0.5)
+    assert contract.slide_path(read_section(outs, image=tmp_path / "images")).name == "P1.tif"
+    shutil.copy(outs / "spatial" / "tissue_hires_image.png", tmp_path / "scan.png")
+    for wrong in (outs / "spatial" / "tissue_hires_image.png", tmp_path / "scan.png"):
+        with pytest.raises(InputError, match=r"downsampled tissue_hires_image\.png; expected the full-resolution"):
+            read_section(outs, image=wrong)
+    with pytest.raises(InputError, match="no such image"):
+        read_section(outs, image=tmp_path / "nowhere.tif")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no image of section P1; expected P1\.tif"):
+        read_section(outs, image=tmp_path / "empty")
+    write_visium(tmp_path / "P2" / "outs")
+    with pytest.raises(InputError, match="one image for 2 sections"):
+        read_sections(tmp_path, image=tmp_path / "images" / "P1.tif")
+
+
+def test_an_image_tag_that_disagrees_is_told_but_not_one_ten_times_too_small(outs, tmp_path):
+    def image(per_cm):
+        tags = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER", "photometric": "rgb"}
+        tifffile.imwrite(tmp_path / "a.tif", np.full((1800, 2000, 3), 200, np.uint8), **tags)
+        return tmp_path / "a.tif"
+
+    with pytest.warns(UserWarning, match=r"0\.5\d* um by the spot pitch, 0\.2500 um by the image's tag"):
+        assert contract.mpp(read_section(outs, image=image(4e4))) == pytest.approx(0.5, rel=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_section(outs, image=image(2e5))  # as the HEST library writes it
+
+
+def drop_matrix_part(outs):
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as file:
+        del file["matrix/indptr"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (drop_matrix_part, "not a readable 10x matrix"),
+        (lambda outs: (outs / "filtered_feature_bc_matrix.h5").write_bytes(b"\x89HDF"), "not a readable 10x matrix"),
+        (lambda outs: (outs / "spatial" / "tissue_positions.csv").unlink(), "expected one of tissue_positions"),
+        (lambda outs: (outs / "spatial" / "tissue_positions.csv").write_text("barcode\n1\n"), "expected columns"),
+        (lambda outs: edit_text(outs / "spatial" / "tissue_positions.csv", "AAAC0000-1", "GGGG-1"), "no position"),
+        (lambda outs: (outs / "spatial" / "scalefactors_json.json").unlink(), "scalefactors_json.json"),
+        (lambda outs: (outs / "spatial" / "scalefactors_json.json").write_text("{"), "scalefactors_json.json"),
+    ],
+)
+def test_damaged_space_ranger_outputs_are_one_line(outs, damage, says):
+    damage(outs)
+    with pytest.raises(InputError, match=says) as caught:
+        read_section(outs)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_matrix_folder_that_lacks_a_file_is_one_line(tmp_path):
+    write_visium(tmp_path / "P1", matrix="mtx")
+    folder = tmp_path / "P1" / "filtered_feature_bc_matrix"
+    (folder / "features.tsv.gz").unlink()
+    with pytest.raises(InputError, match=r"expected features\.tsv\.gz"):
+        read_section(tmp_path / "P1")
+
+
+# --- Visium HD
+
+
+def write_hd(outs, n=28, width=8, off=None):
+    """n x n bins 8 um wide, turned a little against the image, as parquet beside a 10x matrix."""
+    folder = outs / "binned_outputs" / f"square_{width:03d}um"
+    (folder / "spatial").mkdir(parents=True)
+    row, col = (axis.ravel() for axis in np.mgrid[:n, :n])
+    turn, step = 0.02, width / 0.4
+    x = 1000 + step * (np.cos(turn) * col - np.sin(turn) * row)
+    y = 800 + step * (np.sin(turn) * col + np.cos(turn) * row)
+    inside = np.ones(n * n, int) if off is None else (~off(row, col)).astype(int)
+    barcodes = np.array([f"s_{width:03d}um_{r:05d}_{c:05d}-1" for r, c in zip(row, col, strict=True)])
+    places = {"barcode": barcodes, "in_tissue": inside, "array_row": row, "array_col": col}
+    pd.DataFrame({**places, "pxl_row_in_fullres": y, "pxl_col_in_fullres": x}).to_parquet(
+        folder / "spatial" / "tissue_positions.parquet"
+    )
+    x_counts = np.random.default_rng(1).poisson(1, (n * n, len(GENES)))
+    filtered = inside == 1
+    write_10x_h5(folder / "filtered_feature_bc_matrix.h5", x_counts[filtered], barcodes[filtered])
+    factors = {**FACTORS, "bin_size_um": width, "microns_per_pixel": 0.4}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+    return np.stack([x, y], axis=1).reshape(n, n, 2), (x_counts * inside[:, None]).reshape(n, n, -1)
+
+
+@pytest.mark.parametrize(("bin_um", "factor"), [(56, 7), (112, 14), (8, 1)])
+def test_visium_hd_bins_are_pooled_to_the_chosen_width(tmp_path, bin_um, factor):
+    xy, counts = write_hd(tmp_path / "H1" / "outs")
+    section = read_section(tmp_path / "H1" / "outs", bin_um=bin_um)
+    n = 28 // factor
+    assert section.shape == (n * n, 4)
+    blocks = counts.reshape(n, factor, n, factor, 4).sum(axis=(1, 3)).reshape(n * n, 4)
+    np.testing.assert_array_equal(contract.counts(section), blocks)
+    middles = xy.reshape(n, factor, n, factor, 2).mean(axis=(1, 3)).reshape(n * n, 2)
+    np.testing.assert_allclose(contract.coords_px(section), middles, atol=1e-6)
+    facts = section.uns["genar"]
+    assert (facts["source"], facts["pitch_um"], facts["spot_diameter_um"]) == ("visium_hd", bin_um, bin_um)
+    assert facts["mpp_by"] == pytest.approx({"metadata": 0.4, "pitch": 0.4})
+
+
+def test_visium_hd_keeps_squares_half_under_tissue_and_loses_no_count_of_theirs(tmp_path):
+    _, counts = write_hd(tmp_path / "H1", off=lambda row, col: col >= 18)  # 18 = 2 squares of 7 and 4 of 7 bins
+    section = read_section(tmp_path / "H1")
+    assert section.n_obs == 4 * 3
+    assert contract.counts(section).sum() == counts.sum()
+    assert (section.obs["n_bins"] >= 7 * 4).all()
+    section = read_section(tmp_path / "H1", bin_um=112)
+    assert section.n_obs == 2
+    assert "2 squares with less than half under tissue" in section.uns["genar"]["note"]
+
+
+def test_visium_hd_takes_the_widest_bins_that_fit(tmp_path):
+    write_hd(tmp_path / "H1")
+    write_hd(tmp_path / "H1", n=14, width=16)
+    assert read_section(tmp_path / "H1", bin_um=112).obs["n_bins"].max() == 49
+    assert read_section(tmp_path / "H1", bin_um=56).obs["n_bins"].max() == 49
+    with pytest.raises(InputError, match=r"--bin-um 50 is no multiple of the bins there \(8, 16 um\)"):
+        read_section(tmp_path / "H1", bin_um=50)
+    with pytest.raises(InputError, match="--bin-um must be a positive number"):
+        read_section(tmp_path / "H1", bin_um=-8)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    write_hd(tmp_path / "H1")
+
+    def missing(*_, **__):
+        raise ImportError("pyarrow")
+
+    monkeypatch.setattr(pd, "read_parquet", missing)
+    with pytest.raises(InputError, match=r"pip install 'genar\[visium-hd\]'"):
+        read_section(tmp_path / "H1")
+
+
+# --- SpatialData
+
+
+def write_spatialdata(path, n=12, *, channels=3):
+    """A store written by the spatialdata package; image and spots have different transformations to "global"."""
+    sd = pytest.importorskip("spatialdata")
+    from spatialdata.models import Image2DModel, ShapesModel, TableModel
+    from spatialdata.transformations import Affine, Scale
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (channels, 300, 400), dtype=np.uint8)
+    scale = Scale([2.0, 2.0], axes=("x", "y"))
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=[2], transformations={"global": scale})
+    names = pd.Index([f"s{i}" for i in range(n)])
+    xy = rng.uniform(20, 280, (n, 2))
+    shift = Affine([[2.0, 0, 20.0], [0, 2.0, -10.0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    shapes = ShapesModel.parse(xy, geometry=0, radius=10.0, index=names, transformations={"global": shift})
+    table = AnnData(rng.poisson(3, (n, 4)).astype(np.float32))
+    table.obs_names, table.var_names = names[::-1], [f"G{i}" for i in range(4)]
+    table.obs["region"], table.obs["instance_id"] = pd.Categorical(["spots"] * n), names[::-1]
+    table = TableModel.parse(table, region="spots", region_key="region", instance_key="instance_id")
+    sd.SpatialData(images={"he": image}, shapes={"spots": shapes}, tables={"table": table}).write(path)
+    return pixels, (xy + np.array([10, -5]))[::-1], table
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spatialdata_gives_counts_positions_in_px_of_its_image_and_patches(tmp_path):
+    pixels, xy, table = write_spatialdata(tmp_path / "S1.zarr")
+    section = read_section(tmp_path / "S1.zarr", mpp=0.6)
+    assert contract.name(section) == "S1"
+    assert list(section.obs_names) == list(table.obs_names)
+    np.testing.assert_array_equal(contract.counts(section), table.X)
+    np.testing.assert_allclose(contract.coords_px(section), xy)
+    slide = open_slide(contract.slide_path(section))
+    assert slide.size_px == (400, 300)
+    patch = slide.read_patch_px((100, 60), 32, 32)
+    np.testing.assert_array_equal(patch, np.moveaxis(pixels, 0, 2)[44:76, 84:116])
+    assert (slide.read_patch_px((0, 0), 32, 32)[:16] == 255).all()
+    assert slide.thumbnail(100).shape == (75, 100, 3)
+    with pytest.raises(InputError, match=r"S1.*--mpp"):
+        read_section(tmp_path / "S1.zarr")
+    assert [ref.format for ref in find_sections(tmp_path)] == ["spatialdata"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spatialdata_that_is_damaged_or_has_no_rgb_image_is_one_line(tmp_path, monkeypatch):
+    write_spatialdata(tmp_path / "S1.zarr", channels=2)
+    section = read_section(tmp_path / "S1.zarr", mpp=0.6)
+    with pytest.raises(InputError, match="expected an 8-bit RGB image"):
+        open_slide(contract.slide_path(section))
+    shutil.rmtree(tmp_path / "S1.zarr" / "tables")
+    with pytest.raises(InputError, match=r"S1\.zarr"):
+        read_section(tmp_path / "S1.zarr", mpp=0.6)
+    monkeypatch.setitem(sys.modules, "spatialdata", None)
+    with pytest.raises(InputError, match=r"pip install 'genar\[spatialdata\]'"):
+        read_section(tmp_path / "S1.zarr", mpp=0.6)
+
+
+# --- h5ad
+
+
+def write_h5ad(path, *, visium=True, **uns):
+    rows = [row for row in spot_table() if row[1]]
+    adata = AnnData(counts_of(rows).astype(np.float32), uns=uns)
+    adata.obs_names, adata.var_names = [row[0] for row in rows], ["A", "B", "C", "D"]
+    adata.obsm["spatial"] = np.array([(row[5], row[4]) for row in rows], float)
+    if visium:
+        adata.obs["array_row"], adata.obs["array_col"] = [row[2] for row in rows], [row[3] for row in rows]
+    adata.write_h5ad(path)
+    return adata
+
+
+def test_any_h5ad_is_a_section(tmp_path):
+    adata = write_h5ad(tmp_path / "one.h5ad")
+    section = read_section(tmp_path / "one.h5ad")
+    np.testing.assert_array_equal(contract.counts(section), adata.X)
+    assert contract.mpp(section) == pytest.approx(0.5, rel=0.01)  # Visium by its array positions
+    assert section.uns["genar"]["source"] == "h5ad"
+    Image.new("RGB", (2000, 1800)).save(tmp_path / "one.jpg")
+    assert contract.slide_path(read_section(tmp_path / "one.h5ad")) == tmp_path / "one.jpg"
+    write_h5ad(tmp_path / "two.h5ad")
+    assert [ref.id for ref in find_sections(tmp_path)] == ["one", "two"]
+
+
+def test_h5ad_layer_counts_wins_and_pixel_size_is_asked_for(tmp_path):
+    adata = write_h5ad(tmp_path / "one.h5ad", visium=False)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X)
+    adata.write_h5ad(tmp_path / "one.h5ad")
+    with pytest.raises(InputError, match=r"one: no pixel size.*pass --mpp"):
+        read_section(tmp_path / "one.h5ad")
+    section = read_section(tmp_path / "one.h5ad", mpp=0.4)
+    np.testing.assert_array_equal(contract.counts(section), adata.layers["counts"])
+    assert section.uns["genar"]["counts_from"] == "layers['counts']"
+    factors = {"spatial": {"lib": {"images": {}, "scalefactors": {"microns_per_pixel": 0.3}}}}
+    write_h5ad(tmp_path / "two.h5ad", visium=False, **factors)
+    assert contract.mpp(read_section(tmp_path / "two.h5ad")) == 0.3
+
+
+def test_a_section_that_was_read_can_be_written_and_read_again(tmp_path, tissue_sections):
+    tissue_sections[0].write_h5ad(tmp_path / "SIM1.h5ad")
+    again = read_section(tmp_path / "SIM1.h5ad")
+    assert (again.X != tissue_sections[0].X).nnz == 0
+    assert contract.slide_path(again) == contract.slide_path(tissue_sections[0])
+    assert (contract.mpp(again), again.uns["genar"]["pitch_um"]) == (0.7, 110)
+    assert again.uns["genar"]["patient"] == "Simulated SIM1"
+
+
+# --- the registry
+
+
+def test_format_can_be_forced_and_must_be_known(tissue, tmp_path):
+    assert find_sections(tissue, format="hest")[0].format == "hest"
+    with pytest.raises(InputError, match="no sections found; expected Space Ranger"):
+        find_sections(tissue, format="visium")
+    with pytest.raises(InputError, match="'magic' is not known; expected one of hest, visium_hd"):
+        find_sections(tissue, format="magic")
+
+
+def test_a_panel_is_selected_without_images(tissue, tmp_path):
+    folder = shutil.copytree(tissue, tmp_path / "hest", ignore=shutil.ignore_patterns("wsis"))
+    assert len(select_panel(read_sections(folder), n_genes=20).genes) == 20
