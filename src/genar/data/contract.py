@@ -7,7 +7,9 @@ No other file spells a slot name. A section is an AnnData of N spots by all meas
 ``obs["library_size"]``          int [N]: total over ALL genes of the file, before any is dropped
 ``obsm["spatial"]``              float64 [N, 2]: spot centres (x, y) in full-resolution px
 ``uns["genar"]``                 ``section``, ``slide`` (path or ""), ``mpp`` (um per px), ``spot_diameter_um``,
-                                 ``pitch_um`` (distance between spot centres), ``source`` (format), ``patient``
+                                 ``pitch_um`` (distance between spot centres), ``source`` (format), ``patient``;
+                                 ``mpp_by`` (pixel size by each source that has one: ``metadata``, ``pitch``,
+                                 ``image``), ``counts_from`` (``X`` or a layer), ``note`` (what was dropped)
 ``uns["spatial"][library_id]``   scanpy's images and scalefactors, kept as found
 ===============================  ==================================================================
 """
@@ -26,6 +28,7 @@ LIBRARY_SIZE = "library_size"
 GENAR = "genar"
 SECTION, SLIDE, MPP = "section", "slide", "mpp"
 SPOT_DIAMETER_UM, PITCH_UM, SOURCE, PATIENT = "spot_diameter_um", "pitch_um", "source", "patient"
+MPP_BY, COUNTS_FROM, NOTE = "mpp_by", "counts_from", "note"
 # Layers of a prediction; X holds the integer counts.
 MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
 
@@ -40,6 +43,9 @@ def new_section(
     pitch_um: float = 0.0,
     source: str,
     patient: str = "",
+    mpp_by: dict[str, float] | None = None,
+    counts_from: str = "X",
+    note: str = "",
 ) -> AnnData:
     """Fill the contract's own slots of ``adata`` in place (X becomes csr float32), check it and return it.
 
@@ -56,6 +62,9 @@ def new_section(
         PITCH_UM: float(pitch_um),
         SOURCE: source,
         PATIENT: patient,
+        MPP_BY: dict(mpp_by or {}),
+        COUNTS_FROM: counts_from,
+        NOTE: note,
     }
     check(adata)
     adata.obs[LIBRARY_SIZE] = np.asarray(adata.X.sum(axis=1)).ravel().astype(np.int64)

@@ -5,7 +5,9 @@ Pyramids are read through OpenSlide, tile by tile; plain TIFF, JPEG and PNG are 
 """
 
 import abc
+import contextlib
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from genar.errors import InputError
 WHITE = 255
 # Above this a plain (not pyramidal) image no longer fits comfortably in memory as RGB: 6 GB.
 _MAX_PLAIN_PX = 2_000_000_000
+_BLOCK_PX = 2048  # slides are looked through in blocks this wide
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs"}
 
 
@@ -31,8 +34,18 @@ class Slide(abc.ABC):
         """RGB image of the region, at some resolution at least as fine as ``downsample`` px per px."""
 
     @abc.abstractmethod
+    def _level_near(self, downsample: float) -> tuple[int, float]:
+        """The coarsest level that is at least as fine as ``downsample``, and its own downsample."""
+
     def thumbnail(self, longest_px: int) -> np.ndarray:
-        """The whole slide, uint8 [h, w, 3], longest side at most ``longest_px``."""
+        """The whole slide, uint8 [h, w, 3], longest side at most ``longest_px``; read block by block."""
+        (width, height), canvas = self.size_px, _Canvas(self.size_px, longest_px)
+        step = int(_BLOCK_PX * self._level_near(canvas.downsample)[1])
+        for top in range(0, height, step):
+            for left in range(0, width, step):
+                size = (min(step, width - left), min(step, height - top))
+                canvas.put((left, top), size, self._region((left, top), size, canvas.downsample))
+        return canvas.pixels
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -70,8 +83,7 @@ class _PyramidSlide(Slide):
     def _region(self, corner_px, size_px, downsample):
         import openslide
 
-        level = self._handle.get_best_level_for_downsample(max(downsample, 1.0) * 1.001)
-        scale = self._handle.level_downsamples[level]
+        level, scale = self._level_near(downsample)
         size = (max(1, round(size_px[0] / scale)), max(1, round(size_px[1] / scale)))
         try:
             rgba = self._handle.read_region(corner_px, level, size)
@@ -83,8 +95,9 @@ class _PyramidSlide(Slide):
         glass.paste(rgba, mask=rgba.getchannel("A"))
         return glass
 
-    def thumbnail(self, longest_px):
-        return np.asarray(self._handle.get_thumbnail((longest_px, longest_px)).convert("RGB"))
+    def _level_near(self, downsample):
+        level = self._handle.get_best_level_for_downsample(max(downsample, 1.0) * 1.001)
+        return level, self._handle.level_downsamples[level]
 
     def close(self):
         self._handle.close()
@@ -103,33 +116,116 @@ class _PlainSlide(Slide):
         out[y0 - top : y1 - top, x0 - left : x1 - left] = self._pixels[y0:y1, x0:x1]
         return Image.fromarray(out)
 
+    def _level_near(self, downsample):
+        return 0, 1.0
+
     def close(self):
         del self._pixels
 
     def thumbnail(self, longest_px):
-        image = Image.fromarray(self._pixels)
-        image.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
-        return np.asarray(image)
+        return _shrunk(Image.fromarray(self._pixels), longest_px)
+
+
+class _Canvas:
+    """A small picture of a large one, uint8 [h, w, 3], filled block by block. White where nothing was put."""
+
+    def __init__(self, size_px: tuple[int, int], longest_px: int):
+        self.downsample = max(1.0, max(size_px) / longest_px)
+        shape = [max(1, round(side / self.downsample)) for side in size_px]
+        self.pixels = np.full((shape[1], shape[0], 3), WHITE, np.uint8)
+
+    def put(self, corner_px: tuple[int, int], size_px: tuple[int, int], block: Image.Image) -> None:
+        """Draw ``block``, which shows ``size_px`` full-resolution px from ``corner_px``."""
+        limits = self.pixels.shape[1::-1]
+        start = [round(c / self.downsample) for c in corner_px]
+        stop = [
+            min(limit, round((c + s) / self.downsample)) for c, s, limit in zip(corner_px, size_px, limits, strict=True)
+        ]
+        if stop[0] > start[0] and stop[1] > start[1]:
+            small = block.convert("RGB").resize((stop[0] - start[0], stop[1] - start[1]), Image.Resampling.BOX)
+            self.pixels[start[1] : stop[1], start[0] : stop[0]] = np.asarray(small)
+
+
+def _shrunk(image: Image.Image, longest_px: int) -> np.ndarray:
+    image.thumbnail((longest_px, longest_px), Image.Resampling.BOX)
+    return np.asarray(image)
 
 
 def open_slide(path: str | Path) -> Slide:
-    """Open a slide: anything OpenSlide reads, or a plain TIFF, JPEG or PNG.
+    """Open a slide: anything OpenSlide reads, a plain TIFF, JPEG or PNG, or the image of a SpatialData store, named by
+    its metadata file (``images/<name>/zarr.json``).
 
     Raises ``InputError`` with one line where the file is missing, truncated or not an image.
     """
+    path = Path(path)
+    return _open_pyramid(path) or _PlainSlide(path, *_read_plain(path))
+
+
+def _open_pyramid(path: Path) -> Slide | None:
+    """The slide where it is read tile by tile; ``None`` where the file is a plain image, if it is one."""
     import openslide
 
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such slide image; expected a file (.tif, .svs, .ndpi, .jpg, .png, …)")
+    if path.name in ("zarr.json", ".zattrs"):
+        from genar.data.slide_zarr import ZarrSlide
+
+        return ZarrSlide(path)
     if path.suffix.lower() in _TIFF_SUFFIXES:
         _refuse_truncated_tiff(path)
     try:
         return _PyramidSlide(path, openslide.OpenSlide(str(path)))
     except openslide.OpenSlideUnsupportedFormatError:
-        return _PlainSlide(path, *_read_plain(path))
+        return None
     except openslide.OpenSlideError as error:
         raise InputError(f"{path}: OpenSlide cannot read it ({error}); is the file complete?") from error
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A slide at a glance: ``view`` uint8 [h, w, 3], the slide's ``size_px`` (W, H), ``mpp`` (um) by its tags."""
+
+    view: np.ndarray
+    size_px: tuple[int, int]
+    mpp: float | None
+
+
+def glance(path: str | Path, longest_px: int) -> Glance:
+    """Look at the whole slide, longest side at most ``longest_px``, without holding its pixels in memory.
+
+    Pyramids, tiled and striped TIFFs and JPEGs are read piece by piece; a PNG or a TIFF compressed in one piece cannot
+    be. Raises ``InputError`` as :func:`open_slide` does, also for an image that ends too early.
+    """
+    path = Path(path)
+    if (slide := _open_pyramid(path)) is not None:
+        with contextlib.closing(slide):
+            return Glance(slide.thumbnail(longest_px), slide.size_px, slide.mpp)
+    if path.suffix.lower() in _TIFF_SUFFIXES:
+        return _glance_at_tiff(path, longest_px)
+    with _opened(path) as image:
+        size = image.size
+        image.draft("RGB", (longest_px, longest_px))  # a JPEG is decoded at an eighth of its size, if that is enough
+        return Glance(_shrunk(image.convert("RGB"), longest_px), size, None)
+
+
+def image_mpp(path: str | Path) -> float | None:
+    """The pixel size (um) that the image's own tags claim; ``None`` where it is silent or cannot be read.
+
+    Only the head of the file is read: whether the image is whole shows where its pixels are needed.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+        return None
+    try:
+        if (slide := _open_pyramid(path)) is not None:
+            with contextlib.closing(slide):
+                return slide.mpp
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            return _resolution_mpp(tiff.pages.first)
+    except (InputError, ValueError):  # not a TIFF
+        return None
 
 
 def _refuse_truncated_tiff(path: Path) -> None:
@@ -159,34 +255,82 @@ _plain_limit = threading.Lock()
 def _read_plain(path: Path) -> tuple[np.ndarray, float | None]:
     if path.suffix.lower() in _TIFF_SUFFIXES:
         return _read_plain_tiff(path)
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB")), None
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """A plain JPEG or PNG, opened by Pillow but not yet decoded; ``InputError`` where it or its pixels are damaged."""
     with _plain_limit:  # Pillow's guard against decompression bombs is global and far below a slide's size
         guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             with Image.open(path) as image:
                 _refuse_huge(path, image.width * image.height)
-                return np.asarray(image.convert("RGB")), None
+                yield image
         except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
             raise InputError(f"{path}: not a readable image ({error}); is it complete?") from error
         finally:
             Image.MAX_IMAGE_PIXELS = guard
 
 
-def _read_plain_tiff(path: Path) -> tuple[np.ndarray, float | None]:
+@contextlib.contextmanager
+def _first_page(path: Path):
+    """The first page of a plain TIFF; ``InputError`` where it or its pixels are damaged or not 8-bit RGB or grey."""
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages.first
         _refuse_huge(path, page.imagewidth * page.imagelength)
+        deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
+        if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):
+            raise InputError(f"{path}: expected an 8-bit RGB image, found shape {page.shape} of {page.dtype}")
         try:
-            pixels = page.asarray()
+            yield page
         except (RuntimeError, ValueError, OSError) as error:  # the codecs' errors are RuntimeErrors
             raise InputError(f"{path}: the image is damaged ({error}); copy it anew") from error
-        mpp = _resolution_mpp(page)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if pixels.ndim != 3 or pixels.shape[2] < 3 or pixels.dtype != np.uint8:
-        raise InputError(f"{path}: expected an 8-bit RGB image, found shape {pixels.shape} of {pixels.dtype}")
-    return np.ascontiguousarray(pixels[..., :3]), mpp
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """Grey [h, w] or [h, w, 1] or RGB and more as RGB [h, w, 3]."""
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    return np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2))
+
+
+def _read_plain_tiff(path: Path) -> tuple[np.ndarray, float | None]:
+    with _first_page(path) as page:
+        return _rgb(page.asarray()), _resolution_mpp(page)
+
+
+def _glance_at_tiff(path: Path, longest_px: int) -> Glance:
+    with _first_page(path) as page:
+        size = (page.imagewidth, page.imagelength)
+        canvas = _Canvas(size, longest_px)
+        for top, left, block in _pieces(page):
+            canvas.put((left, top), block.shape[1::-1], Image.fromarray(_rgb(block)))
+        return Glance(canvas.pixels, size, _resolution_mpp(page))
+
+
+def _pieces(page):
+    """(top, left, pixels [h, w] or [h, w, samples]) of a TIFF page, some rows or a tile at a time."""
+    if page.is_memmappable:
+        import tifffile
+
+        whole = tifffile.memmap(page.parent.filehandle.path, page=0, mode="r")
+        rows = max(1, _BLOCK_PX**2 // page.imagewidth)
+        yield from ((top, 0, np.asarray(whole[top : top + rows])) for top in range(0, page.imagelength, rows))
+        return
+    rows = {}  # strips are often few rows high, less than a pixel of the view: gather some before they are shrunk
+    for segment, (_, _, top, left, _), shape in page.segments():
+        if segment is not None and not page.is_tiled:
+            rows[top] = segment[0, : shape[1], : shape[2]]
+            if sum(len(strip) for strip in rows.values()) >= _BLOCK_PX // 8:
+                yield min(rows), 0, np.concatenate([rows[t] for t in sorted(rows)])
+                rows = {}
+        elif segment is not None:
+            yield top, left, segment[0, : shape[1], : shape[2]]
+    if rows:
+        yield min(rows), 0, np.concatenate([rows[t] for t in sorted(rows)])
 
 
 def _refuse_huge(path: Path, n_px: int) -> None:

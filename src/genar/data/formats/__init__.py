@@ -1,1 +1,114 @@
-"""One file per source format. Each has ``NAME``, ``sections(path) -> list of ids`` and ``read(path, id, mpp)``."""
+"""The formats: one file each, asked in turn what a folder or file holds. The contents tell, not the name.
+
+A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sections(root) -> list of ids`` (empty where
+``root`` is not of this format) and ``read(root, id, options) -> AnnData``; one that knows single files has
+``of_file(path) -> (root, id) | None``, too.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from anndata import AnnData
+
+from genar.data.contract import section_key
+from genar.data.reading import ReadOptions
+from genar.errors import InputError
+
+# Files of this folder, in the order in which they are asked: what is told by more comes first.
+FORMATS = ("hest", "legacy_st")
+
+
+def format_module(name: str) -> ModuleType:
+    """The module of a format. Raises ``InputError`` with the known ones where there is none of that name."""
+    if name not in FORMATS:
+        raise InputError(f"format {name!r} is not known; expected one of {', '.join(FORMATS)}")
+    return import_module(f"genar.data.formats.{name}")
+
+
+@dataclass(frozen=True)
+class SectionRef:
+    """Where a section lies: its format, the folder and its id. ``read`` loads it."""
+
+    format: str
+    root: Path
+    id: str
+
+    def read(self, options: ReadOptions | None = None, **more) -> AnnData:
+        """The section as the contract has it; ``more`` are fields of ``ReadOptions``, such as ``mpp`` (um per px)."""
+        return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
+
+
+def find_sections(path: str | Path, *, format: str | None = None) -> list[SectionRef]:
+    """Every section that ``path`` names: a folder, ``FOLDER:ID``, or a section's own file; ``format`` rules out others.
+
+    Raises ``InputError`` naming what was expected where there is none, or where the id is not in the folder.
+    """
+    path = Path(path)
+    modules = [format_module(name) for name in ((format,) if format else FORMATS)]
+    if path.is_dir():
+        return _in_folder(path, modules)
+    if path.is_file():
+        for module in modules:
+            if (of_file := getattr(module, "of_file", None)) and (found := of_file(path)):
+                return [SectionRef(module.__name__.rpartition(".")[2], *found)]
+    folder, _, section = str(path).rpartition(":")
+    if folder and Path(folder).is_dir():
+        return pick(_in_folder(Path(folder), modules), [section])
+    raise InputError(f"{path}: no section here; expected a folder in {_expected(modules)}; or one section as FOLDER:ID")
+
+
+def _in_folder(folder: Path, modules: Sequence[ModuleType]) -> list[SectionRef]:
+    for module in modules:
+        if ids := sorted(module.sections(folder), key=section_key):
+            return [SectionRef(module.__name__.rpartition(".")[2], folder, section) for section in ids]
+    raise InputError(f"{folder}: no sections found; expected {_expected(modules)}")
+
+
+def _expected(modules: Sequence[ModuleType]) -> str:
+    return "; ".join(module.EXPECTED for module in modules)
+
+
+def pick(refs: list[SectionRef], ids: Iterable[str]) -> list[SectionRef]:
+    """Those of ``refs`` with the given ids, in that order; ``InputError`` with the known ids where one is unknown."""
+    known, ids = {ref.id: ref for ref in refs}, list(ids)
+    for section in ids:
+        if section not in known:
+            raise InputError(f"{section!r} is no section of {refs[0].root}; it holds {', '.join(known)}")
+    return [known[section] for section in ids]
+
+
+def read_section(path: str | Path, *, format: str | None = None, **options) -> AnnData:
+    """Read the one section that ``path`` names: N spots x all genes, slots as in :mod:`genar.data.contract`.
+
+    ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``.
+    Raises ``InputError`` where ``path`` names none or several, or where the section breaks the contract.
+    """
+    refs = find_sections(path, format=format)
+    if len(refs) > 1:
+        names = ", ".join(ref.id for ref in refs)
+        raise InputError(f"{path}: expected one section, found {len(refs)} ({names}); name one as {path}:{refs[0].id}")
+    return refs[0].read(ReadOptions(**options))
+
+
+def read_sections(
+    path: str | Path, ids: Iterable[str] | None = None, *, format: str | None = None, **options
+) -> list[AnnData]:
+    """Read every section that ``path`` names, or those with the given ids; ``options`` as in :func:`read_section`."""
+    refs = find_sections(path, format=format)
+    refs = refs if ids is None else pick(refs, ids)
+    how = options_for(refs, **options)
+    return [ref.read(how) for ref in refs]
+
+
+def options_for(refs: Sequence[SectionRef], **options) -> ReadOptions:
+    """The options for these sections; ``InputError`` where one image is named for several of them."""
+    how = ReadOptions(**{name: value for name, value in options.items() if value is not None})
+    if len(refs) > 1 and how.image is not None and how.image.is_file():
+        raise InputError(
+            f"{how.image}: one image for {len(refs)} sections ({', '.join(ref.id for ref in refs)}); name one section, "
+            "or a folder of images called <id>.tif"
+        )
+    return how

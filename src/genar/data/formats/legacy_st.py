@@ -1,0 +1,153 @@
+"""Legacy Spatial Transcriptomics: counts ``<id>.tsv(.gz)``, spots under tissue ``<id>_selection.tsv``, an image.
+
+Counts have a row a spot, named ``10x21`` by its place in the array, and a column a gene. The selection has ``x``, ``y``
+(array), ``new_x``, ``new_y`` (array, adjusted), ``pixel_x``, ``pixel_y`` (full-resolution px), ``selected``. Spots are
+100 um wide, their centres 200 um apart. The files may lie in one folder or in subfolders, as in the HER2ST repository
+(``ST-cnts/``, ``ST-spotfiles/``, ``ST-imgs/<patient>/<id>/<any name>.jpg``).
+"""
+
+import gzip
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from genar.data import contract, reading
+from genar.data.reading import ReadOptions
+from genar.errors import InputError
+
+NAME = "legacy_st"
+EXPECTED = "legacy ST files (<id>.tsv.gz, <id>_selection.tsv, <id>.jpg)"
+PITCH_UM, SPOT_UM = 200.0, 100.0
+_SELECTION = "_selection.tsv"
+_COUNTS = (".tsv.gz", ".tsv", "_stdata.tsv.gz", "_stdata.tsv")
+
+
+def sections(root: Path) -> list[str]:
+    """Ids of the sections in ``root`` that have both counts and selection."""
+    return [section for section in _selections(root) if _counts_of(root, section)]
+
+
+def read(root: Path, section: str, options: ReadOptions) -> AnnData:
+    """Read one section as the contract has it."""
+    counts = _counts_of(root, section)
+    assert counts is not None  # else it is none of sections()
+    image = reading.named_image(section, options) or _image_of(root, section)
+    return read_files(counts, _selections(root)[section], image, section=section, options=options)
+
+
+def read_files(
+    counts: Path,
+    selection: Path,
+    image: Path | None = None,
+    *,
+    section: str,
+    patient: str = "",
+    options: ReadOptions | None = None,
+) -> AnnData:
+    """A section from its files, as the contract has it: selected spots that have counts, in the order of the counts.
+
+    Spots are named ``010x021``. Selected spots without a row of counts are dropped and named in
+    ``uns["genar"]["note"]``. Raises ``InputError`` where a file is not as described, no spot is left, or the section
+    breaks the contract.
+    """
+    (spots, genes, values), places = _read_counts(Path(counts)), _read_selection(Path(selection))
+    dropped = [name for name in places.index if name not in spots]
+    kept = [name for name in spots if name in places.index]
+    if not kept:
+        raise InputError(f"{counts}: holds none of the {len(places)} spots of {selection}; are they a pair?")
+    places = places.loc[kept]
+    xy = places[["pixel_x", "pixel_y"]].to_numpy(float)
+    array = places[["new_x", "new_y"] if {"new_x", "new_y"} <= set(places) else ["x", "y"]].to_numpy(float)
+    obs = pd.DataFrame({"array_row": places["x"], "array_col": places["y"]}).astype(int)
+    obs.index = [f"{row:03d}x{col:03d}" for row, col in obs.to_numpy()]
+    adata = AnnData(sparse.csr_matrix(values[[spots.index(name) for name in kept]]), obs=obs)
+    adata.var_names = genes
+    adata.obsm[contract.SPATIAL] = xy
+    mpp, by = reading.pixel_size(
+        section, options or ReadOptions(), pitch=PITCH_UM / reading.array_pitch_px(array, xy), slide=image
+    )
+    note = f"{len(dropped)} selected spots have no counts and are dropped: {', '.join(dropped)}" if dropped else ""
+    return contract.new_section(
+        adata,
+        section=section,
+        slide=image or "",
+        mpp=mpp,
+        spot_diameter_um=SPOT_UM,
+        pitch_um=PITCH_UM,
+        source=NAME,
+        patient=patient,
+        mpp_by=by,
+        note=note,
+    )
+
+
+def _read_counts(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Names of the spots as in the file, names of the genes, and the counts float32 [n, G]."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            genes = file.readline().rstrip("\r\n").split("\t")[1:]
+            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: not a readable table ({error}); expected tab-separated text, perhaps .gz") from error
+    spots = [row[0] for row in rows]
+    if odd := [name for name in spots if not re.fullmatch(r"\d+x\d+", name)]:
+        raise InputError(f"{path}: expected rows named like 10x21, found {odd[0]!r}")
+    for kind, names in (("spot", spots), ("gene", genes)):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
+    counts = np.empty((len(rows), len(genes)), np.float32)
+    for values, row in zip(counts, rows, strict=True):
+        if len(row) != len(genes) + 1:
+            raise InputError(f"{path}: spot {row[0]} has {len(row) - 1} counts for {len(genes)} genes; is it complete?")
+        try:
+            values[:] = row[1:]
+        except ValueError as error:
+            raise InputError(f"{path}: spot {row[0]}: {error}; expected a count in every cell") from error
+    return spots, genes, counts
+
+
+def _read_selection(path: Path) -> pd.DataFrame:
+    try:
+        places = pd.read_csv(path, sep="\t")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable table ({error}); expected tab-separated text") from error
+    if missing := {"x", "y", "pixel_x", "pixel_y"} - set(places):
+        raise InputError(f"{path}: expected columns x, y, pixel_x, pixel_y, found no {', '.join(sorted(missing))}")
+    if "selected" in places:
+        places = places.loc[places["selected"] != 0]
+    try:
+        places.index = pd.Index([f"{int(x)}x{int(y)}" for x, y in zip(places["x"], places["y"], strict=True)])
+    except ValueError as error:
+        raise InputError(f"{path}: columns x and y must be whole numbers ({error})") from error
+    if twice := places.index[places.index.duplicated()].tolist():
+        raise InputError(f"{path}: spot {twice[0]} is selected more than once; keep one row of it")
+    return places
+
+
+def _selections(root: Path) -> dict[str, Path]:
+    found = [*root.glob(f"*{_SELECTION}"), *root.glob(f"*/*{_SELECTION}")]
+    return {path.name.removesuffix(_SELECTION): path for path in found}
+
+
+def _counts_of(root: Path, section: str) -> Path | None:
+    found = (path for suffix in _COUNTS for where in ("", "*/") for path in root.glob(f"{where}{section}{suffix}"))
+    return next(found, None)
+
+
+def _image_of(root: Path, section: str) -> Path | None:
+    """The image called like the section, or the only one in a folder called like it."""
+    suffixes = reading.SLIDE_SUFFIXES
+    for depth in ("", "*/", "*/*/"):
+        named = [p for p in root.glob(f"{depth}{section}.*") if p.suffix.lower() in suffixes]
+        inside = [p for p in root.glob(f"{depth}{section}/*") if p.suffix.lower() in suffixes]
+        if len(found := named or inside) > 1:
+            raise InputError(f"section {section}: {len(found)} images ({found[0]}, {found[1]}); name one with --image")
+        if found:
+            return found[0]
+    return None

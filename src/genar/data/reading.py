@@ -1,0 +1,170 @@
+"""What the readers of all formats share: their options, the pixel size of a section and its image."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+from scipy.spatial import KDTree
+
+from genar.data.slide import image_mpp
+from genar.errors import InputError
+
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".jpg", ".jpeg", ".png")
+# Two sources of the pixel size that differ by more are worth a warning.
+MPP_TOLERANCE = 0.05
+VISIUM_PITCH_UM, VISIUM_SPOT_UM = 100.0, 55.0
+MPP_SOURCES = {"metadata": "the metadata", "pitch": "the spot pitch", "image": "the image's tag"}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user may say about sections beyond where they lie."""
+
+    mpp: float | None = None
+    """pixel size, um per px; overrides every other source"""
+    image: Path | None = None
+    """full-resolution image of the one section, or a folder of images named by section (``<id>.tif``)"""
+    bin_um: float = 56.0
+    """width of the spots into which Visium HD bins are pooled, um; 56 is about the diameter of a Visium spot"""
+    spacing_um: float = 100.0
+    """pitch of the grid laid on a bare slide, um; 100 is Visium's"""
+
+    def __post_init__(self):
+        for name in ("mpp", "bin_um", "spacing_um"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e5:
+                raise InputError(f"--{name.replace('_', '-')} must be a positive number of um, found {value}")
+        if self.image is not None:
+            object.__setattr__(self, "image", Path(self.image))
+            if not self.image.exists():  # pyright: ignore
+                raise InputError(f"{self.image}: no such image; expected a full-resolution image, or a folder of them")
+
+
+def named_image(section: str, options: ReadOptions, folder: Path | None = None) -> Path | None:
+    """The image that ``--image`` names for the section; else ``<section>.<suffix>`` in ``folder``; else ``None``.
+
+    Raises ``InputError`` where ``--image`` is a folder without an image of that name.
+    """
+    if options.image is not None:
+        if options.image.is_file():
+            return options.image
+        if found := _stem_in(options.image, section):
+            return found
+        raise InputError(f"{options.image}: no image of section {section}; expected {section}.tif, .svs, .jpg, … there")
+    return _stem_in(folder, section) if folder else None
+
+
+def _stem_in(folder: Path, stem: str) -> Path | None:
+    return next((p for suffix in SLIDE_SUFFIXES if (p := folder / f"{stem}{suffix}").is_file()), None)
+
+
+def pixel_size(
+    section: str, options: ReadOptions, *, metadata=None, pitch=None, slide: Path | None = None
+) -> tuple[float, dict[str, float]]:
+    """The pixel size (um per px) and what each source says of it.
+
+    ``options.mpp`` wins, then the format's metadata, then the spot pitch, then the image's own tag. Two that differ by
+    more than 5 % are worth a warning with all values, but for a tag ten times too small, as the HEST library writes it.
+    Raises ``InputError`` asking for ``--mpp`` where no source says anything.
+    """
+    tag = image_mpp(slide) if slide is not None else None
+    by = {"metadata": metadata, "pitch": pitch, "image": tag}
+    by = {source: float(value) for source, value in by.items() if value and np.isfinite(value)}
+    if options.mpp:
+        return options.mpp, by
+    if not by:
+        raise InputError(
+            f"section {section}: no pixel size in the metadata, the spot pitch or the image's tags; "
+            "pass --mpp (um per px)"
+        )
+    used, mpp = next(iter(by.items()))
+    if disagreeing(by):
+        told = ", ".join(f"{value:.4f} um by {MPP_SOURCES[source]}" for source, value in by.items())
+        warnings.warn(
+            f"section {section}: pixel size {told}; that of {MPP_SOURCES[used]} is used, --mpp overrides it",
+            stacklevel=2,
+        )
+    return mpp, by
+
+
+def disagreeing(by: dict[str, float]) -> bool:
+    """Whether two sources of the pixel size differ by more than 5 %; an image tag ten times too small is excused."""
+    values = [value for source, value in by.items() if source != "image"]
+    tag = by.get("image")
+    if tag is not None and not (values and _alike(10 * tag, values[0])):
+        values.append(tag)
+    return bool(values) and not _alike(max(values), min(values))
+
+
+def _alike(one: float, other: float) -> bool:
+    return abs(one / other - 1) <= MPP_TOLERANCE
+
+
+def pitch_px(xy: np.ndarray) -> float:
+    """Distance of neighbouring spots, px: the median over all spots of the distance to the four nearest.
+
+    Four, because spot positions are noisy and the nearest alone comes out too near (6 % on HER2ST). NaN where there is
+    no distance to speak of.
+    """
+    xy = np.asarray(xy, dtype=float)
+    if xy.ndim != 2 or len(xy) < 2 or not np.isfinite(xy).all():
+        return float("nan")  # contract.check says so with a better line
+    return float(np.median(KDTree(xy).query(xy, k=min(5, len(xy)))[0][:, 1:])) or float("nan")
+
+
+def array_pitch_px(array: np.ndarray, xy: np.ndarray) -> float:
+    """Pixels for one step of the array, from a linear fit of px [N, 2] on array positions [N, 2], axes in any order.
+
+    NaN where the spots lie on one line or there are fewer than three.
+    """
+    if len(array) < 3 or not np.isfinite(xy).all():
+        return float("nan")
+    design = np.column_stack([array - array.mean(axis=0), np.ones(len(array))])
+    slopes, _, rank, _ = np.linalg.lstsq(design, xy, rcond=None)
+    return float(np.linalg.norm(slopes[:2], axis=1).mean()) if rank == 3 else float("nan")
+
+
+def looks_like_visium(adata) -> bool:
+    """Whether ``obs`` holds Visium's array positions: row and column have the same parity at every spot."""
+    if not {"array_row", "array_col"} <= set(adata.obs) or adata.n_obs < 10:
+        return False
+    row, col = (np.asarray(adata.obs[name], dtype=float) for name in ("array_row", "array_col"))
+    return bool(((row + col) % 2 == 0).all() and np.ptp(col) > 1)
+
+
+def read_adata(path: Path) -> anndata.AnnData:
+    """Read an ``.h5ad``; ``InputError`` where it is none."""
+    try:
+        return anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+
+
+def keep_raw_counts(adata) -> str:
+    """Put raw counts into X: a layer ``counts`` wins, as scanpy's users keep them there. Returns where they were."""
+    if "counts" in adata.layers:
+        adata.X = adata.layers["counts"]
+        return "layers['counts']"
+    return "X"
+
+
+def spot_diameter_px(adata) -> float:
+    """Diameter of a spot, full-resolution px, by scanpy's scalefactors; 0 where they are silent."""
+    for library in libraries(adata):
+        if diameter := library.get("scalefactors", {}).get("spot_diameter_fullres"):
+            return float(diameter)
+    return 0.0
+
+
+def libraries(adata) -> Iterable[dict]:
+    """The dicts of ``uns["spatial"]``, one a library, as scanpy keeps them."""
+    spatial = adata.uns.get("spatial", {})
+    return [library for library in spatial.values() if isinstance(library, dict)] if isinstance(spatial, dict) else []
+
+
+def missing_package(path: Path, package: str, extra: str) -> InputError:
+    """The error that says which extra to install."""
+    return InputError(f"{path}: reading this format needs {package}; install it with: pip install 'genar[{extra}]'")
