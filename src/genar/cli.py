@@ -136,7 +136,7 @@ def fetch(
     dataset: Annotated[str, typer.Argument(help="her2st, prad, kidney, mouse_brain or ccrcc.")],
     out: Out,
     source: Annotated[str, typer.Option(help="hub (HEST-1k), or github (her2st: raw files, converted).")] = "hub",
-    sections: Annotated[str, typer.Option(help="Only these sections, ID,ID [default: all].")] = "",
+    sections: Annotated[str, typer.Option(help="Only these sections, ID,ID; all where not given.")] = "",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
     extras: Annotated[str, typer.Option("--with", help="Further files of the hub: tissue_seg, patches.")] = "",
     json: Json = False,
