@@ -20,6 +20,7 @@ from PIL import Image
 
 from genar import cli, fetch
 from genar.data import open_slide, read_sections
+from genar.errors import InputError
 from genar.fetch import her2st, hub, transfer
 from genar.fetch.transfer import RemoteFile
 
@@ -123,7 +124,7 @@ class Source:
             return answer(request, 404, b"")
         if fault == "altered":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        if fault == "size":
+        if fault in ("size", "no length"):
             data = (data * 2)[: len(data) + value]
         start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
         if fault == "no ranges":
@@ -131,18 +132,26 @@ class Source:
         first = start + value if fault == "shifted" else start
         headers = {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if start else {}
         stop = start + value if fault in ("drop", "stall") else len(data)
-        answer(request, 206 if start else 200, data[start:stop], headers, length=len(data) - start)
+        answer(
+            request,
+            206 if start else 200,
+            data[start:stop],
+            headers,
+            length=None if fault == "no length" else len(data) - start,
+        )
         if fault == "stall":
             self.stalled.set()
             time.sleep(30)
-        request.close_connection = fault == "drop"
+        request.close_connection = fault in ("drop", "no length")
 
 
-def answer(request, status, body, headers=(), length=None):
+def answer(request, status, body, headers=(), length=-1):
+    length = len(body) if length == -1 else length
     request.send_response(status)
     for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
         request.send_header(name, value)
-    request.send_header("Content-Length", str(len(body) if length is None else length))
+    if length is not None:
+        request.send_header("Content-Length", str(length))
     request.end_headers()
     request.wfile.write(body)
     request.wfile.flush()
@@ -441,6 +450,28 @@ def test_too_small_a_disk(hest, fetch_, monkeypatch, tmp_path):
     assert "needed, 5.0 MB free; free some space, or fetch fewer sections" in line
     assert not hest.asked
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_disk_that_fills_up(hest, fetch_, tmp_path):
+    path = f"st/{FIRST}.h5ad"
+    part = tmp_path / f"out/.fetch/sha256-{sha256(hest.hub[path])}.part"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    code, line, _ = fetch_(sections=FIRST)
+    assert code == 2
+    assert f"{part}: cannot write (No space left on device); free some space and go on" in line
+    assert not (tmp_path / "out" / path).exists()
+
+
+def test_more_bytes_than_were_stated(source, tmp_path):
+    source.hub["st/a"], source.faults["st/a"] = b"x" * 1000, [("no length", 500)]
+    remote = RemoteFile("st/a", f"{source.url}/cdn/st/a", 1000, f"sha256:{sha256(b'x' * 1000)}")
+    with pytest.raises(InputError, match="the server sends more than 1,000"):
+        transfer.download(
+            remote, tmp_path / "a", parts=tmp_path, access=transfer.Access({}, ""), tick=lambda more: None
+        )
+    assert not left(tmp_path)
 
 
 def test_one_fetch_a_folder(hest, fetch_, tmp_path):

@@ -88,7 +88,6 @@ def convert(raw: Path, section: str, out: Path) -> list[str]:
         raise InputError(f"{raw}/ST-imgs/{name[0]}/{name}: expected one .jpg, found {len(images)}; fetch {name} anew")
     adata = legacy_st.read_files(counts, selection, images[0], section=section, patient=data.patients[section])
     slide = open_slide(images[0])
-    contract.check_inside(adata, slide.size_px)
     overview, size_px = slide.thumbnail(_DOWNSCALED_PX), slide.size_px
     with replacing(out / "wsis" / f"{section}.tif") as path:
         write_pyramid(path, slide.thumbnail(max(size_px)), contract.mpp(adata))

@@ -159,17 +159,17 @@ def _append(file: RemoteFile, part: Path, have: int, access: Access, tick: Tick)
         if start != have:
             tick(start - have)
             os.truncate(part, start)
-        with part.open("ab") as out:
-            while chunk := _read(response):
-                if start + len(chunk) > file.size:
-                    part.unlink()
-                    raise _other_size(file, f"more than {file.size:,}")
-                try:
+        try:
+            with part.open("ab") as out:
+                while chunk := _read(response):
+                    if start + len(chunk) > file.size:
+                        part.unlink()
+                        raise _other_size(file, f"more than {file.size:,}")
                     out.write(chunk)
-                except OSError as error:
-                    raise InputError(f"{part}: cannot write ({error.strerror}); free some space and go on") from error
-                start += len(chunk)
-                tick(len(chunk))
+                    start += len(chunk)
+                    tick(len(chunk))
+        except OSError as error:  # the network's are _DroppedErrors
+            raise InputError(f"{part}: cannot write ({error.strerror}); free some space and go on") from error
 
 
 def _start(response, file: RemoteFile, have: int) -> int:
