@@ -11,6 +11,7 @@ SRC = Path(genar.__file__).parent.parent
 ROOMS = [
     "errors",
     "data",
+    "fetch",
     "genes",
     "encoders",
     "features",

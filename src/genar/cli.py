@@ -10,7 +10,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 import genar
@@ -166,6 +174,27 @@ def _check_table(result) -> Table:
             "wrong" if row.faults else "warned" if row.warnings else "ok",
         )  # fmt: skip
     return table
+
+
+@app.command()
+def fetch(
+    dataset: Annotated[str, typer.Argument(help="her2st, prad, kidney, mouse_brain or ccrcc.")],
+    out: Out,
+    source: Annotated[str, typer.Option(help="hub (HEST-1k), or github (her2st: raw files, converted).")] = "hub",
+    sections: Annotated[str, typer.Option(help="Only these sections, ID,ID; all where not given.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    extras: Annotated[str, typer.Option("--with", help="Further files of the hub: tissue_seg, patches.")] = "",
+    json: Json = False,
+) -> None:
+    """Download a data set of the paper in HEST-1k layout; what is there is kept, what broke off is gone on with."""
+    from genar.fetch import fetch_dataset
+
+    done = fetch_dataset(
+        dataset, out, source=source, sections=_ids(sections), revision=revision, extras=_ids(extras),
+        say=_speaker(json), bar=_bar(json, "bytes"),
+    )  # fmt: skip
+    figures = {name: getattr(done, name) for name in ("revision", "n_bytes", "n_files_new", "n_files_kept")}
+    _finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
 
 
 @app.command()
@@ -373,26 +402,23 @@ def _speaker(json: bool):
     return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
 
 
-def _bar(json: bool):
+def _bar(json: bool, unit: str = "spots"):
     """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
+    rate = TextColumn("{task.fields[rate]}")
+    counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
 
     @contextmanager
     def bar(label: str, total: int):
         if json or not console.is_terminal:
             yield lambda done, total: None
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=total, rate="")
 
             def tick(done: int, total: int) -> None:
                 speed = progress.tasks[task].speed
-                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} spots/s" if speed else "")
+                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
 
             yield tick
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tifffile
 from anndata import AnnData
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.pyramid import write_pyramid
 
 KINDS = ("gland", "stroma", "immune", "fat")
 MARKERS = {
@@ -440,7 +440,7 @@ def write_tissue(
     for section in sections:
         adata, image = simulate_section(section, seed, config)
         with _whole(out / "wsis" / f"{section}.tif") as path:
-            _write_slide(path, image, config.mpp)
+            write_pyramid(path, image, config.mpp)
         with _whole(out / "st" / f"{section}.h5ad") as path:
             adata.write_h5ad(path, compression="gzip")
         with _whole(out / "metadata" / f"{section}.json") as path:
@@ -458,20 +458,6 @@ def _whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _write_slide(path: Path, image: np.ndarray, mpp: float) -> None:
-    """Write a pyramid of JPEG tiles, halved until it fits one tile, as OpenSlide's generic TIFF."""
-    jpeg = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 90}}
-    tags = {"resolutionunit": "CENTIMETER", "metadata": None, "software": "genar"}
-    level, per_cm = image, 1e4 / mpp
-    with tifffile.TiffWriter(path) as tiff:
-        while True:
-            reduced = int(level is not image)
-            tiff.write(level, tile=(256, 256), subfiletype=reduced, resolution=(per_cm, per_cm), **jpeg, **tags)
-            if max(level.shape) <= 256:
-                return
-            level, per_cm = np.asarray(Image.fromarray(level).reduce(2)), per_cm / 2
 
 
 def _metadata(adata: AnnData, image: np.ndarray, config: TissueConfig) -> dict:
