@@ -144,7 +144,7 @@ def features(
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Embed every spot of every section, or import features made elsewhere; what is stored already is not made again."""
+    """Embed every spot of every section, or import features; what is stored already is not made again."""
     from genar import encoders, runs
     from genar.data import read_sections
 

@@ -47,13 +47,13 @@ def load_encoder(
     row = ENCODERS[name]
     if row.library == "transformers":
         return _load_transformers(row, given, device, precision)
-    network = build_network(row)
     if given is None and not row.hub_id:
-        state, where = embedded_lite0(network), "embedded weights"
+        network = build_network(row)
+        fit_weights(network, embedded_lite0(network), f"encoder {name}: embedded weights")
     else:
-        file, _ = find_weights(row, given)
-        state, where = read_state(file), given or row.hub_id
-    fit_weights(network, state, f"encoder {name}: {where}")
+        file, _ = find_weights(row, given)  # before a network of gigabytes is built
+        network = build_network(row, empty=True)
+        fit_weights(network, read_state(file), f"encoder {name}: {given or row.hub_id}")
     return Encoder(row, network, device, precision=precision)
 
 

@@ -77,8 +77,14 @@ class ImportedFeatures(Encoder):
         )
 
 
-def build_network(row: EncoderRow) -> nn.Module:
-    """The row's network with random weights. Raises ``InputError`` where ``transformers`` is needed and missing."""
+def build_network(row: EncoderRow, *, empty: bool = False) -> nn.Module:
+    """The row's network with random weights, or ``empty``, without the memory and time they take, to be filled.
+
+    Raises ``InputError`` where ``transformers`` is needed and missing.
+    """
+    if empty:
+        with torch.device("meta"):
+            return build_network(row)
     if row.library == "transformers":
         return transformers_class(row)(transformers_config(row), **_no_pooler(row))
     import timm

@@ -136,7 +136,9 @@ def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) 
             f"{where}: not weights of this network: {len(wrong)} of {len(names)} tensors are missing, unknown or of "
             f"another shape (first: {wrong[0]}); pass the .safetensors file of this very encoder"
         )
-    network.load_state_dict(state, strict=False)
+    counters = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith("num_batches_tracked")}
+    state = counters | {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+    network.load_state_dict(state, assign=True)  # nothing of an empty network stays
 
 
 def embedded_lite0(network: nn.Module) -> dict[str, torch.Tensor]:
