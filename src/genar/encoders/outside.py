@@ -59,7 +59,7 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
 
 
 def _timm_row(name: str, short: str, facts) -> EncoderRow:
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     config = resolve_data_config(pretrained_cfg=facts.to_dict() if facts else {}, use_test_size=False)
     licence = (facts and facts.license) or "see the page of its weights"

@@ -117,7 +117,7 @@ def _order_by_place(file: Path, corners: np.ndarray, section: AnnData) -> np.nda
     distance, row = KDTree(corners + half).query(centers, p=np.inf)
     if distance.max() > _TOLERANCE_PX or len(np.unique(row)) != len(centers):
         raise refusal
-    return row
+    return np.asarray(row)
 
 
 def _text(value) -> str:

@@ -97,7 +97,7 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
 def _fill(path, slide, section, encoder, recipe, readers, batch_size, progress) -> None:
     partial = path.with_suffix(".partial")
     group = _open_partial(partial, section, encoder, recipe)
-    n_done = int(group.attrs["n_done"])
+    n_done = int(group.attrs["n_done"])  # pyright: ignore
     progress(n_done, section.n_obs)
     centers, width_px = contract.coords_px(section), recipe.width_px(section)
     per_step = -(-batch_size // CHUNK) * CHUNK  # whole chunks of the store
@@ -107,7 +107,7 @@ def _fill(path, slide, section, encoder, recipe, readers, batch_size, progress) 
         )  # fmt: skip
         for start, patches in steps:
             stop = start + len(patches)
-            group["features"][start:stop] = _encode_views(encoder, patches, recipe.views, batch_size)
+            group["features"][start:stop] = _encode_views(encoder, patches, recipe.views, batch_size)  # pyright: ignore
             group.attrs["n_done"] = stop
             progress(stop, section.n_obs)
     os.replace(partial, path)
