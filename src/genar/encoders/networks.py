@@ -62,7 +62,9 @@ class ImportedFeatures(Encoder):
     """Stands for an encoder whose features were made elsewhere: its stores are found, new ones cannot be made."""
 
     def __init__(self, name: str):
-        row = EncoderRow(name, "", "", 0, 0, (0.5,) * 3, (1.0,) * 3, "that of the features", views=1, library="")
+        row = EncoderRow(
+            name, "", "", 0, 0, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), "that of the features", views=1, library=""
+        )
         super().__init__(row, nn.Identity(), weights_sha256="imported")
 
     def __call__(self, patches):
@@ -94,7 +96,7 @@ def build_network(row: EncoderRow, *, empty: bool = False) -> nn.Module:
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(layers, arguments["mlp_layer"])
     if "act_layer" in arguments:
-        arguments["act_layer"] = layers.get_act_layer(arguments["act_layer"])
+        arguments["act_layer"] = layers.get_act_layer(arguments["act_layer"])  # pyright: ignore
     return timm.create_model(row.architecture, pretrained=False, num_classes=0, **arguments)
 
 
@@ -163,5 +165,5 @@ def hash_state(state: dict[str, torch.Tensor]) -> str:
     for name, tensor in state.items():
         if not name.endswith("num_batches_tracked"):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # bf16, too
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)  # bf16, too
     return digest.hexdigest()
