@@ -41,7 +41,7 @@ Image = Annotated[
 BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um [default: 56].")]
 SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um [default: 100].")]
 Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores [default: user cache].")]
-Weights = Annotated[Path | None, typer.Option(help="Encoder weights (.safetensors) instead of the hub's.")]
+Weights = Annotated[Path | None, typer.Option(help="Encoder weights, a file or a folder, instead of the hub's.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 SectionDir = Annotated[str, typer.Argument(help="Folder of sections; the format is told from what it holds.")]
 _SAMPLES = "Trajectories averaged in the expectation [default: 16]."
@@ -201,26 +201,38 @@ def fetch(
 def features(
     sections: SectionDir,
     out: Out,
-    encoder: Annotated[str, typer.Option(help="Name of the encoder (see `genar encoders`).")] = "efficientnet_lite0",
+    encoder: Annotated[
+        str, typer.Option(help="Name (see `genar encoders`), timm/NAME, or module:function.")
+    ] = "efficientnet_lite0",
     weights: Weights = None,
     patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
     views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
+    widths_um: Annotated[str, typer.Option(help="Patch widths in um, such as 112,309; each is embedded.")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = 16,
+    workers: Annotated[int | None, typer.Option(help="Processes that read patches [default: by the machine].")] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Folder of features made elsewhere (.h5, .pt, .npy).")
+    ] = None,
     device: str = "cpu",
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Embed every spot of every section; what is stored already is not made again."""
+    """Embed every spot of every section, or import features; what is stored already is not made again."""
     from genar import encoders, runs
     from genar.data import read_sections
-    from genar.features import recipe_of
 
-    loaded = encoders.load_encoder(encoder, weights=weights, device=device)
-    recipe = recipe_of(loaded, patch=patch, views=views)
-    stores = runs.embed_sections(
-        read_sections(sections, mpp=mpp, image=image, bin_um=bin_um), loaded, recipe, out, _bar(json)
-    )
+    read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
+    if import_ is not None:
+        return _finish(json, runs.import_run(read, import_, encoder, out))
+    widths = _numbers(widths_um, "--widths-um")
+    loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
+    stores = runs.features_run(
+        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_bar(json),
+        workers=runs.default_workers(device) if workers is None else workers,
+    )  # fmt: skip
     _finish(json, stores)
 
 
@@ -374,7 +386,7 @@ def encoders(json: Json = False) -> None:
     from genar.encoders import ENCODERS
 
     rows = [row.facts() for row in ENCODERS.values()]
-    _list(json, rows, ("name", "width", "input_px", "mpp", "licence", "gated", "hub_id", "source"))
+    _list(json, rows, ("name", "width", "input_px", "mpp", "pooling", "licence", "gated", "hub_id"))
 
 
 @app.command()
@@ -392,6 +404,13 @@ def models(json: Json = False) -> None:
 def _given(**options) -> dict:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in _ids(text)]
+    except ValueError as error:
+        raise InputError(f"{option}: expected numbers such as 112,309, found {text!r}") from error
 
 
 def _ids(text: str) -> list[str]:

@@ -28,6 +28,7 @@ class Slide(abc.ABC):
     path: Path
     size_px: tuple[int, int]
     mpp: float | None
+    in_memory = False  # True where the whole image is held: then no second process should open it
 
     @abc.abstractmethod
     def _region(self, corner_px: tuple[int, ...], size_px: tuple[int, int], downsample: float) -> Image.Image:
@@ -104,6 +105,8 @@ class _PyramidSlide(Slide):
 
 
 class _PlainSlide(Slide):
+    in_memory = True
+
     def __init__(self, path: Path, pixels: np.ndarray, mpp: float | None):
         self.path, self._pixels, self.mpp = path, pixels, mpp
         self.size_px = (pixels.shape[1], pixels.shape[0])

@@ -1,0 +1,75 @@
+"""Patch encoders: histology patch -> feature vector. One row per encoder (``table.py``); adding one adds a row.
+
+The default, EfficientNet-Lite0, is embedded: its ImageNet weights come with a package that GenAR depends on, so that
+everything runs offline. Other weights are fetched from the Hugging Face hub when an encoder is first used. Beyond the
+table: any network of timm, a user's own function, features made elsewhere.
+"""
+
+from pathlib import Path
+
+from genar.encoders.networks import PRECISIONS, Encoder, ImportedFeatures, build_network, hash_state, load_transformers
+from genar.encoders.outside import is_function, is_timm, load_function, load_timm
+from genar.encoders.table import DEFAULT, ENCODERS, IMPORTED, EncoderRow, encoder_row
+from genar.encoders.weights import embedded_lite0, find_weights, fit_weights, read_state
+
+__all__ = [
+    "DEFAULT",
+    "ENCODERS",
+    "IMPORTED",
+    "PRECISIONS",
+    "Encoder",
+    "EncoderRow",
+    "ImportedFeatures",
+    "build_network",
+    "check_name",
+    "encoder_row",
+    "load_encoder",
+]
+
+
+def load_encoder(
+    name: str = DEFAULT, *, weights: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
+) -> Encoder:
+    """Load an encoder with its pretrained weights.
+
+    ``name`` is a row of the table, ``timm/NAME`` (or timm's plain name), ``module:function`` (see
+    :func:`genar.encoders.outside.load_function`), or ``import:NAME`` for features made elsewhere. ``weights`` names a
+    local file (.safetensors, .bin, .pt) or a folder instead of the hub's. Raises ``InputError`` where the name is
+    unknown, access is refused, or the weights cannot be had or do not fit.
+    """
+    check_name(name)
+    given = Path(weights) if weights is not None else None
+    if name.startswith(IMPORTED):
+        return ImportedFeatures(name)
+    if name not in ENCODERS:
+        load = load_function if is_function(name) else load_timm
+        return load(name, weights=given, device=device, precision=precision)
+    row = ENCODERS[name]
+    if row.library == "transformers":
+        return _load_transformers(row, given, device, precision)
+    if given is None and not row.hub_id:
+        network = build_network(row)
+        fit_weights(network, embedded_lite0(network), f"encoder {name}: embedded weights")
+    else:
+        file, _ = find_weights(row, given)  # before a network of gigabytes is built
+        network = build_network(row, empty=True)
+        fit_weights(network, read_state(file), f"encoder {name}: {given or row.hub_id}")
+    return Encoder(row, network, device, precision=precision)
+
+
+def _load_transformers(row: EncoderRow, given: Path | None, device: str, precision: str) -> Encoder:
+    from genar.encoders.networks import transformers_class
+
+    transformers_class(row)  # before gigabytes are fetched
+    file, config = find_weights(row, given)
+    state = read_state(file)
+    network = load_transformers(row, state, config, f"encoder {row.name}: {given or row.hub_id}")
+    # Of the file, not the network: releases of transformers name the same tensors differently.
+    return Encoder(row, network, device, precision=precision, weights_sha256=hash_state(dict(sorted(state.items()))))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that :func:`load_encoder` could not understand; ``InputError`` with the known ones."""
+    if name in ENCODERS or name.startswith(IMPORTED) or is_function(name) or is_timm(name):
+        return
+    encoder_row(name)

