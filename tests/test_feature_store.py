@@ -20,7 +20,7 @@ import zarr
 from anndata import AnnData
 from filelock import FileLock
 
-from genar import cli, runs
+from genar import cli
 from genar.data import contract, open_slide, read_section, read_sections
 from genar.data.patches import Readers
 from genar.encoders import Encoder, load_encoder
@@ -29,8 +29,11 @@ from genar.features import (
     Busy,
     FeatureRecipe,
     embed,
+    embed_sections,
+    embed_widths,
     import_features,
     import_recipe,
+    import_sections,
     read_features,
     recipe_of,
     store_path,
@@ -110,7 +113,7 @@ def until(condition, seconds=60.0):
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bits(place, tissue, encoder, tmp_path):
-    whole = runs.features_run(read_sections(tissue), encoder, tmp_path / "whole", workers=0)
+    whole = embed_widths(read_sections(tissue), encoder, tmp_path / "whole", workers=0)
     store = tmp_path / "killed"
     process = start(place, tissue, store, "--workers", 1, slow="0.05")
     chunks = lambda: len(list(store.glob("*.partial/features/c/*")))  # noqa: E731
@@ -123,7 +126,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(place, tissue, enco
     assert 0 < n_done < 60
     assert workers
     until(lambda: not any(alive(pid) for pid in workers), 20)  # no reader outlives it
-    made = runs.features_run(read_sections(tissue), encoder, store, workers=0)
+    made = embed_widths(read_sections(tissue), encoder, store, workers=0)
     assert [path.name for path in made.values()] == [path.name for path in whole.values()]
     assert contents(store) == contents(tmp_path / "whole")
 
@@ -139,13 +142,13 @@ def alive(pid):
 
 
 def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
-    alone = runs.features_run(read_sections(tissue), encoder, tmp_path / "alone", workers=0)
+    alone = embed_widths(read_sections(tissue), encoder, tmp_path / "alone", workers=0)
     store = tmp_path / "shared"
     first = start(place, tissue, store, "--workers", 0, slow="0.05")
     until(lambda: list(store.glob("SIM1-*.partial")) or first.poll() is not None)
     calls = []
     counting = CountCalls(encoder, calls)
-    made = runs.embed_sections(read_sections(tissue), counting, recipe_of(encoder), store)
+    made = embed_sections(read_sections(tissue), counting, recipe_of(encoder), store)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 0, err
     assert json.loads(out)["outputs"] == {name: str(path) for name, path in made.items()}
@@ -399,7 +402,7 @@ def test_h5_rows_find_their_spots_in_any_order(section, tmp_path, write):
     features = made_elsewhere(section)
     order = np.random.default_rng(1).permutation(section.n_obs)
     write(tmp_path / "SIM1.h5", features, section, order)
-    made = runs.import_run([section], tmp_path, "theirs", tmp_path / "store")
+    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
     np.testing.assert_array_equal(read_features(made["SIM1"], section)[:, 0], features)
 
 
@@ -415,7 +418,7 @@ def test_pt_and_npy_are_taken_in_the_order_of_the_spots(section, tmp_path, form)
              "dict": {"features": tensor, "coords": torch.from_numpy(corners(section))}}[form],
             tmp_path / "SIM1.pt",
         )  # fmt: skip
-    made = runs.import_run([section], tmp_path, "theirs", tmp_path / "store")
+    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
     np.testing.assert_array_equal(read_features(made["SIM1"], section)[:, 0], features)
 
 
@@ -504,7 +507,7 @@ def test_rows_that_do_not_match_are_refused(tissue, section, tmp_path, monkeypat
 def test_nothing_is_imported_where_one_file_is_missing(tissue, section, tmp_path):
     np.save(tmp_path / "SIM1.npy", made_elsewhere(section))
     with pytest.raises(InputError, match="no features of section SIM2"):
-        runs.import_run(read_sections(tissue), tmp_path, "theirs", tmp_path / "store")
+        import_sections(read_sections(tissue), tmp_path, "theirs", tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
@@ -521,11 +524,11 @@ def test_import_twice_is_the_same_and_other_features_are_refused(section, tmp_pa
 def test_imported_features_serve_as_an_encoder(tissue, section, tmp_path):
     encoder = load_encoder("import:theirs")
     np.save(tmp_path / "SIM1.npy", made_elsewhere(section))
-    made = runs.import_run([section], tmp_path, "theirs", tmp_path / "store")
-    found = runs.embed_sections([section], encoder, recipe_of(encoder), tmp_path / "store")
+    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
+    found = embed_sections([section], encoder, recipe_of(encoder), tmp_path / "store")
     assert found == made
     with pytest.raises(InputError, match=r"import:theirs: .* section SIM2 are not in the store; .*--encoder theirs"):
-        runs.embed_sections([read_section(f"{tissue}:SIM2")], encoder, recipe_of(encoder), tmp_path / "store")
+        embed_sections([read_section(f"{tissue}:SIM2")], encoder, recipe_of(encoder), tmp_path / "store")
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------

@@ -221,17 +221,17 @@ def features(
     json: Json = False,
 ) -> None:
     """Embed every spot of every section, or import features; what is stored already is not made again."""
-    from genar import encoders, runs
+    from genar import encoders
     from genar.data import read_sections
 
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
     if import_ is not None:
-        return _finish(json, runs.import_run(read, import_, encoder, out))
+        return _finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = _numbers(widths_um, "--widths-um")
     loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
-    stores = runs.features_run(
+    stores = embedding.embed_widths(
         read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_bar(json),
-        workers=runs.default_workers(device) if workers is None else workers,
+        workers=embedding.default_workers(device) if workers is None else workers,
     )  # fmt: skip
     _finish(json, stores)
 
