@@ -222,6 +222,7 @@ def features(
 ) -> None:
     """Embed every spot of every section, or import features; what is stored already is not made again."""
     from genar import encoders
+    from genar import features as embedding
     from genar.data import read_sections
 
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
