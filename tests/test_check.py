@@ -52,8 +52,8 @@ def check(monkeypatch, capsys, tmp_path):
 def edit(folder, change, section="A"):
     path = folder / "st" / f"{section}.h5ad"
     adata = anndata.read_h5ad(path)
-    adata = change(adata) or adata
-    adata.write_h5ad(path)
+    changed = change(adata)
+    (adata if changed is None else changed).write_h5ad(path)
 
 
 def test_check_tells_what_is_there(folder, check, tmp_path):
@@ -219,7 +219,7 @@ def test_check_loads_no_torch_and_prints_a_table(folder, tmp_path):
     ("names", "ids", "expected"),
     [
         (["KRT8", "C1orf159", "HLA-A", "B2M", "MT-CO1"], None, ("symbols", "human")),
-        (["Krt8", "mt-Co1", "B2m", "Erbb2", "Actb", "Ywhah"], None, ("symbols", "mouse")),
+        (["Krt8", "mt-Co1", "B2m", "Erbb2", "Actb", "Ywhah", "Gapdh"], None, ("symbols", "mouse")),
         (["ENSG00000141736", "ENSG00000141736.5"], None, ("Ensembl", "human")),
         (["A", "B"], ["ENSMUSG00000020473"] * 2, ("symbols", "mouse")),
         (["ENSG00000141736", "KRT8"], None, ("mixed", "human")),

@@ -49,7 +49,7 @@ def find_tissue(view: np.ndarray, um_per_px: float) -> np.ndarray:
     mask = _closed(strong[labels] & (labels > 0), round(_CLOSE_UM / um_per_px))
     px_per_mm2 = (1000 / um_per_px) ** 2
     mask = _without_small(mask, _LEAST_MM2 * px_per_mm2)
-    mask = np.logical_not(_without_small(~mask, _HOLE_MM2 * px_per_mm2))
+    mask = ~_without_small(~mask, _HOLE_MM2 * px_per_mm2, keep_border=True)  # what reaches the border is no hole
     return mask & ~ink
 
 
@@ -90,10 +90,12 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return labels, int(ndimage.label(mask, output=labels))  # pyright: ignore
 
 
-def _without_small(mask: np.ndarray, least_px: float) -> np.ndarray:
+def _without_small(mask: np.ndarray, least_px: float, *, keep_border: bool = False) -> np.ndarray:
     labels, n = _pieces(mask)
     sizes = np.bincount(labels.ravel(), minlength=n + 1)
     keep = sizes >= least_px
+    if keep_border:
+        keep[np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])] = True
     keep[0] = False
     return keep[labels]
 
