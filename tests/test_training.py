@@ -114,6 +114,19 @@ def test_unknown_model_and_decoding_are_refused(fitted, tissue_sections):
 # -- training -------------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_in_parts_trains_to_the_same_weights(spots):
+    fitted, said = [], []
+    for memory_gib in (4.0, 5e-4):
+        torch.manual_seed(0)
+        settings = {**TINY, "dropout": 0.0, "drop_path": 0.0, "feature_dropout": 0.0, "linear_start": False}
+        model = model_class("genar").create(N_FEATURES, spots, "small", settings)
+        fit(model, spots, TrainConfig(max_epochs=2, batch_size=16, memory_gib=memory_gib), log=said.append)
+        fitted.append(model.state_dict())
+    assert sum("parts" in line for line in said) == 1
+    for name, whole in fitted[0].items():
+        torch.testing.assert_close(fitted[1][name], whole, atol=2e-4, rtol=2e-3)
+
+
 def test_a_seed_repeats_weights_bit_for_bit(spots):
     states = []
     for seed in (1, 1, 2):

@@ -62,6 +62,9 @@ class TrainConfig:
     """trajectories a spot in validation"""
     precision: str = "fp32"
     """``fp32`` or ``bf16`` (mixed)"""
+    memory_gib: float = 4.0
+    """what the activations of a step may take, by estimate; a batch of more goes through in parts whose gradients are
+    added"""
     seed: int = 2021
 
     def __post_init__(self):
@@ -77,6 +80,8 @@ class TrainConfig:
         for name in ("batch_size", "validate_every", "patience", "validation_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train: {name} must be at least 1, found {getattr(self, name)}")
+        if not self.memory_gib > 0:
+            raise InputError(f"train: memory_gib must be > 0, found {self.memory_gib}")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
             raise InputError("train: lr must be > 0, ema_decay in [0, 1), validation_share in [0, 0.5)")
 
@@ -163,6 +168,8 @@ def fit(
         model.eval()
         return FitSummary()
     module = _Module(model, training, validation, config, log)
+    if module.n_parts > 1:
+        log(f"a batch goes through in {module.n_parts} parts, to stay within {config.memory_gib:g} GiB of activations")
     _quiet_lightning()
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     trainer = pl.Trainer(
@@ -171,6 +178,7 @@ def fit(
         devices=1,
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
+        accumulate_grad_batches=module.n_parts,
         deterministic="warn",  # on a CPU everything is; some CUDA kernels have no deterministic form
         logger=False,
         enable_checkpointing=folder is not None,
@@ -207,20 +215,28 @@ def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
 
 
 class _Loader:
-    """Batches in a random order, each spot in one of its views; both follow from seed and epoch, also when resumed."""
+    """Batches in a random order, each in ``n_parts`` parts, each spot in one of its views; order and views follow from
+    seed and epoch, also when resumed."""
 
-    def __init__(self, spots: Spots, batch_size: int, seed: int, epoch: Callable[[], int]):
-        self.spots, self.batch_size, self.seed, self.epoch = spots, batch_size, seed, epoch
+    def __init__(self, spots: Spots, batch_size: int, n_parts: int, seed: int, epoch: Callable[[], int]):
+        self.spots, self.n_parts, self.seed, self.epoch = spots, n_parts, seed, epoch
+        self.n_batches = math.ceil(len(spots) / batch_size)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.spots) / self.batch_size)
+        return self.n_batches * self.n_parts
 
     def __iter__(self) -> Iterator[Batch]:
         random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
         order = torch.randperm(len(self.spots), generator=random)
-        for rows in order.tensor_split(len(self)):  # equal parts: no tiny last batch
+        for rows in order.tensor_split(self.n_batches):  # equal parts: no tiny last batch
             view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
-            yield self.spots.batch(rows, view)
+            for part in torch.arange(len(rows)).tensor_split(self.n_parts):
+                yield self.spots.batch(rows[part], view[part])
+
+
+def count_parts(model: Model, n_spots: int, memory_gib: float) -> int:
+    """Into how many parts a batch of ``n_spots`` goes so that a part's activations take at most ``memory_gib``."""
+    return min(n_spots, max(1, math.ceil(model.spot_bytes * n_spots / (memory_gib * 2**30))))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -235,9 +251,12 @@ class _Module(pl.LightningModule):
         self.model, self.config = model, config
         self._training, self._validation, self._say = training, validation, log
         self.summary, self._best, self._losses = FitSummary(), {}, []
+        n_rows = len(training) // math.ceil(len(training) / config.batch_size)  # of the smallest batch
+        self.n_parts = count_parts(model, n_rows, config.memory_gib)
 
     def train_dataloader(self):
-        return _Loader(self._training, self.config.batch_size, self.config.seed, lambda: self.current_epoch)
+        config = self.config
+        return _Loader(self._training, config.batch_size, self.n_parts, config.seed, lambda: self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
@@ -253,7 +272,10 @@ class _Module(pl.LightningModule):
         loss = self.model.loss(batch).total
         self._losses.append(loss.detach())
         self.log("loss", loss, prog_bar=True, batch_size=len(batch.features))
-        return loss
+        if self.n_parts == 1:
+            return loss
+        # parts may differ by a spot: each spot weighs the same
+        return loss * (len(batch.features) * self.trainer.num_training_batches / len(self._training))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         predicted = self.model.predict(batch, Decoding(samples=self.config.validation_samples, seed=self.config.seed))

@@ -149,6 +149,11 @@ class Model(nn.Module, abc.ABC):
     gradient: ClassVar[bool] = True
     decodings: ClassVar[tuple[str, ...]] = ("mean",)
 
+    @property
+    def spot_bytes(self) -> int:
+        """About how much memory the activations of one spot take in training; 0 where it is next to nothing."""
+        return 0
+
     @abc.abstractmethod
     def prepare(self, spots: Spots) -> None:
         """Fit, or set constants, on the training spots (with counts)."""

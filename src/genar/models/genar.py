@@ -191,6 +191,14 @@ class GenAR(Model):
 
     # -- training ---------------------------------------------------------------------------------------------------
 
+    @property
+    def spot_bytes(self) -> int:
+        """Positions times width, as often as a block keeps them for the backward pass; recomputed, one block's and the
+        input of each."""
+        kept, depth = 18 + 2 * self.config.mlp_ratio, self.config.depth
+        in_blocks = depth + kept if self.config.recompute else depth * kept
+        return int(4 * self._interpolated_start[-1] * self.config.width * in_blocks)
+
     @torch.no_grad()
     def prepare(self, spots: Spots) -> None:
         """Set constants from the training spots: the components, the frequency of each count, the linear start."""
