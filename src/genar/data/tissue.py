@@ -49,8 +49,8 @@ def find_tissue(view: np.ndarray, um_per_px: float) -> np.ndarray:
     mask = _closed(strong[labels] & (labels > 0), round(_CLOSE_UM / um_per_px))
     px_per_mm2 = (1000 / um_per_px) ** 2
     mask = _without_small(mask, _LEAST_MM2 * px_per_mm2)
-    mask = np.logical_not(_without_small(~mask, _HOLE_MM2 * px_per_mm2, keep_border=True))  # the border has no holes
-    return mask & ~ink
+    mask = ~_without_small(~mask, _HOLE_MM2 * px_per_mm2, keep_border=True)  # what reaches the border is no hole
+    return np.logical_and(mask, np.logical_not(ink))
 
 
 def _glass_colour(view: np.ndarray) -> np.ndarray:
