@@ -9,23 +9,12 @@ import pytest
 import zarr
 from PIL import Image
 
-from genar import cli
+from commands import run
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.report.sections import name_genes
 
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
 SET = [word for setting in TINY for word in ("--set", setting)]
-
-
-def run(monkeypatch, *words):
-    """The command in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["genar", *map(str, words)])
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")

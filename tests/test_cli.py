@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from genar import cli
+from commands import run
 from genar.data import read_section
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.features import Inputs
@@ -21,17 +21,6 @@ from genar.training import TrainConfig
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "validate_every=1", "batch_size=16"]
 SET = [word for setting in TINY for word in ("--set", setting)]
-
-
-def run(monkeypatch, *words):
-    """The command in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["genar", *map(str, words)])
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)  # it would change the test runner's own allocator
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")

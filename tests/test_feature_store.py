@@ -20,7 +20,7 @@ import zarr
 from anndata import AnnData
 from filelock import FileLock
 
-from genar import cli
+from commands import run
 from genar.data import contract, open_slide, read_section, read_sections
 from genar.data.patches import Readers
 from genar.encoders import Encoder, load_encoder
@@ -83,17 +83,6 @@ def start(place, tissue, store, *more, slow="0"):
         [sys.executable, "-m", "genar.cli", *map(str, words)],
         cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def run(monkeypatch, *words):
-    """The command in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", ["genar", *map(str, words)])
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
 
 
 def contents(folder):

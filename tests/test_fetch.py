@@ -18,7 +18,8 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from genar import cli, fetch
+import commands
+from genar import fetch
 from genar.data import open_slide, read_sections
 from genar.errors import InputError
 from genar.fetch import her2st, hub, transfer
@@ -192,13 +193,7 @@ def hest(source, tissue):
 
 def run(monkeypatch, capsys, *words):
     """The command: its exit code, its last line on standard error, its output."""
-    monkeypatch.setattr(sys, "argv", ["genar", "fetch", *map(str, words)])
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
+    code = commands.run(monkeypatch, "fetch", *words)
     out, err = capsys.readouterr()
     return code, err.strip().splitlines()[-1] if err.strip() else "", out
 

@@ -19,10 +19,11 @@ import pandas as pd
 
 from genar.data import SectionRef, contract, find_sections, pick
 from genar.data.files import json_ready, write_text
+from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
 from genar.models import model_class
-from genar.runs import TrainPlan, no_bar, train_run
+from genar.runs import TrainPlan, train_run
 from genar.settings import Settings, read_settings
 
 _FIELDS = {"title", "sections", "panel", "n_genes", "encoder", "seeds", "methods", "compare"}
@@ -132,7 +133,7 @@ def bench_run(
     *,
     features: Path | None = None,
     say: Callable[[str], None] = print,
-    bar=no_bar,
+    bar: Bar = no_bar,
     dry_run: bool = False,
 ) -> BenchResult | None:
     """Run what is not there yet and write the tables as CSV and Markdown; with ``dry_run`` only say what would run.

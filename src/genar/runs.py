@@ -21,16 +21,15 @@ import genar
 from genar import encoders
 from genar.data import contract, find_sections, open_slide, options_for, pick
 from genar.data.files import json_ready, write_text
-from genar.data.tissue import place_spots, tissue_of
+from genar.data.progress import Bar, no_bar
+from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.evaluation import Scores, score, write_scores
 from genar.features import (
-    Bar,
     FeatureRecipe,
     Inputs,
     default_store,
     embed_sections,
-    no_bar,
     read_inputs,
     recipe_of,
 )
@@ -222,12 +221,6 @@ def predict_run(
         predicted = predict_section(checkpoint, section, read_inputs(paths, section, inputs), decode, progress=tick)
     write_prediction(predicted, out)
     return predicted
-
-
-def predict_slide(slide: Path, model: Path, out: Path, *, spacing_um: float = 100.0, mpp: float | None = None, **how):
-    """Predict a bare slide: find its tissue, lay spots ``spacing_um`` um apart, embed and predict them. ``how`` is
-    passed on to :func:`predict_run`."""
-    return predict_run(place_spots(slide, spacing_um=spacing_um, mpp=mpp), model, out, **how)
 
 
 def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:

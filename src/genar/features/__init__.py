@@ -2,13 +2,12 @@
 
 from genar.features.imports import find_file, import_features, import_recipe, read_file
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
-from genar.features.sections import Bar, default_workers, embed_sections, embed_widths, import_sections, no_bar
+from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
 from genar.features.store import BATCH_SIZE, Busy, embed
 from genar.features.stored import read_features, read_inputs
 
 __all__ = [
     "BATCH_SIZE",
-    "Bar",
     "Busy",
     "FeatureRecipe",
     "Inputs",
@@ -21,7 +20,6 @@ __all__ = [
     "import_features",
     "import_recipe",
     "import_sections",
-    "no_bar",
     "read_features",
     "read_file",
     "read_inputs",

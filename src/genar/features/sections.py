@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from anndata import AnnData
@@ -11,17 +11,11 @@ from anndata import AnnData
 from genar import encoders
 from genar.data import contract
 from genar.data.patches import Readers
+from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.features.imports import find_file, import_features, import_recipe, read_file
 from genar.features.recipe import FeatureRecipe, Inputs, recipe_of
 from genar.features.store import BATCH_SIZE, Busy, embed
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int], None]]]
-
-
-def no_bar(label: str, total: int) -> AbstractContextManager[Callable[[int, int], None]]:
-    """A progress bar that shows nothing."""
-    return nullcontext(lambda done, total: None)
 
 
 def embed_sections(

@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import genar
 from genar.data.datasets import Dataset, dataset
 from genar.data.files import write_text
+from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.fetch import her2st, hub
 from genar.fetch.transfer import RemoteFile, digest_of, download, matches, part_of
@@ -26,8 +27,6 @@ RECORD = "fetch.json"
 _PARTS = ".fetch"  # partial and raw files, removed when all is done
 _SPARE_BYTES = 100 << 20
 _CONVERTED = 3  # bytes of a converted section, and while it is made, for each byte of its raw files
-
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def fetch_dataset(
     revision: str | None = None,
     extras: Iterable[str] = (),
     say: Callable[[str], None] = print,
-    bar: Bar | None = None,
+    bar: Bar = no_bar,
 ) -> Fetched:
     """Fetch the sections of the data set ``name`` (all of them, where none is given) into the folder ``out``.
 
@@ -72,7 +71,7 @@ def fetch_dataset(
         raise InputError(f"--with {extras[0]}: the authors' repository has none; fetch from the hub")
     ids = data.pick(sections)
     with _alone(out):
-        task = _Task(data, ids, out, _Record(out, data, source), revision, extras, say, bar or _no_bar)
+        task = _Task(data, ids, out, _Record(out, data, source), revision, extras, say, bar)
         done = _from_hub(task) if source == "hub" else _from_github(task)
         if set(ids) == set(data.sections):  # nothing is left to go on with
             for part in (out / _PARTS).glob("*.part"):
@@ -251,11 +250,6 @@ def _begun(task: _Task, coming: list[RemoteFile]) -> int:
     """Bytes that earlier, broken transfers left."""
     parts = (part_of(file, task.parts) for file in coming)
     return sum(part.stat().st_size for part in parts if part.is_file())
-
-
-@contextmanager
-def _no_bar(_label: str, _total: int):
-    yield lambda done, total: None
 
 
 @contextmanager
