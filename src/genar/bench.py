@@ -111,7 +111,11 @@ def _method(path: Path, entry) -> Method:
     if not isinstance(entry, dict) or not {"name", "model"} <= set(entry) or set(entry) - _METHOD_FIELDS:
         raise InputError(f"{path}: a method has name and model, and may have preset, recipe and set; found {entry}")
     model_class(entry["model"])
-    settings = read_settings(None, [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()])
+    settings = read_settings(
+        None,
+        [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()],
+        entry["model"],
+    )
     return Method(
         str(entry["name"]), entry["model"], entry.get("preset", "small"), entry.get("recipe", "default"), settings
     )

@@ -296,7 +296,7 @@ def train(
     from genar import runs
     from genar.settings import read_settings
 
-    settings = read_settings(config, set_ or [])
+    settings = read_settings(config, set_ or [], model)
     settings.train.update(_given(precision=precision, seed=seed))
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
@@ -334,7 +334,9 @@ def predict(
 
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
-    predicted = runs.predict_run(read, model, out, features=features, weights=weights, how=how, bar=_bar(json))
+    predicted = runs.predict_run(
+        read, model, out, features=features, weights=weights, how=how, bar=_bar(json), say=_speaker(json)
+    )
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
     _finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
@@ -391,15 +393,26 @@ def encoders(json: Json = False) -> None:
 
 
 @app.command()
-def models(json: Json = False) -> None:
-    """List the models."""
+def models(
+    name: Annotated[str | None, typer.Argument(help="Print the card of this one.")] = None, json: Json = False
+) -> None:
+    """List the models, or tell what one keeps of its original and what it loses."""
+    from dataclasses import asdict
+
     from genar.models import model_class, model_names
 
-    rows = [
-        {"name": n, "decodings": list(model_class(n).decodings), "about": (model_class(n).__doc__ or "").split("\n")[0]}
-        for n in model_names()
-    ]
-    _list(json, rows, ("name", "decodings", "about"))
+    rows = []
+    for known in model_names() if name is None else [name]:
+        cls = model_class(known)
+        facts = {"name": known, "decodings": list(cls.decodings), "about": (cls.__doc__ or "").split("\n")[0]}
+        own = {"unit": cls.unit, "inputs": list(cls.inputs), "training": dict(cls.train_defaults)}
+        rows.append({**facts, **own, **(asdict(cls.card) if cls.card else {})})
+    if name is None or json:
+        return _list(json, rows, ("name", "decodings", "unit", "inputs", "about"))
+    for key, value in rows[0].items():
+        parts = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
+        if told := ", ".join(parts) if isinstance(parts, list) else parts:
+            print(f"{key:<10} {told}")
 
 
 def _given(**options) -> dict:

@@ -1,6 +1,6 @@
 """Checkpoint and section in, AnnData of counts out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import genar
 from genar.data import contract
 from genar.data.files import replacing
 from genar.errors import InputError
-from genar.models import Counts, Decoding
+from genar.models import Counts, Decoding, Model
 from genar.models.checkpoint import Checkpoint
 from genar.training import make_spots
 
@@ -23,10 +23,11 @@ LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q95")
 _SPOTS_AT_ONCE = 64
 
 
-def decoding(checkpoint_decodings: Sequence[str], facts: Mapping) -> Decoding:
+def decoding(model: Model | type[Model], facts: Mapping) -> Decoding:
     """The default decoding of a prediction with ``facts`` over it: the model's first, expectations over ``SAMPLES``
-    trajectories, and the layers ``LAYERS``."""
-    return Decoding(**{"decode": checkpoint_decodings[0], "samples": SAMPLES, "layers": LAYERS, **facts})
+    trajectories, the layers ``LAYERS``, and what the model's ``decoding_defaults`` say otherwise."""
+    own = model.decoding_defaults
+    return Decoding(**{"decode": model.decodings[0], "samples": SAMPLES, "layers": LAYERS, **own, **facts})
 
 
 def predict_section(
@@ -46,11 +47,13 @@ def predict_section(
     made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
     """
     model = checkpoint.model
-    how = how or decoding(model.decodings, {})
+    how = how or decoding(model, {})
     if how.decode not in model.decodings:
         raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
     expected = how if how.trajectories == how.samples else replace(how, decode="mean")
     spots = make_spots(section, features)
+    if model.unit == "section":
+        batch_size = max(1, len(spots))
     points, layers = [], []
     for start in range(0, len(spots), batch_size):
         batch = spots.batch(slice(start, start + batch_size))

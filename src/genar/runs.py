@@ -118,9 +118,9 @@ def train_run(
     bad input, before the long work starts where that can be known.
     """
     clock = _Clock()
-    config = train_config_from_dict(plan.settings.train, plan.recipe)
     cls = model_class(plan.model)
-    how = decoding(cls.decodings, plan.settings.decoding)
+    config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
+    how = decoding(cls, plan.settings.decoding)
     model_settings, sets = _gene_sets(plan.settings.model)
     cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
@@ -153,6 +153,8 @@ def train_run(
     torch.manual_seed(config.seed)
     model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
+    if cost := model.cost(sum(section.n_obs for section in held_out), how):
+        say(cost)
     facts = _training_facts(plan, config, training, spots, summary)
     checkpoint = Checkpoint(plan.model, model, panel, asdict(recipe) | asdict(inputs), facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
@@ -201,13 +203,14 @@ def predict_run(
     weights: Path | None = None,
     how: Mapping | None = None,
     bar: Bar = no_bar,
+    say: Callable[[str], None] = print,
 ) -> AnnData:
     """Predict one section with a checkpoint, embedding it where its features are not stored, and write the ``.h5ad``.
 
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``).
     """
     checkpoint = load_checkpoint(model)
-    decode = decoding(checkpoint.model.decodings, how or {})
+    decode = decoding(checkpoint.model, how or {})
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
     encoder = encoders.load_encoder(recipe.encoder, weights=weights, precision=recipe.precision)
     if encoder.weights_sha256 != recipe.weights_sha256:
@@ -215,6 +218,8 @@ def predict_run(
             f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
             f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
         )
+    if cost := checkpoint.model.cost(section.n_obs, decode):
+        say(cost)
     store, name = features or default_store(), contract.name(section)
     paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
     with bar(f"predicting {name}", section.n_obs) as tick:

@@ -10,13 +10,8 @@ from pathlib import Path
 
 from genar.errors import InputError
 from genar.features import Inputs
-from genar.models import Decoding
-from genar.models.genar import GenARConfig
+from genar.models import Decoding, model_class
 from genar.training import TrainConfig
-
-_STRUCTURE = {"scales": tuple[int, ...], "order": str}
-# What the data decide, not the user.
-_NOT_SET = ("n_features", "n_blocks")
 
 
 @dataclass(frozen=True)
@@ -29,11 +24,11 @@ class Settings:
     inputs: dict = field(default_factory=dict)
 
 
-def read_settings(config: Path | None, assignments: Sequence[str]) -> Settings:
+def read_settings(config: Path | None, assignments: Sequence[str], model: str = "genar") -> Settings:
     """Settings from a YAML file and ``KEY=VALUE`` lines, which win.
 
-    A key is a field of ``GenARConfig``, ``TrainConfig``, ``Decoding`` or ``Inputs``, or ``scales`` or ``order``. Raises
-    ``InputError`` naming one that is none of them, or a value of another type.
+    A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``. Raises ``InputError``
+    naming one that is none of them, or a value of another type.
     """
     import yaml
 
@@ -53,8 +48,8 @@ def read_settings(config: Path | None, assignments: Sequence[str]) -> Settings:
             settings[key.strip()] = _number(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"--set {text}: the value is not readable ({error})") from error
-    kinds = {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
-    kinds["model"] = {name: kind for name, kind in kinds["model"].items() if name not in _NOT_SET} | _STRUCTURE
+    kinds = {"model": model_class(model).settings_types()}
+    kinds |= {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
     sorted_out: dict[str, dict] = {owner: {} for owner in kinds}
     for key, value in settings.items():
         owner = next((owner for owner, known in kinds.items() if key in known), None)
@@ -74,7 +69,7 @@ def read_decoding(assignments: Sequence[str]) -> dict:
     return settings.decoding
 
 
-_OWNERS = {"model": GenARConfig, "train": TrainConfig, "decoding": Decoding, "inputs": Inputs}
+_OWNERS = {"train": TrainConfig, "decoding": Decoding, "inputs": Inputs}
 
 
 def _number(value):

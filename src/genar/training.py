@@ -4,13 +4,16 @@ The epoch is chosen by free-running generation on a validation part of the *trai
 loss says nothing of what generation makes of its own tokens.
 """
 
+import hashlib
 import logging
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,12 +25,17 @@ from torch.utils.data import DataLoader
 
 from genar.data import contract
 from genar.errors import InputError
-from genar.models import Batch, Decoding, Model, Spots
+from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 RESUME_FILE = "last.ckpt"
+_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,10 @@ class TrainConfig:
     max_epochs: int = 6
     """0 leaves the model at its start"""
     batch_size: int = 64
-    """spots a step"""
+    """spots a step; a model whose unit is the section takes one section a step"""
     lr: float = 1e-3
     optimizer: str = "adamw"
-    """``adamw``, or ``adam`` with the decay as an L2 term (paper)"""
+    """``adamw``, ``adam`` with the decay as an L2 term (paper), or ``sgd`` with momentum 0.9"""
     weight_decay: float = 0.05
     """on the weights of linear layers"""
     schedule: str = "cosine"
@@ -69,7 +77,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, allowed in (
-            ("optimizer", ("adamw", "adam")),
+            ("optimizer", tuple(_OPTIMIZERS)),
             ("schedule", ("cosine", "constant")),
             ("precision", tuple(PRECISIONS)),
         ):
@@ -99,14 +107,17 @@ def paper_recipe(**changes) -> TrainConfig:
 RECIPES: dict[str, Callable[..., TrainConfig]] = {"default": TrainConfig, "paper": paper_recipe}
 
 
-def train_config_from_dict(facts: dict, recipe: str = "default") -> TrainConfig:
-    """A configuration from plain values over a recipe; ``InputError`` naming keys that are not known."""
+def train_config_from_dict(facts: Mapping, recipe: str = "default", own: Mapping = MappingProxyType({})) -> TrainConfig:
+    """A configuration from plain values over a recipe; ``own`` is what recipe ``default`` means for the model.
+
+    Raises ``InputError`` naming keys that are not known.
+    """
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(set(facts) - known):
         raise InputError(f"train: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     if recipe not in RECIPES:
         raise InputError(f"train: recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}")
-    return RECIPES[recipe](**facts)
+    return RECIPES[recipe](**{**(own if recipe == "default" else {}), **facts})
 
 
 def make_spots(
@@ -126,10 +137,15 @@ def make_spots(
         torch.from_numpy(xy).float(),
         torch.from_numpy((xy - xy.min(axis=0)) / extent).float(),
         torch.tensor(ids),
-        torch.zeros(len(xy), dtype=torch.long),
+        torch.full((len(xy),), _section_key(contract.name(section))),
         counts,
         n_blocks,
     )
+
+
+def _section_key(name: str) -> int:
+    """63 bits of the name's hash."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass
@@ -218,9 +234,8 @@ class _Loader:
     """Batches in a random order, each in ``n_parts`` parts, each spot in one of its views; order and views follow from
     seed and epoch, also when resumed."""
 
-    def __init__(self, spots: Spots, batch_size: int, n_parts: int, seed: int, epoch: Callable[[], int]):
-        self.spots, self.n_parts, self.seed, self.epoch = spots, n_parts, seed, epoch
-        self.n_batches = math.ceil(len(spots) / batch_size)
+    def __init__(self, spots: Spots, n_batches: int, n_parts: int, seed: int, epoch: Callable[[], int]):
+        self.spots, self.n_batches, self.n_parts, self.seed, self.epoch = spots, n_batches, n_parts, seed, epoch
 
     def __len__(self) -> int:
         return self.n_batches * self.n_parts
@@ -232,6 +247,30 @@ class _Loader:
             view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
             for part in torch.arange(len(rows)).tensor_split(self.n_parts):
                 yield self.spots.batch(rows[part], view[part])
+
+
+class _SectionLoader:
+    """The sections in a random order, each whole, each spot in one of its views."""
+
+    def __init__(self, spots: Spots, seed: int, epoch: Callable[[], int]):
+        self.spots, self.seed, self.epoch = spots, seed, epoch
+        self.sections = spots.section.unique()
+
+    def __len__(self) -> int:
+        return len(self.sections)
+
+    def __iter__(self) -> Iterator[Batch]:
+        random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
+        for place in torch.randperm(len(self.sections), generator=random):
+            rows = torch.nonzero(self.spots.section == self.sections[place])[:, 0]
+            yield self.spots.batch(rows, torch.randint(self.spots.features.shape[1], (len(rows),), generator=random))
+
+
+def predict_sections(model: Model, batch: Batch, how: Decoding) -> Counts:
+    """Counts of spots of one or more sections, each section by itself where that is the model's unit."""
+    if model.unit == "spot":
+        return model.predict(batch, how)
+    return Counts.join([model.predict(section, how) for section in batch.sections()])
 
 
 def count_parts(model: Model, n_spots: int, memory_gib: float) -> int:
@@ -251,12 +290,16 @@ class _Module(pl.LightningModule):
         self.model, self.config = model, config
         self._training, self._validation, self._say = training, validation, log
         self.summary, self._best, self._losses = FitSummary(), {}, []
-        n_rows = len(training) // math.ceil(len(training) / config.batch_size)  # of the smallest batch
-        self.n_parts = count_parts(model, n_rows, config.memory_gib)
+        whole = model.unit == "section"
+        self.n_batches = len(training.section.unique()) if whole else math.ceil(len(training) / config.batch_size)
+        n_rows = len(training) // self.n_batches  # of the smallest batch
+        self.n_parts = 1 if whole else count_parts(model, n_rows, config.memory_gib)
 
     def train_dataloader(self):
         config = self.config
-        return _Loader(self._training, config.batch_size, self.n_parts, config.seed, lambda: self.current_epoch)
+        if self.model.unit == "section":
+            return _SectionLoader(self._training, config.seed, lambda: self.current_epoch)
+        return _Loader(self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
@@ -278,7 +321,8 @@ class _Module(pl.LightningModule):
         return loss * (len(batch.features) * self.trainer.num_training_batches / len(self._training))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        predicted = self.model.predict(batch, Decoding(samples=self.config.validation_samples, seed=self.config.seed))
+        how = Decoding(samples=self.config.validation_samples, seed=self.config.seed)
+        predicted = predict_sections(self.model, batch, how)
         mse, pcc = _log2_scores(predicted.layers["log1p_mean"] / LN2, batch.counts)
         epoch, loss = self.current_epoch + 1, float(torch.stack(self._losses or [torch.zeros(())]).mean())
         self._losses = []
@@ -323,8 +367,8 @@ class _Module(pl.LightningModule):
             {"params": [p for p in self.model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
             {"params": [p for p in self.model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
         ]
-        optimizer = (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(groups, lr=config.lr)
-        n_steps = config.max_epochs * math.ceil(len(self._training) / config.batch_size)
+        optimizer = _OPTIMIZERS[config.optimizer](groups, lr=config.lr)
+        n_steps = config.max_epochs * self.n_batches
 
         def rate(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, config.warmup_steps))

@@ -8,7 +8,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,16 +34,24 @@ class Batch:
     """int64 [B]; decoding draws the random numbers of a spot from its id, so that they depend on no other spot"""
     counts: Tensor | None = None
     """int64 [B, G] in panel order; ``None`` at prediction"""
+    section: Tensor | None = None
+    """int64 [B]: the section of each spot, as a hash of its name"""
+    patches: Tensor | None = None
+    """uint8 [B, crops, 3, px, px], for models that take pixels"""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device."""
-        return Batch(
-            self.features.to(device),
-            self.coords_um.to(device),
-            self.coords_unit.to(device),
-            self.spot_ids.to(device),
-            None if self.counts is None else self.counts.to(device),
-        )
+        return Batch(**{name: None if t is None else t.to(device) for name, t in vars(self).items()})
+
+    def rows(self, rows: Tensor | slice) -> "Batch":
+        """Those spots alone."""
+        return Batch(**{name: None if t is None else t[rows] for name, t in vars(self).items()})
+
+    def sections(self) -> "list[Batch]":
+        """The batch cut where the section changes."""
+        assert self.section is not None
+        sizes = self.section.unique_consecutive(return_counts=True)[1].tolist()
+        return [self.rows(rows) for rows in torch.arange(len(self.section)).split(sizes)]
 
 
 @dataclass
@@ -56,25 +64,19 @@ class Spots:
     coords_unit: Tensor
     spot_ids: Tensor
     section: Tensor
-    """int64 [N]: which section a spot belongs to"""
+    """int64 [N]: which section a spot belongs to, as a hash of its name; the spots of one lie together"""
     counts: Tensor | None = None
     n_blocks: int = 1
     """equal blocks in F: patch widths and neighbours' means"""
+    patches: Tensor | None = None
+    """uint8 [N, crops, 3, px, px], upright, for models that take pixels"""
 
     def __len__(self) -> int:
         return len(self.features)
 
     def rows(self, rows: Tensor) -> "Spots":
         """Those spots alone."""
-        return Spots(
-            self.features[rows],
-            self.coords_um[rows],
-            self.coords_unit[rows],
-            self.spot_ids[rows],
-            self.section[rows],
-            None if self.counts is None else self.counts[rows],
-            self.n_blocks,
-        )
+        return Spots(**{n: t[rows] if isinstance(t, Tensor) else t for n, t in vars(self).items()})
 
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
         """Spots as a batch: the mean of their views, or the given ``view`` [B] of each (training draws one)."""
@@ -85,22 +87,15 @@ class Spots:
             if view is None
             else views[torch.arange(len(views)), view]
         )
-        counts = None if self.counts is None else self.counts[rows]
-        return Batch(features, self.coords_um[rows], self.coords_unit[rows], self.spot_ids[rows], counts)
+        own = (self.coords_um, self.coords_unit, self.spot_ids, self.counts, self.section, self.patches)
+        return Batch(features, *(None if t is None else t[rows] for t in own))
 
     @staticmethod
     def join(parts: Sequence["Spots"]) -> "Spots":
-        """Spots of several sections, one after the other; their ``section`` becomes the place in ``parts``."""
-        counts = [part.counts for part in parts if part.counts is not None]
-        return Spots(
-            torch.cat([part.features for part in parts]),
-            torch.cat([part.coords_um for part in parts]),
-            torch.cat([part.coords_unit for part in parts]),
-            torch.cat([part.spot_ids for part in parts]),
-            torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)]),
-            torch.cat(counts) if len(counts) == len(parts) else None,
-            parts[0].n_blocks,
-        )
+        """Spots of several sections, one after the other."""
+        columns = {n: [getattr(part, n) for part in parts] for n in vars(parts[0])}
+        joined = {n: torch.cat(c) for n, c in columns.items() if all(isinstance(t, Tensor) for t in c)}
+        return Spots(**joined, n_blocks=parts[0].n_blocks)
 
 
 @dataclass
@@ -139,6 +134,22 @@ class Counts:
         return Counts(torch.expm1(log1p).round().long(), "mean", {"log1p_mean": log1p})
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a method is, beside its original: printed by ``genar models NAME``."""
+
+    title: str
+    """name, authors, year, paper"""
+    target: str
+    """what the original predicts, and how that became log2(1 + count) here"""
+    kept: str
+    """what is kept of the original"""
+    lost: str = ""
+    """what is lost when features stand in for pixels"""
+    mended: str = ""
+    """faults of the official code that were not repeated"""
+
+
 class Model(nn.Module, abc.ABC):
     """A method that predicts counts from features.
 
@@ -148,6 +159,24 @@ class Model(nn.Module, abc.ABC):
 
     gradient: ClassVar[bool] = True
     decodings: ClassVar[tuple[str, ...]] = ("mean",)
+    unit: ClassVar[str] = "spot"
+    """what a batch holds: any ``spot``, or all spots of one ``section``, which may then attend to each other"""
+    inputs: ClassVar[tuple[str, ...]] = ("features",)
+    """what it can be trained on: ``features``, ``patches``"""
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
+    """its own training recipe: fields of ``TrainConfig`` that differ from the default"""
+    decoding_defaults: ClassVar[Mapping[str, Any]] = {}
+    """fields of ``Decoding`` that differ from the default of a prediction"""
+    card: ClassVar[Card | None] = None
+
+    @classmethod
+    def settings_types(cls) -> dict[str, Any]:
+        """Name and type of each setting that a user may give."""
+        return {}
+
+    def cost(self, n_spots: int, how: Decoding) -> str:
+        """A line to tell before a prediction that will take long; empty for all others."""
+        return ""
 
     @property
     def spot_bytes(self) -> int:
@@ -162,7 +191,8 @@ class Model(nn.Module, abc.ABC):
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """Counts of the batch's spots, decoded as ``how`` says (``how.decode`` is one of ``decodings``).
 
-        The result for a spot depends on no other spot of the batch.
+        Where ``unit`` is ``spot``, the result for a spot depends on no other spot of the batch; where it is
+        ``section``, the batch holds all spots of one section.
         """
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -14,7 +14,8 @@ F features, V classes.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from genar.models.ridge import folds
 __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
 # Settings that shape the hierarchy rather than the network.
-STRUCTURE = ("scales", "order")
+STRUCTURE = {"scales": tuple[int, ...], "order": str}
 # Trajectories generated at a time.
 _TRAJECTORIES = 64
 
@@ -290,7 +291,7 @@ class GenAR(Model):
         n_spots, block, parts = len(batch.features), max(1, _TRAJECTORIES // how.trajectories), []
         for start in range(0, n_spots, block):
             rows = torch.arange(start, start + block, device=batch.features.device).clamp(max=n_spots - 1)
-            part = Batch(batch.features[rows], batch.coords_um[rows], batch.coords_unit[rows], batch.spot_ids[rows])
+            part = replace(batch.rows(rows), counts=None)
             parts.append(self.generate(part, how))
         return Counts.join(parts).first(n_spots)
 
@@ -374,6 +375,12 @@ class GenAR(Model):
         return x[:, self._interpolated_start[k] : self._interpolated_start[k + 1]]
 
     # -- making and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def settings_types(cls) -> dict[str, Any]:
+        """The fields of :class:`GenARConfig` that the data do not decide, and the structure."""
+        own = {f.name: f.type for f in fields(GenARConfig) if f.name not in ("n_features", "n_blocks")}
+        return own | STRUCTURE
 
     @classmethod
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:

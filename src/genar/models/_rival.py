@@ -1,0 +1,77 @@
+"""What the methods that GenAR is compared with share: a frozen configuration, presets, target log2(1 + count)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Self
+
+from genar.errors import InputError
+from genar.models._base import Model, Spots
+
+
+class Rival(Model):
+    """A published method in this package's harness: sized by a configuration and by the training data.
+
+    A subclass names its ``config`` and, beside ``small`` (the configuration of the tables), its other ``presets``:
+    ``official`` is the published size. Where it holds more than a configuration's worth of data (keys of a retrieval,
+    say), :meth:`sizes` tells how much.
+    """
+
+    config: ClassVar[type]
+    """a frozen dataclass, every field with a default"""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}}
+    """what each changes of the configuration"""
+
+    def __init__(self, n_features: int, n_genes: int, config: Any, **sizes: int):
+        super().__init__()
+        self.n_features, self.n_genes, self.settings, self.own_sizes = n_features, n_genes, config, sizes
+
+    @classmethod
+    def sizes(cls, spots: Spots, config: Any) -> dict[str, int]:
+        """Further sizes that the training spots decide, as keyword arguments of the constructor."""
+        return {}
+
+    @classmethod
+    def settings_types(cls) -> dict[str, Any]:
+        """The fields of its configuration."""
+        return {f.name: f.type for f in fields(cls.config)}
+
+    @classmethod
+    def configure(cls, preset: str, settings: Mapping) -> Any:
+        """Its configuration: ``settings`` over a preset. Raises ``InputError`` naming what is not known."""
+        if preset not in cls.presets:
+            known = ", ".join(cls.presets)
+            raise InputError(f"model {cls._name()}: preset {preset!r} is not known; expected one of {known}")
+        if unknown := sorted(set(settings) - set(cls.settings_types())):
+            known = ", ".join(cls.settings_types())
+            raise InputError(f"model {cls._name()} has no setting {', '.join(unknown)}; it has {known}")
+        return cls.config(**{**cls.presets[preset], **settings})
+
+    @classmethod
+    def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
+        """Settings are the fields of its configuration."""
+        cls.configure(preset, settings)
+
+    @classmethod
+    def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> Self:
+        """Sized for these spots."""
+        assert spots.counts is not None
+        config = cls.configure(preset, settings)
+        return cls(n_features, spots.counts.shape[1], config, **cls.sizes(spots, config))
+
+    def facts(self) -> dict:
+        """Sizes and configuration."""
+        sizes = {"n_features": self.n_features, "n_genes": self.n_genes, **self.own_sizes}
+        return {**sizes, "config": asdict(self.settings)}
+
+    @classmethod
+    def from_facts(cls, facts: dict) -> Self:
+        """Inverse of :meth:`facts`."""
+        sizes = {name: value for name, value in facts.items() if name != "config"}
+        known = set(cls.settings_types())
+        if unknown := set(facts["config"]) - known:
+            raise InputError(f"model {cls._name()}: the checkpoint names unknown settings {', '.join(sorted(unknown))}")
+        return cls(config=cls.config(**facts["config"]), **sizes)
+
+    @classmethod
+    def _name(cls) -> str:
+        return cls.__module__.rpartition(".")[2]
