@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from genar.encoders.table import DEFAULT, EncoderRow
+from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_vision.bin")
 _PICKLED = (".bin", ".pt", ".pth")
 
 
@@ -48,7 +49,7 @@ def _download(row: EncoderRow) -> Path:
                 raise unreachable(row, error) from error
         except EntryNotFoundError:
             continue
-    raise InputError(f"encoder {row.name}: {row.hub_id} holds neither {' nor '.join(_FILES)}; pass --weights FILE")
+    raise InputError(f"encoder {row.name}: {row.hub_id} holds none of {', '.join(_FILES)}; pass --weights FILE")
 
 
 def _download_config(row: EncoderRow) -> Path | None:
@@ -125,7 +126,9 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Put ``state`` into a timm network, whole or not at all: ``InputError`` where names or shapes differ."""
+    """Put ``state`` into a network of timm, whole or not at all: ``InputError`` where names or shapes differ."""
+    if isinstance(network, VisionTower):
+        state = tower_state(state, network)
     head = str(network.pretrained_cfg["classifier"])  # pyright: ignore  # a classifier has no place in an encoder
     own = network.state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
