@@ -241,27 +241,63 @@ def features(
 def panel(
     sections: SectionDir,
     out: Out,
-    recipe: Annotated[str, typer.Option(help="clean or paper.")] = "clean",
+    recipe: Annotated[str, typer.Option(help="clean, paper, hvg, highest_mean, moran, or a file of genes.")] = "clean",
     n_genes: Annotated[
         int | None, typer.Option(help="Genes to take [default: 200; paper: the whole intersection].")
     ] = None,
     n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    aliases: Annotated[
+        Path | None, typer.Option(help="Other names for genes of the file: a line each, name and name here.")
+    ] = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Select the gene panel."""
+    """Select the gene panel, or check a list of genes against the sections."""
     from genar.data import find_sections
-    from genar.genes import select_panel
+    from genar.genes import listed_panel, read_aliases, read_panel, select_panel
 
     left_out = _ids(exclude)
     chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in find_sections(sections) if ref.id not in left_out]
-    n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
-    selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
+    if Path(recipe).is_file():
+        selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
+    else:
+        n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
+        selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
     _speaker(json)(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
     _finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
+
+
+@app.command()
+def groups(
+    source: Annotated[str, typer.Argument(help="A training run, or with --panel a folder of sections.")],
+    out: Out = Path("genar-groups"),
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list of genes, to group on sections.")] = None,
+    scale: Annotated[int | None, typer.Option(help="Groups of one scale, 0 the coarsest [default: clusters].")] = None,
+    gmt: Annotated[Path | None, typer.Option(help="Gene sets; tells which groups are enriched in which.")] = None,
+    exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    json: Json = False,
+) -> None:
+    """Print the groups of genes, and with gene sets what each is enriched in."""
+    from genar.groups import groups_run
+
+    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=_ids(exclude))
+    rows = [] if found.sets is None else found.sets.to_dict(orient="records")
+    if not json:
+        table = Table("group", "genes", "names")
+        for number, genes in enumerate(found.groups):
+            table.add_row(str(number), str(len(genes)), " ".join(sorted(genes)))
+        console.print(table)
+        if found.sets is not None:
+            table = Table("group", "gene set", "shared", "expected", "p", "q", "genes")
+            for row in rows[:20]:
+                shared = f"{row['n_shared']} of {row['n_set']}"
+                numbers = (f"{row['expected']:.2f}", f"{row['p']:.2g}", f"{row['q']:.2g}")
+                table.add_row(str(row["group"]), row["set"], shared, *numbers, row["genes"])
+            console.print(table)
+    _finish(json, found.outputs, groups=found.groups, sets=rows)
 
 
 @app.command()
@@ -272,7 +308,9 @@ def train(
     model: Annotated[str, typer.Option(help="Name of the model (see `genar models`).")] = "genar",
     preset: Annotated[str, typer.Option(help="Size: small, released or paper.")] = "small",
     recipe: Annotated[str, typer.Option(help="Training recipe: default or paper.")] = "default",
-    panel: Annotated[str, typer.Option(help="Panel recipe (clean, paper), panel.json or a list of genes.")] = "clean",
+    panel: Annotated[
+        str, typer.Option(help="Panel recipe (see `genar panel`), panel.json or a list of genes.")
+    ] = "clean",
     n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = 200,
     encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = "efficientnet_lite0",
     weights: Weights = None,
