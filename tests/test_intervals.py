@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from genar.evaluation import intervals, metrics
+from genar.evaluation import calibration, intervals, metrics
 
 
 def arrays(n=40, g=6):
@@ -53,7 +53,7 @@ def test_calibration_counts_what_lies_inside():
     low, high = (
         np.broadcast_to(np.quantile(truth, q, axis=0, method="inverted_cdf"), truth.shape) for q in (0.05, 0.95)
     )
-    found = metrics.calibration(low, high, truth)
+    found = calibration.interval_scores(low, high, truth)
     assert found["coverage_90_mean_above_100"] == pytest.approx(0.9, abs=0.01)
     assert found["coverage_90_mean_below_10"] >= 0.9
     assert found["width_90"] == pytest.approx((high - low).mean())

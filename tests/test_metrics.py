@@ -338,7 +338,7 @@ def test_written_scores(pair, tmp_path):
 
     table = pd.read_csv(outputs["per_gene"])
     assert list(table.columns[:3]) == ["section", "method", "gene"]
-    assert set(table.columns[3:]) == {*metrics.PER_GENE, "mean_count"}
+    assert set(table.columns[3:]) == {*metrics.PER_GENE, "mean_count", "moran_predicted", "moran_truth"}
     assert len(table) == 3 * 12
     assert not table.duplicated(["section", "method", "gene"]).any()
     mine = table[(table["section"] == "S1") & (table["method"] == "genar")].set_index("gene")
