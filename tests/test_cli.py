@@ -286,7 +286,7 @@ def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeyp
     assert set(sampled.layers) == {"sd", "q25"}
     assert sampled.uns["genar"]["prediction"]["top_k"] == 1
     assert (sampled.X != greedy.X).nnz == 0  # the likeliest class alone is the likeliest class
-    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q95"}
+    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95"}
     assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
     assert_one_line(capsys, "width")
 

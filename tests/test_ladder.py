@@ -21,9 +21,11 @@ ROOMS = [
     "prediction",
     "evaluation",
     "report",
+    "assess",
     "recipes",
     "runs",
     "bench",
+    "_console",
     "cli",
 ]  # each imports itself and those before
 EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 import genar
+from genar._console import check_table, interval_tables, score_tables
 from genar.errors import InputError
 
 app = typer.Typer(
@@ -128,7 +129,7 @@ def check(
         spacing_um=spacing_um, mpp=mpp,
     )  # fmt: skip
     if not json:
-        console.print(_check_table(result))
+        console.print(check_table(result))
         for row in result.sections:
             if row.note or row.counts_from not in ("", "X"):
                 print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
@@ -142,38 +143,6 @@ def check(
     _finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
     if result.all_faults:
         raise typer.Exit(2)
-
-
-def _check_table(result) -> Table:
-    """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
-    table = Table(
-        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
-    )
-    asked = {
-        "features": any(row.features is not None for row in result.sections),
-        "genes missing": any(row.panel_missing is not None for row in result.sections),
-    }
-    for name in ("patient", *(name for name, one in asked.items() if one), "verdict"):
-        table.add_column(name)
-    for row in result.sections:
-        empty = f" ({row.n_empty} empty)" if row.n_empty else ""
-        library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
-        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
-        if row.size_px:
-            size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
-        else:
-            size, off = "no image", "-"
-        table.add_row(
-            row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
-            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
-            f"{row.mpp:.3f}" if row.mpp else "-",
-            by + ("" if row.mpp_agree is not False else " differ"), size, off,
-            {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
-            *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
-            *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
-            "wrong" if row.faults else "warned" if row.warnings else "ok",
-        )  # fmt: skip
-    return table
 
 
 @app.command()
@@ -344,17 +313,32 @@ def evaluate(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     truth: OneSection,
     out: Out,
+    against: Annotated[Path | None, typer.Option(help="Another prediction, .h5ad: paired differences.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list: the genes that must be predicted.")] = None,
+    genes: Annotated[str, typer.Option(help="same: refuse genes that differ; common: score those all have.")] = "same",
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples of the intervals; 0: none.")] = 1000,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Score a prediction, whoever made it, against the measured section."""
-    from genar import runs
+    """Score a prediction, whoever made it, against the measured section, with 95 % intervals."""
+    from genar import assess
     from genar.data import read_section
+    from genar.genes import read_panel
 
     read = read_section(truth, **_given(image=image, bin_um=bin_um, mpp=mpp))
-    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read, out), json)
+    result = assess.evaluate_run(
+        assess.read_prediction(predicted), read, out, against=assess.read_prediction(against) if against else None,
+        panel=read_panel(panel).genes if panel else None, genes=genes, resamples=resamples,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not json:
+        for table in (*score_tables(result), *interval_tables(result)):
+            console.print(table)
+    more = {"intervals": result.intervals, "differences": result.differences, "notes": result.notes}
+    _finish(json, result.outputs, scores=_summary(result), **more)
 
 
 @app.command()
@@ -445,19 +429,15 @@ def _bar(json: bool, unit: str = "spots"):
     return bar
 
 
-_SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
-
-
 def _tell_run(result, json: bool, note: str = "") -> None:
     if not json:
-        for section, methods in result.scores.items():
-            table = Table("method", *_SHOWN, title=f"{section}, log2(1 + count)" + (f" ({note})" if note else ""))
-            for method, scores in methods.items():
-                values = (scores.summary[name] for name in _SHOWN)
-                table.add_row(method, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        for table in score_tables(result, note):
             console.print(table)
-    summary = {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
-    _finish(json, result.outputs, scores=summary, seconds=result.seconds)
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds)
+
+
+def _summary(result) -> dict:
+    return {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
 
 
 def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:

@@ -62,9 +62,7 @@ def crps_of_quantiles(quantiles: Sequence[np.ndarray], levels: Sequence[float], 
         raise InputError(f"expected rising levels in (0, 1), one a quantile, found {list(levels)}")
     middles = np.add(levels[1:], levels[:-1]) / 2
     widths = np.diff([0, *middles, 1])
-    return np.sum(
-        [2 * w * pinball(x, truth, q) for w, x, q in zip(widths, quantiles, levels, strict=True)], axis=0
-    )
+    return np.sum([2 * w * pinball(x, truth, q) for w, x, q in zip(widths, quantiles, levels, strict=True)], axis=0)
 
 
 def crps_of_pmf(pmf: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -151,9 +149,7 @@ def zero_scores(p_zero: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def calibration(
-    layers: Mapping[str, np.ndarray], truth: np.ndarray
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def calibration(layers: Mapping[str, np.ndarray], truth: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """All that can be said from the layers at hand ([N, G] each): metric -> value, and metric -> values of genes [G].
 
     50 % and 90 % intervals from ``q25``, ``q75`` and ``q05``, ``q95``; ``crps`` from the five quantiles

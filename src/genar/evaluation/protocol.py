@@ -72,7 +72,9 @@ def _fold(name: str, test: Sequence[str], note: str, sections: Mapping[str, str]
     train = {patient for section, patient in sections.items() if section not in test}
     shared = sorted({sections[section] for section in test} & train - {""}, key=section_key)
     verb = "has" if len(shared) == 1 else "have"
-    leak = f"{', '.join(shared)} {verb} sections in training and held out: generalisation between patients is not tested"
+    leak = (
+        f"{', '.join(shared)} {verb} sections in training and held out: generalisation between patients is not tested"
+    )
     return Fold(name, test, "; ".join(filter(None, (note, leak if shared else ""))))
 
 
