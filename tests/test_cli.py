@@ -98,6 +98,12 @@ def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatc
     of_run = json.loads((trained[0] / "metrics.json").read_text())
     assert metrics["B"]["prediction"] == of_run["B"]["genar"]
     assert metrics["B"]["prediction_mean"] == of_run["B"]["genar_mean"]
+    # the prediction knows its training counts and its distribution
+    told = {"pcc_top50_mean", "pcc_top50_variance", "coverage_50", "coverage_90", "crps", "nll_moments", "zero_brier"}
+    assert told <= set(metrics["B"]["prediction_mean"])
+    assert set(of_run["B"]["ridge"]) >= {"pcc_top50_mean", "moran_pcc", "gene_gene_pcc"}
+    intervals = json.loads((tmp_path / "scores" / "intervals.json").read_text())["B"]["methods"]
+    assert intervals["prediction_mean"]["mse"][0] == pytest.approx(of_run["B"]["genar_mean"]["mse"], rel=1e-5)
 
 
 def test_check_draws_every_section(tissue, tmp_path, monkeypatch, capsys):

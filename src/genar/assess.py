@@ -86,30 +86,34 @@ def _same_genes(
     """The predictions with the genes to score, in one order, and what to say of it."""
     if genes not in GENES:
         raise InputError(f"genes must be one of {', '.join(GENES)}, found {genes!r}")
-    sets = {f"the {kind}": adata.var_names for kind, adata in named.items()}
+    who = {"prediction": "the prediction", "against": "the other prediction"}
+    sets = {who[kind]: adata.var_names for kind, adata in named.items()}
+    for whose, names in sets.items():
+        if not len(names):
+            raise InputError(f"{whose} has no genes; expected at least one")
+        if not names.is_unique:
+            raise InputError(f"{whose} names gene {names[names.duplicated()][0]!r} more than once; expected each once")
     sets |= {"the panel": pd.Index(panel)} if panel is not None else {}
     first = sets["the prediction"]
     if genes == "same":
-        for who, theirs in sets.items():
-            _refuse_other_genes(first, theirs, who, both=True)
+        for whose, theirs in sets.items():
+            _refuse_other_genes(first, theirs, whose, both=True)
         _refuse_other_genes(first, truth.var_names, "the truth", both=False)
         chosen = list(first)
     else:
         chosen = [g for g in first if g in truth.var_names and all(g in theirs for theirs in sets.values())]
         if not chosen:
             every = {**sets, "the truth": truth.var_names}
-            found = "; ".join(f"{who} has {len(theirs)} ({shown(theirs)})" for who, theirs in every.items())
+            found = "; ".join(f"{whose} has {len(theirs)} ({shown(theirs)})" for whose, theirs in every.items())
             raise InputError(f"no gene is common to all: {found}; do they name genes in the same way?")
     notes = []
     if len(chosen) < truth.n_vars:
         notes.append(f"{len(chosen)} of the {truth.n_vars} genes of the truth are scored")
-    for who, theirs in sets.items():
+    for whose, theirs in sets.items():
         left = [gene for gene in theirs if gene not in chosen]
         if left:
-            notes.append(f"{len(left)} of {len(theirs)} genes of {who} are left out ({shown(left)})")
-    return {
-        kind: adata[:, chosen] if genes == "common" or kind != "prediction" else adata for kind, adata in named.items()
-    }, notes
+            notes.append(f"{len(left)} of {len(theirs)} genes of {whose} are left out ({shown(left)})")
+    return {kind: adata[:, chosen] for kind, adata in named.items()}, notes
 
 
 def _refuse_other_genes(ours: pd.Index, theirs: pd.Index, who: str, *, both: bool) -> None:

@@ -75,7 +75,7 @@ def crps_of_pmf(pmf: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     p, y = _pmf(pmf, truth)
     reached = np.arange(p.shape[2]) >= y[:, :, None]
-    score = np.square(p.cumsum(axis=2) - reached).sum(axis=2) + np.maximum(y - (p.shape[2] - 1), 0)
+    score = np.square(p.cumsum(axis=2) - reached).sum(axis=2) + np.maximum(y - p.shape[2], 0)
     return score.mean(axis=0)
 
 

@@ -100,7 +100,7 @@ def paired_differences(ours: Mapping[str, np.ndarray], rival: Mapping[str, np.nd
 def over_sections(sections: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Mean over sections of each metric's resamples [1 + R]; each section's spots were resampled by themselves.
 
-    The interval says what other spots of these very sections would change.
+    The interval says what other spots of these very sections would change. A mean is NaN where a section's value is.
     """
     return {name: np.mean([section[name] for section in sections], axis=0) for name in METRICS}
 
