@@ -1,6 +1,6 @@
 """Seconds and peak memory of bootstrap intervals at the size of the paper's HER2ST set, and of one method's scores.
 
-    python benchmarks/evaluation.py [--spots 13620] [--genes 200] [--resamples 1000]
+python benchmarks/evaluation.py [--spots 13620] [--genes 200] [--resamples 1000]
 """
 
 import argparse

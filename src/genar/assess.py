@@ -14,6 +14,7 @@ from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
 from genar.evaluation.calibration import zero_reliability
+from genar.evaluation.intervals import Interval
 from genar.evaluation.scoring import Aligned, shown
 from genar.report import maps
 
@@ -28,9 +29,9 @@ class Assessment:
     outputs: dict[str, Path]
     scores: dict[str, dict[str, Scores]]
     """section -> method -> scores"""
-    intervals: dict[str, dict[str, intervals.Interval]]
+    intervals: dict[str, dict[str, Interval]]
     """method -> metric -> (value, low, high), 95 % by bootstrap over the spots"""
-    differences: dict[str, dict[str, intervals.Interval]]
+    differences: dict[str, dict[str, Interval]]
     """"method minus rival" -> metric -> (value, low, high), on the same resamples"""
     notes: tuple[str, ...] = ()
     """what a reader of the scores must know: genes left out, metrics that are undefined"""

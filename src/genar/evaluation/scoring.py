@@ -1,7 +1,7 @@
 """Two AnnData, aligned by spot and gene name, to scores: one number a metric and a row a gene."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
         layers = {name: _dense(ordered.layers[name], f"the prediction's layers[{name!r}]") for name in known}
     coords = contract.coords_px(truth) if contract.SPATIAL in truth.obsm else None
     columns = {"mean": contract.TRAINING_MEAN, "variance": contract.TRAINING_VARIANCE}
-    training = {name: ordered.var[c].to_numpy(np.float64) for name, c in columns.items() if c in ordered.var}
+    training = {name: np.asarray(ordered.var[c], dtype=np.float64) for name, c in columns.items() if c in ordered.var}
     return Aligned(genes, log2, counts, contract.counts(truth, genes), layers, coords, training)
 
 
@@ -124,13 +124,13 @@ def write_scores(folder: Path, scores: dict[str, dict[str, Scores]]) -> dict[str
     return {"metrics": folder / "metrics.json", "per_gene": folder / "metrics.csv"}
 
 
-def shown(names: Sequence[str], n: int = 3) -> str:
+def shown(names: Collection, n: int = 3) -> str:
     """The first ``n`` names, for a message.
 
     >>> shown(["A", "B", "C", "D"])
     'A, B, C, …'
     """
-    return ", ".join(map(str, names[:n])) + (", …" if len(names) > n else "")
+    return ", ".join(str(name) for name in list(names)[:n]) + (", …" if len(names) > n else "")
 
 
 def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:

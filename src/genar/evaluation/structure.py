@@ -2,7 +2,7 @@
 
 import numpy as np
 from scipy import sparse
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from genar.errors import InputError
 from genar.evaluation.metrics import pair, pcc
@@ -60,14 +60,14 @@ def neighbours(coords: np.ndarray, reach: float = REACH) -> sparse.csr_matrix:
     n = len(coords)
     if n < 2:
         return sparse.csr_matrix((n, n))
-    tree = cKDTree(coords)
+    tree = KDTree(coords)
     nearest = tree.query(coords, k=2)[0][:, 1]
     pairs = tree.query_pairs(reach * float(np.median(nearest)), output_type="ndarray")
     graph = sparse.coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n)).tocsr()
     return sparse.csr_matrix(graph + graph.T)
 
 
-def morans_i(values: np.ndarray, graph: sparse.spmatrix) -> np.ndarray:
+def morans_i(values: np.ndarray, graph: sparse.csr_matrix) -> np.ndarray:
     """Moran's I of each gene, N / sum(w) * sum_ij w_ij z_i z_j / sum_i z_i^2 with z the centred values: [N, G] -> [G].
 
     ``graph`` [N, N] holds the weights w, not standardised. NaN for a constant gene, and where no spots are neighbours.
