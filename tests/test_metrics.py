@@ -346,6 +346,12 @@ def test_written_scores(pair, tmp_path):
     assert table.loc[table["method"] == "mean", "pcc"].isna().all()
 
 
+def test_a_prediction_without_x_is_refused(pair):
+    bare = AnnData(obs=pair[0].obs[[]], var=pair[0].var[[]])
+    with pytest.raises(InputError, match="the prediction has no X"):
+        score(bare, pair[1])
+
+
 # --- arrays that cannot be scored, and torchmetrics
 
 

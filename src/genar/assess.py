@@ -1,6 +1,7 @@
 """Score any method's prediction of a section against its truth, with intervals, and beside another method's."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ def evaluate_run(
     """
     if resamples < 0:
         raise InputError(f"resamples must be >= 0, found {resamples}")
+    started = time.perf_counter()
     named = {"prediction": predicted} | ({"against": against} if against is not None else {})
     named, notes = _same_genes(named, truth, panel, genes)
     name = contract.name(truth)
@@ -65,10 +67,12 @@ def evaluate_run(
     scores = {name: {method: score_aligned(one) for method, one in aligned.items()}}
     notes += [line for method, one in scores[name].items() for line in _undefined(method, one)]
     found, differences = _intervals(aligned, name, resamples)
+    scored = time.perf_counter()
     outputs = write_scores(out, scores) | _write_tables(out, aligned, name, found, differences, resamples)
     per_gene = scores[name].get("prediction" + _MEAN, scores[name]["prediction"]).per_gene
     maps.write_section_maps(named["prediction"], truth, per_gene, out / "maps")
-    return Assessment({**outputs, "maps": out / "maps"}, scores, found, differences, tuple(notes))
+    seconds = {"scores": round(scored - started, 1), "files and maps": round(time.perf_counter() - scored, 1)}
+    return Assessment({**outputs, "maps": out / "maps"}, scores, found, differences, tuple(notes), seconds)
 
 
 def read_prediction(path: Path) -> AnnData:

@@ -338,7 +338,7 @@ def evaluate(
         for table in (*score_tables(result), *interval_tables(result)):
             console.print(table)
     more = {"intervals": result.intervals, "differences": result.differences, "notes": result.notes}
-    _finish(json, result.outputs, scores=_summary(result), **more)
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds, **more)
 
 
 @app.command()

@@ -62,6 +62,8 @@ def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
     """
     if use not in ("X", contract.LOG1P_MEAN):
         raise InputError(f"cannot score {use!r} of a prediction; expected X or {contract.LOG1P_MEAN}")
+    if predicted.X is None:
+        raise InputError("the prediction has no X; expected its counts there")
     ordered = _ordered(predicted, truth)
     genes = list(predicted.var_names)
     _dense(truth[:, genes].X, "the truth's X")
