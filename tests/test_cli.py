@@ -98,6 +98,12 @@ def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatc
     of_run = json.loads((trained[0] / "metrics.json").read_text())
     assert metrics["B"]["prediction"] == of_run["B"]["genar"]
     assert metrics["B"]["prediction_mean"] == of_run["B"]["genar_mean"]
+    # the prediction knows its training counts and its distribution
+    told = {"pcc_top50_mean", "pcc_top50_variance", "coverage_50", "coverage_90", "crps", "nll_moments", "zero_brier"}
+    assert told <= set(metrics["B"]["prediction_mean"])
+    assert set(of_run["B"]["ridge"]) >= {"pcc_top50_mean", "moran_pcc", "gene_gene_pcc"}
+    intervals = json.loads((tmp_path / "scores" / "intervals.json").read_text())["B"]["methods"]
+    assert intervals["prediction_mean"]["mse"][0] == pytest.approx(of_run["B"]["genar_mean"]["mse"], rel=1e-5)
 
 
 def test_check_draws_every_section(tissue, tmp_path, monkeypatch, capsys):
@@ -286,7 +292,7 @@ def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeyp
     assert set(sampled.layers) == {"sd", "q25"}
     assert sampled.uns["genar"]["prediction"]["top_k"] == 1
     assert (sampled.X != greedy.X).nnz == 0  # the likeliest class alone is the likeliest class
-    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q95"}
+    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95"}
     assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
     assert_one_line(capsys, "width")
 

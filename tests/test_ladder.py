@@ -21,10 +21,12 @@ ROOMS = [
     "prediction",
     "evaluation",
     "report",
+    "assess",
     "recipes",
     "runs",
     "groups",
     "bench",
+    "_console",
     "cli",
 ]  # each imports itself and those before
 EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")

@@ -4,24 +4,15 @@ until then."""
 import json as json_module
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 import genar
+from genar._console import check_table, group_tables, interval_tables, progress_bar, score_tables
 from genar.errors import InputError
 
 app = typer.Typer(
@@ -99,7 +90,9 @@ def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> No
     say = _speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
     _tell_run(
-        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)), json, "simulated tissue, not a result on patients"
+        runs.demo_run(out, seed=seed, say=say, bar=progress_bar(console, json)),
+        json,
+        "simulated tissue, not a result on patients",
     )
 
 
@@ -128,7 +121,7 @@ def check(
         spacing_um=spacing_um, mpp=mpp,
     )  # fmt: skip
     if not json:
-        console.print(_check_table(result))
+        console.print(check_table(result))
         for row in result.sections:
             if row.note or row.counts_from not in ("", "X"):
                 print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
@@ -142,38 +135,6 @@ def check(
     _finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
     if result.all_faults:
         raise typer.Exit(2)
-
-
-def _check_table(result) -> Table:
-    """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
-    table = Table(
-        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
-    )
-    asked = {
-        "features": any(row.features is not None for row in result.sections),
-        "genes missing": any(row.panel_missing is not None for row in result.sections),
-    }
-    for name in ("patient", *(name for name, one in asked.items() if one), "verdict"):
-        table.add_column(name)
-    for row in result.sections:
-        empty = f" ({row.n_empty} empty)" if row.n_empty else ""
-        library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
-        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
-        if row.size_px:
-            size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
-        else:
-            size, off = "no image", "-"
-        table.add_row(
-            row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
-            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
-            f"{row.mpp:.3f}" if row.mpp else "-",
-            by + ("" if row.mpp_agree is not False else " differ"), size, off,
-            {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
-            *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
-            *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
-            "wrong" if row.faults else "warned" if row.warnings else "ok",
-        )  # fmt: skip
-    return table
 
 
 @app.command()
@@ -191,7 +152,7 @@ def fetch(
 
     done = fetch_dataset(
         dataset, out, source=source, sections=_ids(sections), revision=revision, extras=_ids(extras),
-        say=_speaker(json), bar=_bar(json, "bytes"),
+        say=_speaker(json), bar=progress_bar(console, json, "bytes"),
     )  # fmt: skip
     figures = {name: getattr(done, name) for name in ("revision", "n_bytes", "n_files_new", "n_files_kept")}
     _finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
@@ -231,7 +192,7 @@ def features(
     widths = _numbers(widths_um, "--widths-um")
     loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
     stores = embedding.embed_widths(
-        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_bar(json),
+        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=progress_bar(console, json),
         workers=embedding.default_workers(device) if workers is None else workers,
     )  # fmt: skip
     _finish(json, stores)
@@ -284,20 +245,10 @@ def groups(
     from genar.groups import groups_run
 
     found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=_ids(exclude))
-    rows = [] if found.sets is None else found.sets.to_dict(orient="records")
-    if not json:
-        table = Table("group", "genes", "names")
-        for number, genes in enumerate(found.groups):
-            table.add_row(str(number), str(len(genes)), " ".join(sorted(genes)))
+    for table in () if json else group_tables(found):
         console.print(table)
-        if found.sets is not None:
-            table = Table("group", "gene set", "shared", "expected", "p", "q", "genes")
-            for row in rows[:20]:
-                shared = f"{row['n_shared']} of {row['n_set']}"
-                numbers = (f"{row['expected']:.2f}", f"{row['p']:.2g}", f"{row['q']:.2g}")
-                table.add_row(str(row["group"]), row["set"], shared, *numbers, row["genes"])
-            console.print(table)
-    _finish(json, found.outputs, groups=found.groups, sets=rows)
+    sets = [] if found.sets is None else found.sets.to_dict(orient="records")
+    _finish(json, found.outputs, groups=found.groups, sets=sets)
 
 
 @app.command()
@@ -341,7 +292,9 @@ def train(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
         features, mpp, device, settings, image=image, bin_um=bin_um,
     )  # fmt: skip
-    result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
+    result = runs.train_run(
+        plan, say=_speaker(json), bar=progress_bar(console, json), progress=not json and console.is_terminal
+    )
     _tell_run(result, json)
 
 
@@ -373,7 +326,14 @@ def predict(
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = runs.predict_run(
-        read, model, out, features=features, weights=weights, how=how, bar=_bar(json), say=_speaker(json)
+        read,
+        model,
+        out,
+        features=features,
+        weights=weights,
+        how=how,
+        bar=progress_bar(console, json),
+        say=_speaker(json),
     )
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
     _finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
@@ -384,17 +344,32 @@ def evaluate(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     truth: OneSection,
     out: Out,
+    against: Annotated[Path | None, typer.Option(help="Another prediction, .h5ad: paired differences.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list: the genes that must be predicted.")] = None,
+    genes: Annotated[str, typer.Option(help="same: refuse genes that differ; common: score those all have.")] = "same",
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples of the intervals; 0: none.")] = 1000,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Score a prediction, whoever made it, against the measured section."""
-    from genar import runs
+    """Score a prediction, whoever made it, against the measured section, with 95 % intervals."""
+    from genar import assess
     from genar.data import read_section
+    from genar.genes import read_panel
 
     read = read_section(truth, **_given(image=image, bin_um=bin_um, mpp=mpp))
-    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read, out), json)
+    result = assess.evaluate_run(
+        assess.read_prediction(predicted), read, out, against=assess.read_prediction(against) if against else None,
+        panel=read_panel(panel).genes if panel else None, genes=genes, resamples=resamples,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not json:
+        for table in (*score_tables(result), *interval_tables(result)):
+            console.print(table)
+    more = {"intervals": result.intervals, "differences": result.differences, "notes": result.notes}
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds, **more)
 
 
 @app.command()
@@ -411,7 +386,13 @@ def bench(
 
     say = _speaker(json)
     result = benching.bench_run(
-        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run
+        benching.read_recipe(recipe),
+        data,
+        out,
+        features=features,
+        say=say,
+        bar=progress_bar(console, json),
+        dry_run=dry_run,
     )
     if result is None:
         return _finish(json, {}, "planned")
@@ -473,42 +454,15 @@ def _speaker(json: bool):
     return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
 
 
-def _bar(json: bool, unit: str = "spots"):
-    """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
-    rate = TextColumn("{task.fields[rate]}")
-    counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
-
-    @contextmanager
-    def bar(label: str, total: int):
-        if json or not console.is_terminal:
-            yield lambda done, total: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(label, total=total, rate="")
-
-            def tick(done: int, total: int) -> None:
-                speed = progress.tasks[task].speed
-                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
-
-            yield tick
-
-    return bar
-
-
-_SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
-
-
 def _tell_run(result, json: bool, note: str = "") -> None:
     if not json:
-        for section, methods in result.scores.items():
-            table = Table("method", *_SHOWN, title=f"{section}, log2(1 + count)" + (f" ({note})" if note else ""))
-            for method, scores in methods.items():
-                values = (scores.summary[name] for name in _SHOWN)
-                table.add_row(method, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        for table in score_tables(result, note):
             console.print(table)
-    summary = {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
-    _finish(json, result.outputs, scores=summary, seconds=result.seconds)
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds)
+
+
+def _summary(result) -> dict:
+    return {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
 
 
 def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:

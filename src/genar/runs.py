@@ -187,7 +187,8 @@ def _predict_and_score(
             expected = predict_section(fitted, section, features[name])
             scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
         if plan.maps:
-            _write_maps(predicted, section, scores[name], plan.out / "maps")
+            shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
+            maps.write_section_maps(predicted, section, shown, plan.out / "maps")
             outputs["maps"] = plan.out / "maps"
     if held_out:
         outputs |= write_scores(plan.out, scores)
@@ -239,18 +240,6 @@ def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
     return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
 
 
-def evaluate_run(predicted: AnnData, truth: AnnData, out: Path) -> RunResult:
-    """Score any method's prediction; ``prediction`` is its X, ``prediction_mean`` its layer ``log1p_mean`` where it
-    has one."""
-    name = contract.name(truth)
-    scores = {name: {"prediction": score(predicted, truth)}}
-    if contract.LOG1P_MEAN in predicted.layers:
-        scores[name]["prediction_mean"] = score(predicted, truth, use=contract.LOG1P_MEAN)
-    outputs = write_scores(out, scores)
-    _write_maps(predicted, truth, scores[name], out / "maps")
-    return RunResult({**outputs, "maps": out / "maps"}, scores, {})
-
-
 def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
     """Simulate a tissue of two sections, train GenAR on the one, predict and score the other. Offline."""
     from genar.data.simulate import write_tissue
@@ -269,16 +258,6 @@ DEMO: dict = {
     "settings": Settings(decoding={"samples": 8}),
 }
 """Settings of the demo: small enough for a few minutes on two cores."""
-
-
-def read_prediction(path: Path) -> AnnData:
-    """Any method's prediction; ``InputError`` where it is not a readable ``.h5ad``."""
-    import anndata
-
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
 
 
 class _Clock:
@@ -368,7 +347,7 @@ def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
     """A closed-form model fitted on the same spots, panel and features."""
     model = model_class(name).create(spots.features.shape[2], spots, "", {})
     fit(model, spots, TrainConfig())
-    return Checkpoint(name, model, beside.panel, beside.features)
+    return Checkpoint(name, model, beside.panel, beside.features, beside.training)
 
 
 def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:
@@ -381,22 +360,14 @@ def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]
     return {method: score(predicted, truth), f"{method}_mean": score(predicted, truth, use=contract.LOG1P_MEAN)}
 
 
-def _write_maps(predicted: AnnData, truth: AnnData, scores: Mapping[str, Scores], folder: Path) -> None:
-    """One map for the best, the median and the worst gene, and all of them on one page."""
-    per_gene = scores.get("genar_mean", scores.get("prediction_mean", next(iter(scores.values())))).per_gene
-    name, rows = contract.name(truth), []
-    for rank, genes in maps.genes_to_show(per_gene).items():
-        for gene in genes:
-            value = per_gene.loc[gene, "pcc"]
-            rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
-            maps.write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
-    maps.write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
-
-
 def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots, summary: FitSummary) -> dict:
+    assert spots.counts is not None
+    counts = spots.counts.double()
     return {
         "sections": [contract.name(s) for s in training],
         "n_spots": len(spots),
+        contract.TRAINING_MEAN: counts.mean(dim=0).tolist(),
+        contract.TRAINING_VARIANCE: counts.var(dim=0, correction=0).tolist(),
         "preset": plan.preset,
         "config": asdict(config),
         "best_epoch": summary.best_epoch,

@@ -71,7 +71,7 @@ def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """
     counts = torch.arange(p.shape[2], device=p.device, dtype=torch.float32)
     mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
-    layers = {}
+    layers, cumulative = {}, None
     for name in names:
         if name == "mean":
             layers[name] = mean
@@ -82,16 +82,20 @@ def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         elif name == "sd":
             layers[name] = (p * (counts - mean[:, :, None]).square()).sum(dim=2).sqrt()
         else:
-            layers[name] = quantile(p, int(name[1:]) / 100).float()
+            cumulative = p.double().cumsum(dim=2) if cumulative is None else cumulative
+            layers[name] = _reached(cumulative, int(name[1:]) / 100).float()
     return layers
 
 
 def quantile(p: Tensor, q: float | Tensor) -> Tensor:
     """int64 [B, G]: the least count whose cumulative probability reaches q (a number, or [B, G])."""
-    cumulative = p.double().cumsum(dim=2)
-    at = torch.as_tensor(q, dtype=torch.float64, device=p.device).expand(p.shape[:2])
+    return _reached(p.double().cumsum(dim=2), q)
+
+
+def _reached(cumulative: Tensor, q: float | Tensor) -> Tensor:
+    at = torch.as_tensor(q, dtype=torch.float64, device=cumulative.device).expand(cumulative.shape[:2])
     reached = at[:, :, None] * cumulative[:, :, -1:] - 1e-7  # the total is one but for rounding
-    return torch.searchsorted(cumulative, reached)[:, :, 0].clamp(max=p.shape[2] - 1)
+    return torch.searchsorted(cumulative, reached)[:, :, 0].clamp(max=cumulative.shape[2] - 1)
 
 
 def draw(logits: Tensor, uniform: Tensor, how: Decoding) -> Tensor:

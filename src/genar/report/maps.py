@@ -66,6 +66,17 @@ def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[st
     return _save(figure, path)
 
 
+def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFrame, folder: Path) -> None:
+    """One map for the best, the median and the worst gene by ``per_gene["pcc"]``, and all of them on one page."""
+    name, rows = contract.name(truth), []
+    for rank, genes in genes_to_show(per_gene).items():
+        for gene in genes:
+            value = per_gene.loc[gene, "pcc"]
+            rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
+            write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
+    write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
+
+
 def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.ndarray, tuple] | None = None) -> Path:
     """Spots on tissue: shows at a glance whether coordinates and image belong together.
 
