@@ -90,7 +90,7 @@ def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> No
     say = _speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
     _tell_run(
-        runs.demo_run(out, seed=seed, say=say, bar=progress_bar(console, json)),
+        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)),
         json,
         "simulated tissue, not a result on patients",
     )
@@ -152,7 +152,7 @@ def fetch(
 
     done = fetch_dataset(
         dataset, out, source=source, sections=_ids(sections), revision=revision, extras=_ids(extras),
-        say=_speaker(json), bar=progress_bar(console, json, "bytes"),
+        say=_speaker(json), bar=_bar(json, "bytes"),
     )  # fmt: skip
     figures = {name: getattr(done, name) for name in ("revision", "n_bytes", "n_files_new", "n_files_kept")}
     _finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
@@ -192,7 +192,7 @@ def features(
     widths = _numbers(widths_um, "--widths-um")
     loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
     stores = embedding.embed_widths(
-        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=progress_bar(console, json),
+        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_bar(json),
         workers=embedding.default_workers(device) if workers is None else workers,
     )  # fmt: skip
     _finish(json, stores)
@@ -292,9 +292,7 @@ def train(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
         features, mpp, device, settings, image=image, bin_um=bin_um,
     )  # fmt: skip
-    result = runs.train_run(
-        plan, say=_speaker(json), bar=progress_bar(console, json), progress=not json and console.is_terminal
-    )
+    result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)
 
 
@@ -332,7 +330,7 @@ def predict(
         features=features,
         weights=weights,
         how=how,
-        bar=progress_bar(console, json),
+        bar=_bar(json),
         say=_speaker(json),
     )
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
@@ -391,7 +389,7 @@ def bench(
         out,
         features=features,
         say=say,
-        bar=progress_bar(console, json),
+        bar=_bar(json),
         dry_run=dry_run,
     )
     if result is None:
@@ -452,6 +450,10 @@ def _ids(text: str) -> list[str]:
 
 def _speaker(json: bool):
     return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
+
+
+def _bar(json: bool, unit: str = "spots"):
+    return progress_bar(console, json, unit)
 
 
 def _tell_run(result, json: bool, note: str = "") -> None:
