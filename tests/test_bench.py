@@ -12,6 +12,7 @@ RECIPE = """
 title: toy
 sections: [A, B]
 n_genes: 12
+encoder: genar.bench.toy:wide_encoder
 seeds: [1, 2]
 methods:
   - {name: "ridge!", model: ridge}
@@ -51,7 +52,7 @@ def test_a_recipe_runs_once_and_writes_its_tables(recipe, tissue, tmp_path):
     difference = table.loc["tiny", "mse"] - table.loc["ridge!", "mse"]
     assert result.differences.loc["tiny minus ridge!", "mse"] == pytest.approx(difference, abs=1e-5)
     assert "| tiny minus ridge! |" in (out / "table.md").read_text()
-    run = next((out / "runs").glob("tiny-*")) / "A-2"
+    run = next((out / "runs").glob("genar-*")) / "A-2"
     facts = json.loads((run / "run.json").read_text())
     assert facts["seeds"]["training"] == 2
     assert set(facts["data"]) == {"A", "B"}  # C is not of the recipe

@@ -57,3 +57,16 @@ def test_calibration_counts_what_lies_inside():
     assert found["coverage_90_mean_above_100"] == pytest.approx(0.9, abs=0.01)
     assert found["coverage_90_mean_below_10"] >= 0.9
     assert found["width_90"] == pytest.approx((high - low).mean())
+
+
+def test_the_highest_genes_are_those_of_each_resample():
+    random = np.random.default_rng(2)
+    truth = random.normal(size=(40, 60))
+    predicted = truth + random.normal(size=(40, 60)) * 2
+    weights = intervals.resample_weights(40, 4)
+    scores = intervals.resampled_scores(predicted, truth, weights)
+    for r in range(5):
+        drawn = np.repeat(np.arange(40), np.rint(weights[r] * 40).astype(int))
+        pcc = metrics.pcc(predicted[drawn], truth[drawn])
+        for n in (10, 50, 200):
+            assert scores[f"pcc_{n}"][r] == pytest.approx(metrics.top_mean(pcc, n), abs=1e-5)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-METRICS = ("pcc_200", "pcc_fixed", "mse", "mae")
+METRICS = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae")
+_TOP = {"pcc_10": 10, "pcc_50": 50, "pcc_200": 200}
 _RESAMPLES_AT_ONCE = 250
 
 
@@ -22,7 +23,8 @@ def resample_weights(n_spots: int, n_resamples: int = 1000, *, seed: int = 0) ->
 def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of every resample: prediction and truth [N, G] in log2 space, ``weights`` [R, N] -> ``METRICS`` -> [R].
 
-    ``pcc_200`` leaves out genes that are constant in a resample, ``pcc_fixed`` counts them 0.
+    ``pcc_10``, ``pcc_50`` and ``pcc_200`` are over the genes of highest PCC in that resample and leave out genes that
+    are constant in it, ``pcc_fixed`` counts them 0.
     """
     x, y = (np.asarray(values, dtype=np.float64) for values in (predicted, truth))
     # correlation does not see the mean: centred values lose no digits in the sums of squares
@@ -35,8 +37,11 @@ def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarr
         spread = (xx - mx**2) * (yy - my**2)
         defined = (xx - mx**2 > 1e-12) & (yy - my**2 > 1e-12)
         pcc = np.where(defined, (xy - mx * my) / np.sqrt(np.where(defined, spread, 1)), 0)
-        n_defined = defined.sum(axis=1)
-        scores["pcc_200"].append(np.where(n_defined > 0, pcc.sum(axis=1) / np.maximum(n_defined, 1), np.nan))
+        highest, n_defined = -np.sort(-np.where(defined, pcc, -np.inf), axis=1), defined.sum(axis=1)
+        for name, n in _TOP.items():
+            top = highest[:, :n]
+            total = np.where(np.isfinite(top), top, 0).sum(axis=1)
+            scores[name].append(np.where(n_defined > 0, total / np.clip(n_defined, 1, n), np.nan))
         scores["pcc_fixed"].append(pcc.mean(axis=1))
         scores["mse"].append(squared.mean(axis=1))
         scores["mae"].append(absolute.mean(axis=1))
