@@ -373,30 +373,25 @@ def evaluate(
 @app.command()
 def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that comes with GenAR.")],
-    data: Annotated[Path, typer.Option(help="Folder of the sections.")],
     out: Out,
+    data: Annotated[Path | None, typer.Option(help="Folder of the sections, or of a folder per data set.")] = None,
     features: Store = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what is missing.")] = False,
+    toy: Annotated[bool, typer.Option("--toy", help="The same plan on simulated sections, tiny models.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe's methods on every held-out section and write its table; what is there already is not run again."""
+    """Run a recipe's methods on every fold and write its tables beside the paper's; what is there is not run again."""
     from genar import bench as benching
 
     say = _speaker(json)
     result = benching.bench_run(
-        benching.read_recipe(recipe),
-        data,
-        out,
-        features=features,
-        say=say,
-        bar=_bar(json),
-        dry_run=dry_run,
+        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run, toy=toy
     )
     if result is None:
         return _finish(json, {}, "planned")
-    if not json:
-        print((out / "table.md").read_text())
-    table, differences = (frame.to_dict(orient="index") for frame in (result.table, result.differences))
+    if not json and "table" in result.outputs:
+        print(result.outputs["table"].read_text())
+    table, differences = (benching.nested(frame) for frame in (result.table, result.differences))
     _finish(json, result.outputs, table=table, differences=differences)
 
 

@@ -165,7 +165,7 @@ def train_run(
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, how, checkpoint, sections, stores, clock.seconds)
+    _write_run(plan, config, how, checkpoint, sections, stores, clock)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
@@ -261,16 +261,33 @@ DEMO: dict = {
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Seconds by stage, and the peak of resident memory since it was started."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
+        self._own_peak = _forget_peak()
+
+    def peak_rss_mib(self) -> float | None:
+        """MiB; ``None`` where the system knows the peak of the whole process alone."""
+        if not self._own_peak:
+            return None
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return round(int(status["VmHWM"].split()[0]) / 1024, 1)
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 1)
         self._last = now
+
+
+def _forget_peak() -> bool:
+    """Have Linux count the process's peak of memory anew; whether it does."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system, or not allowed
+        return False
+    return True
 
 
 def _claim_resume(plan: TrainPlan) -> Path:
@@ -375,7 +392,7 @@ def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots
     }
 
 
-def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, seconds) -> None:
+def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, clock) -> None:
     facts = {
         "command": " ".join(sys.argv),
         "genar_version": genar.__version__,
@@ -389,7 +406,8 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "features": {name: [made[name].name for made in stores] for name in stores[0]},
         "checkpoint_sha256": checkpoint.sha256,
         "environment": environment(),
-        "seconds": seconds,
+        "seconds": clock.seconds,
+        "peak_rss_mib": clock.peak_rss_mib(),
     }
     write_text(plan.out / "run.json", json.dumps(facts, indent=1) + "\n")
 

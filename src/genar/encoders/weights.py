@@ -26,6 +26,21 @@ def find_weights(row: EncoderRow, given: Path | None) -> tuple[Path, Path | None
     return file, config if given.is_dir() and config.is_file() else None
 
 
+def weights_state(row: EncoderRow) -> str:
+    """Whether the weights are at hand, without asking the network: ``embedded``, ``cached`` by the hub's client,
+    ``open`` (the first use downloads them), ``gated`` (access must be asked for) or ``offline`` (downloads are turned
+    off)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not row.hub_id:
+        return "embedded"
+    if any(isinstance(try_to_load_from_cache(row.hub_id, name), str) for name in _FILES):
+        return "cached"
+    if row.gated:
+        return "gated"
+    return "offline" if constants.HF_HUB_OFFLINE else "open"
+
+
 def _in_folder(folder: Path) -> Path:
     """The weights in a folder: a plain download, or the hub's cache of one model."""
     for name in _FILES:
