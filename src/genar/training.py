@@ -190,6 +190,8 @@ def fit(
         default_root_dir=folder,
     )
     trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+    if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
+        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=False)["state_dict"])  # our own file
     module.restore_best()
     model.eval()
     return module.summary
@@ -251,6 +253,7 @@ class _Module(pl.LightningModule):
         self.model, self.config = model, config
         self._training, self._validation, self._say = training, validation, log
         self.summary, self._best, self._losses = FitSummary(), {}, []
+        self.started = False
         n_rows = len(training) // math.ceil(len(training) / config.batch_size)  # of the smallest batch
         self.n_parts = count_parts(model, n_rows, config.memory_gib)
 
@@ -259,6 +262,7 @@ class _Module(pl.LightningModule):
         return _Loader(self._training, config.batch_size, self.n_parts, config.seed, lambda: self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
+        self.started = True
         torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
 
     def val_dataloader(self):
