@@ -82,6 +82,7 @@ def test_every_recipe_runs_as_a_toy(name, toy_out):
     assert all(path.exists() for path in result.outputs.values())
     assert len(result.table) == len(recipe.methods) * len(recipe.cohorts)
     for table in recipe.tables:
+        assert table.rows
         assert result.outputs[table.name] == toy_out / f"{table.name}.md"
         check_latex((toy_out / f"{table.name}.tex").read_text())
     if recipe.methods:

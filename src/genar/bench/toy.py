@@ -28,8 +28,8 @@ _MODELS: Mapping[str, Mapping] = {"genar": {"width": 16, "depth": 1, "heads": 2,
 def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
     """The toy of a recipe, the folder of its simulated sections and that of their features, all under ``folder``.
 
-    Sections become two simulated ones, the panel 25 of their genes, encoders tiny networks; one seed, one epoch, small
-    settings stay. What is not of the size stays as it is: methods, protocol, tables, figure, groups.
+    Sections become two simulated ones, the panel 25 of their genes, encoders tiny networks; one seed, one epoch and, of
+    protocol ``section``, one fold stay. What is not of the size stays as it is: methods, protocol, tables, figure, groups.
     """
     tissue = folder / "sections"
     if not all((tissue / "st" / f"{section}.h5ad").is_file() for section in SECTIONS):
@@ -40,7 +40,7 @@ def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
         recipe, title=f"{recipe.title} (toy: simulated tissue, not a result)", n_genes=N_GENES, seeds=recipe.seeds[:1],
         cohorts=tuple(_cohort(cohort, folder / "panel.txt") for cohort in recipe.cohorts),
         methods=tuple(toy_method(method) for method in recipe.methods), k=2,
-        held_out=tuple(SECTIONS)[:1] if recipe.held_out else (),
+        held_out=tuple(SECTIONS)[:1] if recipe.protocol == "section" else (),
         figure=_figure(recipe.figure, genes) if recipe.figure else None,
     )  # fmt: skip
     return toy, tissue, folder / "features"
