@@ -17,8 +17,8 @@ from genar.settings import Settings
 SECTIONS = {"TOY1": "TOY1", "TOY2": "TOY2"}
 """Simulated section -> patient, called alike, so that folds by section and by patient share their runs; the first
 stands for the paper's held-out section."""
-N_GENES = 50
-TISSUE = TissueConfig(n_rows=5, n_cols=5, n_genes=110, counts_per_nucleus=20.0)  # small counts: few classes
+N_GENES = 25
+TISSUE = TissueConfig(n_rows=4, n_cols=5, n_genes=110, counts_per_nucleus=20.0)  # small counts: few classes
 _PAPER_GENES = 200
 _ENCODERS = {"resnet18": "narrow_encoder", "import:conch": "middle_encoder"}
 _MODELS: Mapping[str, Mapping] = {"genar": {"width": 16, "depth": 1, "heads": 2, "max_count": 31}}
@@ -28,8 +28,8 @@ _MODELS: Mapping[str, Mapping] = {"genar": {"width": 16, "depth": 1, "heads": 2,
 def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
     """The toy of a recipe, the folder of its simulated sections and that of their features, all under ``folder``.
 
-    Sections become two simulated ones, the panel 50 of their genes, encoders tiny networks; one seed, one epoch, small
-    settings stay. What is not of the size stays as it is: methods, protocol, tables, figure, groups.
+    Sections become two simulated ones, the panel 25 of their genes, encoders tiny networks; one seed, one epoch and, of
+    protocol ``section``, one fold stay. What is not of the size stays as it is: methods, protocol, tables, figure, groups.
     """
     tissue = folder / "sections"
     if not all((tissue / "st" / f"{section}.h5ad").is_file() for section in SECTIONS):
@@ -40,7 +40,7 @@ def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
         recipe, title=f"{recipe.title} (toy: simulated tissue, not a result)", n_genes=N_GENES, seeds=recipe.seeds[:1],
         cohorts=tuple(_cohort(cohort, folder / "panel.txt") for cohort in recipe.cohorts),
         methods=tuple(toy_method(method) for method in recipe.methods), k=2,
-        held_out=tuple(SECTIONS)[:1] if recipe.held_out else (),
+        held_out=tuple(SECTIONS)[:1] if recipe.protocol == "section" else (),
         figure=_figure(recipe.figure, genes) if recipe.figure else None,
     )  # fmt: skip
     return toy, tissue, folder / "features"
@@ -62,21 +62,22 @@ def _figure(figure: FigureOfRecipe, genes: list[str]) -> FigureOfRecipe:
 
 
 def toy_method(method: Method) -> Method:
-    """The method with tiny settings over its own; scales become those in proportion, of 50 genes."""
+    """The method with tiny settings over its own; scales become those in proportion, of 25 genes."""
     own = method.settings
     model = {**own.model, **_MODELS.get(method.model, {})}
     if "scales" in model:
         model["scales"] = _scales(model["scales"])
     if method.model == "genar" and method.preset == "small" and own.model.get("components", 1):
         model["components"] = 4
-    train = {**own.train, "max_epochs": min(1, own.train.get("max_epochs", 1)), "validate_every": 1}
+    n_epochs = min(1, own.train.get("max_epochs", 1))
+    train = {**own.train, "max_epochs": n_epochs, "warmup_steps": 0, "validate_every": 1}
     settings = Settings(model, train, {**own.decoding, "samples": 2}, own.inputs)
     encoder = f"{__name__}:{_ENCODERS.get(method.encoder, 'wide_encoder')}"
     return replace(method, settings=settings, encoder=encoder)
 
 
 def _scales(sizes) -> tuple[int, ...]:
-    """(1, 20, 200) -> (1, 5, 50)."""
+    """(1, 20, 200) -> (1, 2, 25)."""
     if tuple(sizes) == default_sizes(_PAPER_GENES):
         return default_sizes(N_GENES)
     return tuple(sorted({max(1, round(size * N_GENES / max(sizes))) for size in sizes}))
