@@ -356,3 +356,18 @@ def test_real_sections_pass_the_check(shared, tmp_path, monkeypatch, capsys):
     assert [row["section"] for row in rows] == ["SPA138", "SPA139", "SPA140", "SPA141"]
     assert all(abs(row["mpp_by"]["image"] / row["mpp"] - 1) < 0.01 for row in rows)
     assert read_section(shared / "data" / "her2st" / "st" / "SPA138.h5ad").n_obs == 181
+
+
+def test_train_reads_features_of_another_precision_and_predict_the_same(tissue, store, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "features", tissue, "--out", store, "--views", 1, "--precision", "bf16") == 0
+    stores = sorted(path.name for path in store.glob("*.zarr"))
+    words = ["--model", "ridge", "--features", store, "--views", 1, "--n-genes", 20, "--encoder-precision", "bf16"]
+    assert run(monkeypatch, "train", tissue, "--test", "B", "--out", tmp_path / "run", *words) == 0
+    again = ["predict", f"{tissue}:B", "--model", tmp_path / "run", "--out", tmp_path / "b.h5ad", "--features", store]
+    assert run(monkeypatch, *again) == 0
+    assert sorted(path.name for path in store.glob("*.zarr")) == stores  # nothing was embedded anew
+    first, second = (anndata.read_h5ad(p) for p in (tmp_path / "run/predictions/B.h5ad", tmp_path / "b.h5ad"))
+    assert (first.X != second.X).nnz == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "train", tissue, "--out", tmp_path / "x", "--encoder-precision", "int8") == 2
+    assert "fp32, bf16, fp16" in capsys.readouterr().err

@@ -270,6 +270,7 @@ def train(
     features: Store = None,
     samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    encoder_precision: Annotated[str, typer.Option(help="Of the features: fp32, bf16 or fp16.")] = "fp32",
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
@@ -290,7 +291,7 @@ def train(
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, device, settings, image=image, bin_um=bin_um,
+        features, mpp, device, settings, image=image, bin_um=bin_um, encoder_precision=encoder_precision,
     )  # fmt: skip
     result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)

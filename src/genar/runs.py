@@ -87,9 +87,12 @@ class TrainPlan:
     """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
     bin_um: float | None = None
     """width of the spots of Visium HD, um"""
+    encoder_precision: str = "fp32"
+    """of the encoder's arithmetic: features of another precision are another store"""
 
     def __post_init__(self):
         encoders.check_name(self.encoder)
+        encoders.check_precision(self.encoder_precision)
         self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
 
     @property
@@ -137,7 +140,9 @@ def train_run(
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
-    encoder = encoders.load_encoder(plan.encoder, weights=plan.weights, device=plan.device)
+    encoder = encoders.load_encoder(
+        plan.encoder, weights=plan.weights, device=plan.device, precision=plan.encoder_precision
+    )
     recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
     named = {contract.name(section): section for section in sections}
     inputs, store = plan.inputs, plan.features or default_store()

@@ -8,7 +8,15 @@ table: any network of timm, a user's own function, features made elsewhere.
 from pathlib import Path
 
 from genar.encoders import weights as _weights
-from genar.encoders.networks import PRECISIONS, Encoder, ImportedFeatures, build_network, hash_state, load_transformers
+from genar.encoders.networks import (
+    PRECISIONS,
+    Encoder,
+    ImportedFeatures,
+    build_network,
+    check_precision,
+    hash_state,
+    load_transformers,
+)
 from genar.encoders.outside import is_function, is_timm, load_function, load_timm, timm_row
 from genar.encoders.table import DEFAULT, ENCODERS, IMPORTED, EncoderRow, encoder_row
 from genar.encoders.weights import embedded_lite0, find_weights, fit_weights, read_state
@@ -23,6 +31,7 @@ __all__ = [
     "ImportedFeatures",
     "build_network",
     "check_name",
+    "check_precision",
     "encoder_row",
     "hub_of",
     "load_encoder",

@@ -15,6 +15,12 @@ from genar.errors import InputError
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_precision(precision: str) -> None:
+    """Refuse another precision than ``PRECISIONS``."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+
+
 class Encoder:
     """A frozen encoder with its weights.
 
@@ -32,8 +38,7 @@ class Encoder:
         precision: str = "fp32",
         weights_sha256: str | None = None,
     ):
-        if precision not in PRECISIONS:
-            raise InputError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.row, self.precision = row, precision
         self.weights_sha256 = weights_sha256 or hash_state(network.state_dict())
         self.device = torch.device(device)
