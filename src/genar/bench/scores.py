@@ -33,8 +33,8 @@ class BenchScores:
     def row(self, key: Key) -> dict[str, tuple[float, float, float]]:
         """Metric -> value, low, high: means over the held-out sections."""
         values = intervals.over_sections(list(self.sampled[key].values()))
-        row = {name: intervals.interval(v) for name, v in values.items()}
-        return {**row, "coverage_90": (self.coverage[key],) * 3}
+        row, held = {name: intervals.interval(v) for name, v in values.items()}, self.coverage[key]
+        return {**row, "coverage_90": (held, held, held)}
 
     def gain(self, cohort: str, ours: str, rival: str) -> dict[str, tuple[float, float, float]]:
         """The paired difference of two methods, the same form."""
