@@ -1,5 +1,6 @@
 """A recipe's tables as CSV, Markdown and LaTeX: values with 95 % intervals, and the paper's value beside ours."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,10 +47,10 @@ def paper_results() -> dict[tuple[str, str, str], dict[str, float]]:
     """(table, data set, row) -> our name of the metric -> the paper's value."""
     path = next(p for p in shipped() if p.name == "paper_results.csv")
     found: dict[tuple[str, str, str], dict[str, float]] = {}
-    table = pd.read_csv(path, dtype={"table": str})
-    columns = (table[name].tolist() for name in ("table", "dataset", "method", "metric", "value"))
-    for number, dataset, method, metric, value in zip(*columns, strict=True):
-        found.setdefault((number, dataset, method), {})[PAPER_METRICS[metric]] = float(value)
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["table"], row["dataset"], row["method"]
+            found.setdefault(key, {})[PAPER_METRICS[row["metric"]]] = float(row["value"])
     return found
 
 
@@ -226,8 +227,8 @@ def _runs_grid(runs: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         checkpoints = [v[:8] for v in dict.fromkeys(part["checkpoint_sha256"])]
         rows.append([
             str(data), str(method), _join(v for v in dict.fromkeys(part["seed"]) if v != "") or _NONE,
-            _join(dict.fromkeys(part["encoder"])), str(len(part)), _number(float(part["seconds_training"].mean())),
-            _number(float(part["peak_rss_mib"].max())), *short.values(),
+            _join(dict.fromkeys(part["encoder"])), str(len(part)), _number(float(np.mean(part["seconds_training"]))),
+            _number(float(np.max(part["peak_rss_mib"]))), *short.values(),
             _join(checkpoints[:4]) + (", …" if len(checkpoints) > 4 else ""),
         ])  # fmt: skip
     if not any(row[0] for row in rows):

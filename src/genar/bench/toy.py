@@ -29,8 +29,7 @@ def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
     """The toy of a recipe, the folder of its simulated sections and that of their features, all under ``folder``.
 
     Sections become two simulated ones, the panel 25 of their genes, encoders tiny networks; one seed, one epoch and, of
-    protocol ``section``, one fold stay. What is not of the size stays as it is: methods, protocol, tables, figure,
-    groups.
+    protocol ``section``, one fold stay. What is not of the size stays: methods, protocol, tables, figure, groups.
     """
     tissue = folder / "sections"
     if not all((tissue / "st" / f"{section}.h5ad").is_file() for section in SECTIONS):
