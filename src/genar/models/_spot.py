@@ -1,4 +1,4 @@
-"""What the methods that see one spot at a time share: standardised features in, and sums that round alike in any batch."""
+"""What the methods that see one spot at a time share: standardised features, and sums that round alike in any batch."""
 
 import abc
 from collections.abc import Callable

@@ -7,6 +7,7 @@ soft targets are all but hard.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,10 @@ class BLEEP(RetrievalRival):
     """Image and expression embedded by a soft contrastive loss; predicts the mean of the 50 nearest training spots."""
 
     config = BLEEPConfig
-    presets = {"small": {}, "official": {}}
+    presets: ClassVar = {"small": {}, "official": {}}
     # Published: AdamW 1e-3, decay 1e-3, batch 256, no schedule, no clipping, 4 epochs of 9,000 spots (140 steps).
     # A few hundred spots need more epochs for as many steps.
-    train_defaults = {
+    train_defaults: ClassVar = {
         "max_epochs": 60, "batch_size": 256, "lr": 1e-3, "weight_decay": 1e-3, "schedule": "constant",
         "warmup_steps": 0, "clip": 0.0, "ema_decay": 0.0,
     }  # fmt: skip
