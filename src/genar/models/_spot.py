@@ -32,6 +32,8 @@ class SpotRival(Rival):
     """A method whose spots know nothing of each other. Features come in with mean 0 and standard deviation 1 over the
     training spots."""
 
+    block: int = BLOCK
+    """spots that go through at a time in a prediction"""
     feature_mean: Tensor
     feature_scale: Tensor
 
@@ -55,7 +57,7 @@ class SpotRival(Rival):
     @torch.no_grad()
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """See :meth:`predict_block`; spots go through in blocks of one shape."""
-        return in_blocks(lambda part: self.predict_block(part, how), batch)
+        return in_blocks(lambda part: self.predict_block(part, how), batch, self.block)
 
     @abc.abstractmethod
     def predict_block(self, batch: Batch, how: Decoding) -> Counts:
