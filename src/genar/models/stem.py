@@ -144,7 +144,7 @@ class STEM(SpotRival):
     # Published: AdamW 1e-4, no decay, batch 256, constant rate, no clipping, averaging 0.9999, 300,000 steps. Here a
     # narrow denoiser takes a few hundred steps at a higher rate, averaged over as much of its shorter course.
     train_defaults: ClassVar = {
-        "max_epochs": 30, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.0, "schedule": "cosine",
+        "max_epochs": 30, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.0, "schedule": "cosine",
         "warmup_steps": 20, "clip": 1.0, "ema_decay": 0.99,
     }  # fmt: skip
     decoding_defaults: ClassVar = {"samples": 5}
