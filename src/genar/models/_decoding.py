@@ -32,6 +32,8 @@ class Decoding:
     """draws are among the so many likeliest classes; 0 for all"""
     top_p: float = 1.0
     """draws are among the fewest classes that hold this share of the probability"""
+    steps: int = 0
+    """denoising steps of a model that diffuses; 0: as many as it takes by default"""
     layers: tuple[str, ...] = ("mean", "log1p_mean", "p_zero")
     """what is kept: ``mean``, ``log1p_mean`` (expectation of ln(1 + count)), ``p_zero``, ``sd``, and any quantile as
     ``q05``"""
@@ -41,6 +43,8 @@ class Decoding:
             raise InputError(f"decode must be one of {', '.join(DECODINGS)}, found {self.decode!r}")
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, found {self.samples}")
+        if self.steps < 0:
+            raise InputError(f"steps must be at least 0, found {self.steps}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be > 0, found {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
