@@ -1,0 +1,100 @@
+"""What the methods that see a whole section at once share: standardised features or pixels in, log2(1 + count) out."""
+
+import abc
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as fn
+
+from genar.errors import InputError
+from genar.models._base import Batch, Counts, LossOutput, Spots, log2p1
+from genar.models._decoding import DEFAULT, Decoding
+from genar.models._rival import Rival
+from genar.models.ridge import mean_and_scale
+
+INPUTS = ("features", "patches")
+
+
+def check_input(model: str, value: str) -> None:
+    """Refuse what is neither ``features`` nor ``patches``."""
+    if value not in INPUTS:
+        raise InputError(f"model {model}: input must be one of {', '.join(INPUTS)}, found {value!r}")
+
+
+def turned(x: Tensor) -> Tensor:
+    """Each of x [N, ..., px, px] in one of its eight positions, drawn at random."""
+    draw = torch.randint(8, (len(x),), device=x.device)
+    out = torch.empty_like(x)
+    for position in range(8):
+        one = x[draw == position].rot90(position % 4, (-2, -1))
+        out[draw == position] = one.flip(-1) if position > 3 else one
+    return out
+
+
+class SectionRival(Rival):
+    """A method whose spots see each other: ``forward`` takes all spots of one section.
+
+    Features come in standardised and outputs go out as differences from the genes' means, both of the training spots.
+    """
+
+    unit = "section"
+    patch_px: ClassVar[int] = 224
+    """side of the patches that ``input=patches`` takes; others are resized"""
+    n_crops: ClassVar[int] = 1
+    """crops of each spot that ``input=patches`` takes"""
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+    gene_mean: Tensor
+
+    def __init__(self, n_features: int, n_genes: int, config, **sizes: int):
+        super().__init__(n_features, n_genes, config, **sizes)
+        self.register_buffer("feature_mean", torch.zeros(n_features))
+        self.register_buffer("feature_scale", torch.ones(n_features))
+        self.register_buffer("gene_mean", torch.zeros(n_genes))
+
+    def prepare(self, spots: Spots) -> None:
+        """Set the training spots' means and scales. Raises ``InputError`` where patches are asked for and missing."""
+        assert spots.counts is not None
+        if self.takes_patches and spots.patches is None:
+            raise InputError(f"model {self._name()}: input=patches needs patches, and the sections came without")
+        mean, scale = mean_and_scale(spots.features.mean(dim=1))
+        self.feature_mean.copy_(mean)
+        self.feature_scale.copy_(scale)
+        self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
+
+    @property
+    def takes_patches(self) -> bool:
+        """Whether it was set up for pixels."""
+        return getattr(self.settings, "input", "features") == "patches"
+
+    def standardised(self, batch: Batch) -> Tensor:
+        """Features [N, F] with mean 0 and standard deviation 1 over the training spots."""
+        return (batch.features - self.feature_mean) / self.feature_scale
+
+    def pixels(self, batch: Batch, rows: Tensor | slice = slice(None), *, turn: bool = False) -> Tensor:
+        """Patches float32 [n, crops, 3, px, px] in -1..1, of the size that the method takes; with ``turn`` all crops
+        of a spot are turned and mirrored at random alike. Raises ``InputError`` where crops are missing."""
+        if batch.patches is None or batch.patches.shape[1] < self.n_crops:
+            found = "none" if batch.patches is None else str(batch.patches.shape[1])
+            raise InputError(f"model {self._name()}: expected {self.n_crops} patches a spot, found {found}")
+        x = batch.patches[rows, : self.n_crops].float() / 127.5 - 1
+        if x.shape[-1] != self.patch_px:
+            sized = fn.interpolate(x.flatten(0, 1), (self.patch_px, self.patch_px), mode="bilinear", antialias=True)
+            x = sized.unflatten(0, x.shape[:2])
+        return turned(x) if turn else x
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """log2(1 + count) [N, G] of the spots of one section, unbounded."""
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Mean squared error in log2(1 + count)."""
+        assert batch.counts is not None
+        total = fn.mse_loss(self(batch), log2p1(batch.counts))
+        return LossOutput(total, total.detach()[None])
+
+    def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
+        """One pass over the section; below zero is raised to zero here and nowhere before."""
+        return Counts.from_log2(self(batch))
