@@ -288,7 +288,7 @@ def _figure(path: Path, facts: Mapping, names: Sequence[str]) -> FigureOfRecipe 
     shown, genes = tuple(map(str, entry.get("methods", names))), entry["genes"]
     _known(path, "figure", shown, names)
     cohorts = [dataset(str(name)).name for name in facts.get("datasets", ())] or [""]
-    genes = genes if isinstance(genes, dict) else dict.fromkeys(cohorts, list(genes))
+    genes = genes if isinstance(genes, dict) else {cohort: list(genes) for cohort in cohorts}
     if set(genes) != set(cohorts):
         raise InputError(f"{path}: figure names genes of {', '.join(genes)}; expected those of {', '.join(cohorts)}")
     return FigureOfRecipe({c: tuple(map(str, g)) for c, g in genes.items()}, shown, str(entry.get("section", "")))
