@@ -1,6 +1,7 @@
 """What the methods that see a whole section at once share: standardised features or pixels in, log2(1 + count) out."""
 
 import abc
+
 import torch
 from torch import Tensor
 from torch.nn import functional as fn
