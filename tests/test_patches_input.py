@@ -29,7 +29,7 @@ SET = ["--set", "max_epochs=3", "--set", "batch_size=13", "--set", "lr=0.003", "
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=5, n_cols=5, n_genes=60)
+    config = TissueConfig(n_rows=5, n_cols=5, n_genes=80)
     return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
 
 
