@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from commands import run as genar
 from genar import bench
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
@@ -12,6 +13,7 @@ RECIPE = """
 title: toy
 sections: [A, B]
 n_genes: 12
+encoder: genar.bench.toy:narrow_encoder
 seeds: [1, 2]
 methods:
   - {name: "ridge!", model: ridge}
@@ -22,23 +24,24 @@ methods:
 compare:
   - [tiny, ridge!]
 """
+SMALL = TissueConfig(n_rows=5, n_cols=5, n_genes=80, counts_per_nucleus=20)
 
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=6, n_cols=6, n_genes=80)
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B", "C"), seed=1, config=config)
+    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B", "C"), seed=1, config=SMALL)
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    (tmp_path / "toy.yaml").write_text(RECIPE)
+def read(tmp_path, text=RECIPE, **changes):
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "toy.yaml").write_text(text)
     return bench.read_recipe(str(tmp_path / "toy.yaml"))
 
 
-def test_a_recipe_runs_once_and_writes_its_tables(recipe, tissue, tmp_path):
-    said = []
-    out = tmp_path / "out"
+def test_a_recipe_runs_once_and_writes_its_tables(tissue, tmp_path):
+    said, recipe, out = [], read(tmp_path), tmp_path / "out"
     options = {"features": tmp_path / "features", "say": said.append}
     assert bench.bench_run(recipe, tissue, out, dry_run=True, **options) is None
     assert not out.exists()
@@ -46,47 +49,158 @@ def test_a_recipe_runs_once_and_writes_its_tables(recipe, tissue, tmp_path):
     result = bench.bench_run(recipe, tissue, out, **options)
     assert list(result.table.index) == ["ridge!", "knn", "tiny"]
     table = pd.read_csv(out / "table.csv", index_col=0)
-    assert (table["mse_low"] <= table["mse"]).all()
-    assert (table["mse"] <= table["mse_high"]).all()
+    for metric, rows in (("mse", table), ("pcc_200", table.drop("knn"))):  # knn is constant on so few spots
+        assert (rows[f"{metric}_low"] <= rows[metric]).all()
+        assert (rows[metric] <= rows[f"{metric}_high"]).all()
     difference = table.loc["tiny", "mse"] - table.loc["ridge!", "mse"]
     assert result.differences.loc["tiny minus ridge!", "mse"] == pytest.approx(difference, abs=1e-5)
     assert "| tiny minus ridge! |" in (out / "table.md").read_text()
-    run = next((out / "runs").glob("tiny-*")) / "A-2"
+    run = next((out / "runs").glob("genar-*")) / "A-2"
     facts = json.loads((run / "run.json").read_text())
     assert facts["seeds"]["training"] == 2
     assert set(facts["data"]) == {"A", "B"}  # C is not of the recipe
-    told = json.loads((run / "metrics.json").read_text())["A"]["tiny" if "tiny" in facts else "genar"]
+    assert facts["peak_rss_mib"] is None or 50 < facts["peak_rss_mib"] < 50_000
     by_section = pd.read_csv(out / "by_section.csv", index_col=[0, 1])
-    mse = [json.loads(p.read_text())["A"]["genar"]["mse"] for p in (run.parent).glob("A-*/metrics.json")]
-    assert by_section.loc[("tiny", "A"), "mse"] == pytest.approx(np.mean(mse), rel=1e-4)
-    assert 0 < told["coverage_90"] <= 1
+    told = [json.loads(p.read_text())["A"]["genar"] for p in run.parent.glob("A-*/metrics.json")]
+    assert len(told) == 2
+    for metric in ("mse", "pcc_10", "pcc_50", "pcc_200"):
+        mean = np.mean([scores[metric] for scores in told])
+        assert by_section.loc[("tiny", "A"), metric] == pytest.approx(mean, rel=1e-4)
+    assert 0 < table.loc["tiny", "coverage_90"] <= 1
+    assert table.loc["tiny", "seeds"] == "1 2"
+    assert facts["checkpoint_sha256"] in table.loc["tiny", "checkpoint_sha256"]
+    assert facts["panel_sha256"] in table.loc["tiny", "panel_sha256"]
+    assert table.loc["tiny", "seconds_training"] >= 0
     said.clear()
     bench.bench_run(recipe, tissue, out, **options)
     assert len(said) == 1
     assert "8 of them there already" in said[0]
 
 
-def test_recipes_of_the_package_are_sound():
-    for name in bench.recipe_names():
-        recipe = bench.read_recipe(f"recipes/{name}.yaml")
-        assert recipe.methods
-        assert len({method.folder for method in recipe.methods}) == len(recipe.methods)
+def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
+    recipe, options = read(tmp_path, **{"[1, 2]": "[1]"}), {"features": tmp_path / "features", "say": lambda line: None}
+    whole = bench.bench_run(recipe, tissue, tmp_path / "whole", **options)
+    calls = []
+
+    def killed(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 5:  # the network's first run, trained and not yet scored
+            raise KeyboardInterrupt
+        return predict(*arguments, **more)
+
+    from genar import runs
+
+    predict = runs.predict_section
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "predict_section", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench.bench_run(recipe, tissue, tmp_path / "out", **options)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*/run.json")}
+    assert len(finished) == 4
+    assert not (tmp_path / "out/table.csv").exists()
+    said = []
+    result = bench.bench_run(recipe, tissue, tmp_path / "out", **{**options, "say": said.append})
+    assert len(said) == 1 + 2
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    pd.testing.assert_frame_equal(result.table, whole.table, rtol=1e-4)  # a resumed fit is equal but for rounding
+
+
+def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
+    again = '  - {name: "ridge!", model: ridge}\n  - {name: the same, model: ridge}\n'
+    recipe = read(tmp_path, **{'  - {name: "ridge!", model: ridge}\n': again})
+    plan = bench.plan_runs(recipe, tissue, tmp_path / "out")
+    assert len(plan.runs) == 10
+    assert len(plan.waiting) == 8
+    other = bench.plan_runs(read(tmp_path, **{"n_genes: 12": "n_genes: 11"}), tissue, tmp_path / "out")
+    assert not set(other.waiting) & set(plan.waiting)  # another panel is another run
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("model: knn", "model: magic"), "magic"),
+        (("model: knn", "model: magic"), "method 'knn': model 'magic' is not known; expected one of"),
         (("[tiny, ridge!]", "[tiny, rigde]"), "rigde"),
-        (("seeds:", "seedz:"), "seeds"),
-        (("width: 16", "widht: 16"), "width"),
-        (("sections: [A, B]", "sections: [A, Z]"), "Z"),
+        (("seeds:", "seedz:"), "seedz"),
+        (("seeds: [1, 2]", "seeds: [1, 1]"), "seeds must be"),
+        (("width: 16", "widht: 16"), "widht"),
+        (("width: 16", "width: 15"), "multiple of heads"),
+        (("model: knn", "model: knn, colour: red"), "colour"),
+        (("title: toy", "protocol: magic"), "protocol 'magic' is not known; expected one of section, paper"),
+        (("title: toy", "protocol: paper"), "protocol paper needs data sets"),
+        (("title: toy", "protocol: patient"), "patient of 2 of 2 sections is not known"),
+        (("title: toy", "panel: nowhere.txt"), "nowhere.txt"),
+        (("title: toy", "held_out: [Z]"), "Z"),
+        (("title: toy", "encoder2: uni"), "encoder2"),
+        (("model: knn", "model: knn, encoder: magic"), "magic"),
+        (("title: toy", "figure: {genes: [X], methods: [nobody]}"), "nobody"),
+        (("title: toy", "tables: {one: [nobody]}"), "nobody"),
+        (("title: toy", "tables: {one: {rows: [knn], colour: red}}"), "colour"),
+        (("title: toy", "datasets: [her2st]"), "both"),
+        (("sections: [A, B]", "datasets: [magic]"), "magic"),
+        (("sections: [A, B]", "sections: [A, Z]"), "1 of 2 sections .Z."),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(change, says, tissue, tmp_path):
-    (tmp_path / "toy.yaml").write_text(RECIPE.replace(*change))
+    def wrong():
+        recipe = read(tmp_path, RECIPE.replace("encoder: genar.bench.toy:narrow_encoder\n", ""), **dict([change]))
+        bench.bench_run(recipe, tissue, tmp_path / "out", say=lambda line: None)
+
     with pytest.raises(InputError, match=says):
-        bench.bench_run(bench.read_recipe(str(tmp_path / "toy.yaml")), tissue, tmp_path / "out", say=lambda line: None)
+        wrong()
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="her2st_small"):
         bench.read_recipe("nowhere.yaml")
+
+
+def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_tissue(tmp_path / "data" / "PRAD", ("MEND145", "MEND139"), config=SMALL)
+    (tmp_path / "data" / "PRAD" / "wsis" / "MEND139.tif").unlink()
+    (tmp_path / "r.yaml").write_text(
+        "datasets: [prad]\nprotocol: paper\npanel: genes200_{dataset}.txt\nencoder: uni\nmethods:\n"
+        "  - {name: one, model: ridge}\n  - {name: two, model: ridge, encoder: resnet18}\n"
+        '  - {name: three, model: ridge, encoder: "import:conch"}\n'
+    )
+    words = ("bench", tmp_path / "r.yaml", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert genar(monkeypatch, *words, "--dry-run") == 0
+    told = capsys.readouterr().out
+    for line in (
+        "missing: prad: 21 of 23 sections (MEND140, MEND141, MEND142, …), looked in",
+        "missing: weights of encoder uni, not in the hub's cache; ask for access at https://huggingface.co/MahmoodLab/UNI",
+        "missing: weights of encoder resnet18, not in the hub's cache; `hf download timm/resnet18.tv_in1k`",
+        "missing: features import:conch of 2 sections (MEND139, MEND145)",
+        "missing: images of 1 sections (MEND139)",
+    ):
+        assert line in told
+    assert told.count("images of") == 2  # of each encoder that would read them, and not for imported features
+    assert genar(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "21 of 23 sections" in error
+    assert "MahmoodLab/UNI" in error
+    assert not (tmp_path / "out").exists()
+    assert genar(monkeypatch, "bench", tmp_path / "r.yaml", "--out", tmp_path / "out") == 2
+    assert "no --data given" in capsys.readouterr().err
+
+
+def test_weights_are_looked_for_without_the_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from genar import encoders
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert encoders.weights_state("efficientnet_lite0") == "embedded"
+    assert encoders.weights_state("genar.bench.toy:wide_encoder") == "embedded"
+    assert encoders.weights_state("resnet18") == "offline"
+    assert encoders.weights_state("timm/resnet18") == "offline"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert encoders.weights_state("resnet18") == "open"
+    assert encoders.weights_state("uni") == "gated"
+    assert encoders.hub_of("timm/resnet18").startswith("timm/resnet18")
+    kept = tmp_path / "models--MahmoodLab--UNI"
+    for file in ("refs/main", "snapshots/1/pytorch_model.bin"):
+        (kept / file).parent.mkdir(parents=True)
+        (kept / file).write_text("1")
+    assert encoders.weights_state("uni") == "cached"

@@ -4,14 +4,19 @@ from pathlib import Path
 import pytest
 import torch
 
-MODEL = Path(__file__).parent.parent / "benchmarks" / "model.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_model", MODEL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("model")
     for size in module.SIZES:
         module.SIZES[size] = (16, 1, 2)
     return module
@@ -33,3 +38,11 @@ def test_plain_and_ours_start_alike(bench):
     """Both share the design, so fresh networks are about equally wrong."""
     losses = [bench.build(variant, "released", (1, 4, 12))[1](16).item() for variant in ("plain", "tokens")]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_evaluation_times_what_it_says(capsys):
+    scores = load("evaluation").main(60, 12, 30)
+    assert {len(values) for values in scores.values()} == {31}
+    said = capsys.readouterr().out
+    assert "metrics of all resamples" in said
+    assert f"{scores['mse'][0]:8.4f} (" in said

@@ -98,6 +98,12 @@ def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatc
     of_run = json.loads((trained[0] / "metrics.json").read_text())
     assert metrics["B"]["prediction"] == of_run["B"]["genar"]
     assert metrics["B"]["prediction_mean"] == of_run["B"]["genar_mean"]
+    # the prediction knows its training counts and its distribution
+    told = {"pcc_top50_mean", "pcc_top50_variance", "coverage_50", "coverage_90", "crps", "nll_moments", "zero_brier"}
+    assert told <= set(metrics["B"]["prediction_mean"])
+    assert set(of_run["B"]["ridge"]) >= {"pcc_top50_mean", "moran_pcc", "gene_gene_pcc"}
+    intervals = json.loads((tmp_path / "scores" / "intervals.json").read_text())["B"]["methods"]
+    assert intervals["prediction_mean"]["mse"][0] == pytest.approx(of_run["B"]["genar_mean"]["mse"], rel=1e-5)
 
 
 def test_check_draws_every_section(tissue, tmp_path, monkeypatch, capsys):
@@ -286,7 +292,7 @@ def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeyp
     assert set(sampled.layers) == {"sd", "q25"}
     assert sampled.uns["genar"]["prediction"]["top_k"] == 1
     assert (sampled.X != greedy.X).nnz == 0  # the likeliest class alone is the likeliest class
-    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q95"}
+    assert set(greedy.layers) == {"mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95"}
     assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
     assert_one_line(capsys, "width")
 
@@ -350,3 +356,18 @@ def test_real_sections_pass_the_check(shared, tmp_path, monkeypatch, capsys):
     assert [row["section"] for row in rows] == ["SPA138", "SPA139", "SPA140", "SPA141"]
     assert all(abs(row["mpp_by"]["image"] / row["mpp"] - 1) < 0.01 for row in rows)
     assert read_section(shared / "data" / "her2st" / "st" / "SPA138.h5ad").n_obs == 181
+
+
+def test_train_reads_features_of_another_precision_and_predict_the_same(tissue, store, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "features", tissue, "--out", store, "--views", 1, "--precision", "bf16") == 0
+    stores = sorted(path.name for path in store.glob("*.zarr"))
+    words = ["--model", "ridge", "--features", store, "--views", 1, "--n-genes", 20, "--encoder-precision", "bf16"]
+    assert run(monkeypatch, "train", tissue, "--test", "B", "--out", tmp_path / "run", *words) == 0
+    again = ["predict", f"{tissue}:B", "--model", tmp_path / "run", "--out", tmp_path / "b.h5ad", "--features", store]
+    assert run(monkeypatch, *again) == 0
+    assert sorted(path.name for path in store.glob("*.zarr")) == stores  # nothing was embedded anew
+    first, second = (anndata.read_h5ad(p) for p in (tmp_path / "run/predictions/B.h5ad", tmp_path / "b.h5ad"))
+    assert (first.X != second.X).nnz == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "train", tissue, "--out", tmp_path / "x", "--encoder-precision", "int8") == 2
+    assert "fp32, bf16, fp16" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from genar import cli
 from genar.encoders import ENCODERS, Encoder, EncoderRow, build_network, load_encoder
 from genar.encoders.networks import load_transformers, pooled
 from genar.encoders.table import CLASS, CLASS_AND_MEAN
+from genar.encoders.towers import POOLERS
 from genar.encoders.weights import read_state
 from genar.errors import InputError
 
@@ -33,7 +34,7 @@ def small(name):
     if name not in BIG:
         return row
     ours = row.library == "timm"
-    side_px = 4 * row.arguments.get("patch_size", 16 if name == "uni" else 14)
+    side_px = 4 * row.arguments.get("patch_size", 16 if "patch16" in row.architecture else 14)
     depth, size = ("depth", "img_size") if ours else ("num_hidden_layers", "image_size")
     return replace(row, input_px=side_px, arguments={**row.arguments, depth: 1, size: side_px})
 
@@ -147,10 +148,73 @@ def test_unknown_precision_is_refused():
         load_encoder(precision="int8")
 
 
+# -- attention poolers ----------------------------------------------------------------------------------------------
+
+TOWERS = [name for name, row in ENCODERS.items() if row.pooler]
+
+
+def by_hand(q, k, v, out):
+    """Eight heads of attention of one query, head after head."""
+    width, parts = q.shape[-1] // 8, []
+    for head in range(8):
+        part = slice(head * width, (head + 1) * width)
+        weight = (k[:, :, part] @ q[:, part, None] / width**0.5).softmax(dim=1)
+        parts.append((weight * v[:, :, part]).sum(dim=1))
+    return out(torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("kind", POOLERS)
+def test_pooler_is_attention_of_one_query(kind):
+    torch.manual_seed(0)
+    pooler, tokens = POOLERS[kind](16, 24).eval(), torch.randn(3, 5, 24)
+    for norm in (pooler.ln_q, pooler.ln_k):
+        torch.nn.init.normal_(norm.weight)
+    query, x = pooler.ln_q(pooler.query).expand(3, -1), pooler.ln_k(tokens)
+    if kind == "joint":
+        attn, bias = pooler.attn, pooler.attn.in_proj_bias.data.normal_().chunk(3)
+        weights = (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight)
+        q, k, v = (z @ w.T + b for z, w, b in zip((query, x, x), weights, bias, strict=True))
+        expected = by_hand(q, k, v, attn.out_proj)
+    else:
+        expected = by_hand(pooler.to_q(query), *pooler.to_kv(x).chunk(2, dim=2), pooler.to_out)
+    torch.testing.assert_close(pooler(tokens), expected)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_tower_is_read_from_a_file_of_the_whole_model(name, tmp_path, monkeypatch):
+    row = small(name)
+    monkeypatch.setitem(ENCODERS, name, row)
+    network, x = random_network(row), random_patches(row, 2)
+    state = {f"visual.{key}" if name == "conch" else key: tensor for key, tensor in network.state_dict().items()}
+    beside = {"visual.proj_contrast": torch.ones(2, 2), "text.w": torch.ones(2), "logit_scale": torch.ones(())}
+    torch.save(state | (beside if name == "conch" else {}), tmp_path / "pytorch_model_vision.bin")
+    torch.testing.assert_close(load_encoder(name, weights=tmp_path)(x), Encoder(row, network)(x))
+    state.popitem()
+    torch.save(state, tmp_path / "pytorch_model_vision.bin")
+    with pytest.raises(InputError, match="not weights of this network"):
+        load_encoder(name, weights=tmp_path)
+
+
+def test_positions_of_a_smaller_grid_are_stretched(tmp_path, monkeypatch):
+    row = small("conch_v1_5")
+    monkeypatch.setitem(ENCODERS, row.name, row)
+    network = random_network(row)
+    state, width = network.state_dict(), network.trunk.embed_dim
+    plane = torch.arange(2.0)[None, :, None, None].expand(1, 2, 2, width)  # falls from row to row
+    state["trunk.pos_embed"] = torch.cat([torch.full((1, 1, width), 7.0), plane.reshape(1, 4, width)], dim=1)
+    torch.save(state, tmp_path / "weights.bin")
+    stretched = load_encoder(row.name, weights=tmp_path)._network.trunk.pos_embed
+    assert stretched.shape == (1, 17, width)
+    assert (stretched[0, 0] == 7).all()
+    rows = stretched[0, 1:, 0].reshape(4, 4)
+    torch.testing.assert_close(rows, rows[:, :1].expand(4, 4))
+    assert (rows[1:, 0] > rows[:-1, 0]).all()
+
+
 # -- weights of transformers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["phikon", "phikon_v2"])
+@pytest.mark.parametrize("name", ["phikon", "phikon_v2", "hibou_l"])
 def test_transformers_weights_are_read_from_file_and_folder(name, tmp_path, monkeypatch):
     row = small(name)
     monkeypatch.setitem(ENCODERS, name, row)

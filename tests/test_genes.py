@@ -192,7 +192,7 @@ def test_a_panel_of_no_genes_is_refused(sections, recipe, n_genes):
 
 
 def test_what_cannot_be_selected_from_is_refused(sections):
-    with pytest.raises(InputError, match="recipe 'best' is not known; expected one of paper, clean"):
+    with pytest.raises(InputError, match="recipe 'best' is not known; expected one of clean, paper"):
         select_panel(sections, recipe="best")
     with pytest.raises(InputError, match="no gene in common"):
         select_panel([sections[0], random_section(["ENSG1", "ENSG2"], "S3")])

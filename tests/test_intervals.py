@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from genar.evaluation import intervals, metrics
+from genar.evaluation import calibration, intervals, metrics
 
 
 def arrays(n=40, g=6):
@@ -53,7 +53,82 @@ def test_calibration_counts_what_lies_inside():
     low, high = (
         np.broadcast_to(np.quantile(truth, q, axis=0, method="inverted_cdf"), truth.shape) for q in (0.05, 0.95)
     )
-    found = metrics.calibration(low, high, truth)
+    found = calibration.interval_scores(low, high, truth)
     assert found["coverage_90_mean_above_100"] == pytest.approx(0.9, abs=0.01)
     assert found["coverage_90_mean_below_10"] >= 0.9
     assert found["width_90"] == pytest.approx((high - low).mean())
+
+
+def test_rvd_and_the_tops_are_those_of_the_drawn_spots():
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(40, 60)) + 3
+    predicted = truth + random.normal(size=truth.shape) * np.linspace(0.2, 4, 60)
+    weights = intervals.resample_weights(40, 20, seed=1)
+    scores = intervals.resampled_scores(predicted, truth, weights)
+    chosen = np.argsort(-metrics.pcc(predicted, truth))
+    for r in (0, 5, 20):
+        drawn = np.repeat(np.arange(40), np.rint(weights[r] * 40).astype(int))
+        pcc = metrics.pcc(predicted[drawn], truth[drawn])
+        for n in (10, 50):
+            assert scores[f"pcc_{n}"][r] == pytest.approx(pcc[chosen[:n]].mean(), abs=1e-5)
+        assert scores["rvd"][r] == pytest.approx(metrics.rvd(predicted[drawn], truth[drawn]).mean(), rel=1e-4)
+    assert scores["pcc_10"][0] == pytest.approx(metrics.top_mean(metrics.pcc(predicted, truth), 10))
+    low, high = intervals.interval(scores["pcc_10"])[1:]
+    assert low < scores["pcc_10"][0] < high  # chosen anew in each resample, the low end would lie above
+
+
+def test_a_gene_that_varies_in_spots_that_were_not_drawn_is_constant():
+    truth = np.random.default_rng(0).normal(size=(50, 2)) + 5
+    truth[:, 1] = 0.0
+    truth[7, 1] = 3.0
+    predicted = truth + np.random.default_rng(1).normal(size=truth.shape)
+    weights = intervals.resample_weights(50, 200)
+    scores = intervals.resampled_scores(predicted, truth, weights)
+    without = np.flatnonzero(weights[:, 7] == 0)
+    assert len(without) > 30
+    for r in without[:20]:
+        drawn = np.repeat(np.arange(50), np.rint(weights[r] * 50).astype(int))
+        assert scores["pcc_200"][r] == pytest.approx(metrics.pcc(predicted[drawn], truth[drawn])[0], abs=1e-5)
+    # however small a gene's values are, it is not taken for constant
+    small = intervals.resampled_scores(1e-9 * predicted, 1e-9 * truth, weights)
+    np.testing.assert_allclose(small["pcc_200"], scores["pcc_200"], atol=1e-6)
+
+
+def test_paired_differences_are_narrower_than_the_methods_intervals():
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(60, 5)) * 3
+    shared = random.normal(size=truth.shape)
+    weights = intervals.resample_weights(60, 400)
+    ours, rival = (
+        intervals.resampled_scores(truth + shared + s * random.normal(size=truth.shape), truth, weights)
+        for s in (0.1, 0.4)
+    )
+    value, low, high = intervals.paired_differences(ours, rival)["mse"]
+    assert value == pytest.approx(ours["mse"][0] - rival["mse"][0])
+    assert low < value < high < 0
+    _, alone_low, alone_high = intervals.interval(ours["mse"])
+    assert high - low < alone_high - alone_low
+
+
+def test_across_sections_is_wider_where_sections_differ():
+    sections = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        truth = random.normal(size=(80, 4))
+        predicted = truth + (0.2 + 0.3 * seed) * random.normal(size=truth.shape)
+        sections.append(intervals.resampled_scores(predicted, truth, intervals.resample_weights(80, 500, seed=seed)))
+    within, across = intervals.over_sections(sections), intervals.across_sections(sections)
+    for name in ("mse", "pcc_200"):
+        (value, low, high), (same, wide_low, wide_high) = (intervals.interval(s[name]) for s in (within, across))
+        assert same == pytest.approx(value)
+        assert wide_high - wide_low > 2 * (high - low)
+    # the spread over sections: that of a mean of six draws from them
+    spread = np.std([section["mse"][0] for section in sections]) / np.sqrt(6)
+    assert np.std(across["mse"][1:]) == pytest.approx(spread, rel=0.25)
+    one = intervals.across_sections(sections[:1])
+    assert set(one["mse"][1:]) <= set(sections[0]["mse"][1:])
+    np.testing.assert_array_equal(intervals.across_sections(sections)["mse"], across["mse"])
+
+
+def test_seeds_of_sections_repeat_and_differ():
+    assert intervals.seed_of("SPA148") == intervals.seed_of("SPA148") != intervals.seed_of("SPA149")

@@ -21,9 +21,12 @@ ROOMS = [
     "prediction",
     "evaluation",
     "report",
+    "assess",
     "recipes",
     "runs",
+    "groups",
     "bench",
+    "_console",
     "cli",
 ]  # each imports itself and those before
 EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")
@@ -86,7 +89,7 @@ def test_no_room_is_entered_from_below(module):
         ("genar.genes", "from genar.models import Model"),
         ("genar.genes", "from genar import features"),
         ("genar.genes", "def f():\n    import genar.cli"),
-        ("genar.genes", "from . import encoders"),
+        ("genar.genes", "from .. import encoders"),
         ("genar.data.slide", "from ..genes import Panel"),
         ("genar.data", "from .. import genes"),
         ("genar.data.slide", "import numpy\nimport torch.nn.functional"),

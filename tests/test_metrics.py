@@ -338,9 +338,61 @@ def test_written_scores(pair, tmp_path):
 
     table = pd.read_csv(outputs["per_gene"])
     assert list(table.columns[:3]) == ["section", "method", "gene"]
-    assert set(table.columns[3:]) == {*metrics.PER_GENE, "mean_count"}
+    assert set(table.columns[3:]) == {*metrics.PER_GENE, "mean_count", "moran_predicted", "moran_truth"}
     assert len(table) == 3 * 12
     assert not table.duplicated(["section", "method", "gene"]).any()
     mine = table[(table["section"] == "S1") & (table["method"] == "genar")].set_index("gene")
     np.testing.assert_allclose(mine["pcc"], scores["S1"]["genar"].per_gene["pcc"], rtol=1e-5)
     assert table.loc[table["method"] == "mean", "pcc"].isna().all()
+
+
+def test_a_prediction_without_x_is_refused(pair):
+    bare = AnnData(obs=pair[0].obs[[]], var=pair[0].var[[]])
+    with pytest.raises(InputError, match="the prediction has no X"):
+        score(bare, pair[1])
+
+
+# --- arrays that cannot be scored, and torchmetrics
+
+
+@pytest.mark.parametrize("name", metrics.PER_GENE)
+@pytest.mark.parametrize(
+    ("predicted", "truth", "message"),
+    [
+        (np.zeros((3, 2)), np.zeros((3, 1)), r"one shape \[spots, genes\], found \(3, 2\) and \(3, 1\)"),
+        (np.zeros(3), np.zeros(3), "one shape"),
+        (np.zeros((0, 2)), np.zeros((0, 2)), "at least one spot and one gene to score, found 0 and 2"),
+        (np.array([[1.0], [np.nan]]), np.ones((2, 1)), r"prediction holds NaN .*\(first: spot 1, gene 0\)"),
+        (np.ones((2, 1)), np.array([[np.inf], [1]]), "truth holds NaN or infinite"),
+    ],
+)
+def test_arrays_that_cannot_be_scored_are_refused(name, predicted, truth, message):
+    with pytest.raises(InputError, match=message):
+        metrics.PER_GENE[name](predicted, truth)
+
+
+def test_one_spot_has_errors_and_no_correlation():
+    x, y = np.array([[1.0, 2.0]]), np.array([[1.0, 4.0]])
+    for name in ("pcc", "spearman", "rvd"):
+        assert np.isnan(metrics.PER_GENE[name](x, y)).all(), name
+    assert metrics.mse(x, y).tolist() == [0, 4]
+
+
+def test_metrics_are_those_of_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics.functional")
+    import torch
+
+    predicted, truth = map(metrics.log2p1, make_counts())
+    x, y = torch.tensor(predicted), torch.tensor(truth)
+    np.testing.assert_allclose(metrics.pcc(predicted, truth), torchmetrics.pearson_corrcoef(x, y), atol=1e-6)
+    np.testing.assert_allclose(metrics.spearman(predicted, truth), torchmetrics.spearman_corrcoef(x, y), atol=1e-4)
+    expected = torchmetrics.mean_squared_error(x, y, num_outputs=x.shape[1])
+    np.testing.assert_allclose(metrics.mse(predicted, truth), expected, rtol=1e-9)
+    assert metrics.mae(predicted, truth).mean() == pytest.approx(float(torchmetrics.mean_absolute_error(x, y)))
+
+
+def test_a_listed_mean_does_not_look_at_the_result():
+    values, by = np.array([0.9, np.nan, 0.1, 0.5]), np.array([1.0, 4.0, 3.0, 3.0])
+    assert metrics.listed_mean(values, by, 3) == pytest.approx(0.2)
+    assert metrics.listed_mean(values, by, 2) == pytest.approx(0.05)  # ties: the first
+    assert metrics.listed_mean(values, by, 99) == metrics.fixed_mean(values)

@@ -162,6 +162,17 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights(spots, tmp_path):
         torch.testing.assert_close(tensor, resumed.state_dict()[name], atol=1e-6, rtol=1e-5)
 
 
+def test_a_fit_that_was_killed_after_its_end_has_the_same_weights(spots, tmp_path):
+    """The resume file then holds the last epoch: the averages are taken, not what they average."""
+    config = train_config_from_dict({**vars(QUICK), "validation_share": 0.0})
+    states = []
+    for folder in (tmp_path, tmp_path):
+        model = new_model("genar", spots)
+        fit(model, spots, config, folder=folder)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_training_keeps_the_best_epoch(spots):
     config = train_config_from_dict({**vars(QUICK), "max_epochs": 6, "lr": 0.05, "patience": 2})
     summary = fit(new_model("genar", spots), spots, config)

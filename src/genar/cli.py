@@ -4,24 +4,15 @@ until then."""
 import json as json_module
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 import genar
+from genar._console import check_table, group_tables, interval_tables, progress_bar, score_tables
 from genar.errors import InputError
 
 app = typer.Typer(
@@ -99,7 +90,9 @@ def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> No
     say = _speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
     _tell_run(
-        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)), json, "simulated tissue, not a result on patients"
+        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)),
+        json,
+        "simulated tissue, not a result on patients",
     )
 
 
@@ -128,7 +121,7 @@ def check(
         spacing_um=spacing_um, mpp=mpp,
     )  # fmt: skip
     if not json:
-        console.print(_check_table(result))
+        console.print(check_table(result))
         for row in result.sections:
             if row.note or row.counts_from not in ("", "X"):
                 print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
@@ -142,38 +135,6 @@ def check(
     _finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
     if result.all_faults:
         raise typer.Exit(2)
-
-
-def _check_table(result) -> Table:
-    """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
-    table = Table(
-        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
-    )
-    asked = {
-        "features": any(row.features is not None for row in result.sections),
-        "genes missing": any(row.panel_missing is not None for row in result.sections),
-    }
-    for name in ("patient", *(name for name, one in asked.items() if one), "verdict"):
-        table.add_column(name)
-    for row in result.sections:
-        empty = f" ({row.n_empty} empty)" if row.n_empty else ""
-        library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
-        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
-        if row.size_px:
-            size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
-        else:
-            size, off = "no image", "-"
-        table.add_row(
-            row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
-            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
-            f"{row.mpp:.3f}" if row.mpp else "-",
-            by + ("" if row.mpp_agree is not False else " differ"), size, off,
-            {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
-            *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
-            *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
-            "wrong" if row.faults else "warned" if row.warnings else "ok",
-        )  # fmt: skip
-    return table
 
 
 @app.command()
@@ -241,27 +202,53 @@ def features(
 def panel(
     sections: SectionDir,
     out: Out,
-    recipe: Annotated[str, typer.Option(help="clean or paper.")] = "clean",
+    recipe: Annotated[str, typer.Option(help="clean, paper, hvg, highest_mean, moran, or a file of genes.")] = "clean",
     n_genes: Annotated[
         int | None, typer.Option(help="Genes to take [default: 200; paper: the whole intersection].")
     ] = None,
     n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    aliases: Annotated[
+        Path | None, typer.Option(help="Other names for genes of the file: a line each, name and name here.")
+    ] = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Select the gene panel."""
+    """Select the gene panel, or check a list of genes against the sections."""
     from genar.data import find_sections
-    from genar.genes import select_panel
+    from genar.genes import listed_panel, read_aliases, read_panel, select_panel
 
     left_out = _ids(exclude)
     chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in find_sections(sections) if ref.id not in left_out]
-    n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
-    selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
+    if Path(recipe).is_file():
+        selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
+    else:
+        n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
+        selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
     _speaker(json)(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
     _finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
+
+
+@app.command()
+def groups(
+    source: Annotated[str, typer.Argument(help="A training run, or with --panel a folder of sections.")],
+    out: Out = Path("genar-groups"),
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list of genes, to group on sections.")] = None,
+    scale: Annotated[int | None, typer.Option(help="Groups of one scale, 0 the coarsest [default: clusters].")] = None,
+    gmt: Annotated[Path | None, typer.Option(help="Gene sets; tells which groups are enriched in which.")] = None,
+    exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    json: Json = False,
+) -> None:
+    """Print the groups of genes, and with gene sets what each is enriched in."""
+    from genar.groups import groups_run
+
+    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=_ids(exclude))
+    for table in () if json else group_tables(found):
+        console.print(table)
+    sets = [] if found.sets is None else found.sets.to_dict(orient="records")
+    _finish(json, found.outputs, groups=found.groups, sets=sets)
 
 
 @app.command()
@@ -272,7 +259,9 @@ def train(
     model: Annotated[str, typer.Option(help="Name of the model (see `genar models`).")] = "genar",
     preset: Annotated[str, typer.Option(help="Size: small, released or paper.")] = "small",
     recipe: Annotated[str, typer.Option(help="Training recipe: default or paper.")] = "default",
-    panel: Annotated[str, typer.Option(help="Panel recipe (clean, paper), panel.json or a list of genes.")] = "clean",
+    panel: Annotated[
+        str, typer.Option(help="Panel recipe (see `genar panel`), panel.json or a list of genes.")
+    ] = "clean",
     n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = 200,
     encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = "efficientnet_lite0",
     weights: Weights = None,
@@ -281,6 +270,7 @@ def train(
     features: Store = None,
     samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    encoder_precision: Annotated[str, typer.Option(help="Of the features: fp32, bf16 or fp16.")] = "fp32",
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
@@ -301,7 +291,7 @@ def train(
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, device, settings, image=image, bin_um=bin_um,
+        features, mpp, device, settings, image=image, bin_um=bin_um, encoder_precision=encoder_precision,
     )  # fmt: skip
     result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)
@@ -335,7 +325,14 @@ def predict(
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = runs.predict_run(
-        read, model, out, features=features, weights=weights, how=how, bar=_bar(json), say=_speaker(json)
+        read,
+        model,
+        out,
+        features=features,
+        weights=weights,
+        how=how,
+        bar=_bar(json),
+        say=_speaker(json),
     )
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
     _finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
@@ -346,40 +343,56 @@ def evaluate(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     truth: OneSection,
     out: Out,
+    against: Annotated[Path | None, typer.Option(help="Another prediction, .h5ad: paired differences.")] = None,
+    panel: Annotated[Path | None, typer.Option(help="panel.json or a list: the genes that must be predicted.")] = None,
+    genes: Annotated[str, typer.Option(help="same: refuse genes that differ; common: score those all have.")] = "same",
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples of the intervals; 0: none.")] = 1000,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
-    """Score a prediction, whoever made it, against the measured section."""
-    from genar import runs
+    """Score a prediction, whoever made it, against the measured section, with 95 % intervals."""
+    from genar import assess
     from genar.data import read_section
+    from genar.genes import read_panel
 
     read = read_section(truth, **_given(image=image, bin_um=bin_um, mpp=mpp))
-    _tell_run(runs.evaluate_run(runs.read_prediction(predicted), read, out), json)
+    result = assess.evaluate_run(
+        assess.read_prediction(predicted), read, out, against=assess.read_prediction(against) if against else None,
+        panel=read_panel(panel).genes if panel else None, genes=genes, resamples=resamples,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not json:
+        for table in (*score_tables(result), *interval_tables(result)):
+            console.print(table)
+    more = {"intervals": result.intervals, "differences": result.differences, "notes": result.notes}
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds, **more)
 
 
 @app.command()
 def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that comes with GenAR.")],
-    data: Annotated[Path, typer.Option(help="Folder of the sections.")],
     out: Out,
+    data: Annotated[Path | None, typer.Option(help="Folder of the sections, or of a folder per data set.")] = None,
     features: Store = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what is missing.")] = False,
+    toy: Annotated[bool, typer.Option("--toy", help="The same plan on simulated sections, tiny models.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe's methods on every held-out section and write its table; what is there already is not run again."""
+    """Run a recipe's methods on every fold and write its tables beside the paper's; what is there is not run again."""
     from genar import bench as benching
 
     say = _speaker(json)
     result = benching.bench_run(
-        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run
+        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run, toy=toy
     )
     if result is None:
         return _finish(json, {}, "planned")
-    if not json:
-        print((out / "table.md").read_text())
-    table, differences = (frame.to_dict(orient="index") for frame in (result.table, result.differences))
+    if not json and "table" in result.outputs:
+        print(result.outputs["table"].read_text())
+    table, differences = (benching.nested(frame) for frame in (result.table, result.differences))
     _finish(json, result.outputs, table=table, differences=differences)
 
 
@@ -436,41 +449,18 @@ def _speaker(json: bool):
 
 
 def _bar(json: bool, unit: str = "spots"):
-    """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
-    rate = TextColumn("{task.fields[rate]}")
-    counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
-
-    @contextmanager
-    def bar(label: str, total: int):
-        if json or not console.is_terminal:
-            yield lambda done, total: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(label, total=total, rate="")
-
-            def tick(done: int, total: int) -> None:
-                speed = progress.tasks[task].speed
-                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
-
-            yield tick
-
-    return bar
-
-
-_SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
+    return progress_bar(console, json, unit)
 
 
 def _tell_run(result, json: bool, note: str = "") -> None:
     if not json:
-        for section, methods in result.scores.items():
-            table = Table("method", *_SHOWN, title=f"{section}, log2(1 + count)" + (f" ({note})" if note else ""))
-            for method, scores in methods.items():
-                values = (scores.summary[name] for name in _SHOWN)
-                table.add_row(method, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        for table in score_tables(result, note):
             console.print(table)
-    summary = {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
-    _finish(json, result.outputs, scores=summary, seconds=result.seconds)
+    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds)
+
+
+def _summary(result) -> dict:
+    return {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
 
 
 def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:

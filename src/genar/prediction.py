@@ -19,7 +19,7 @@ from genar.models.checkpoint import Checkpoint
 from genar.training import make_spots
 
 SAMPLES = 16
-LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q95")
+LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95")
 _SPOTS_AT_ONCE = 64
 
 
@@ -43,7 +43,8 @@ def predict_section(
 
     ``features`` [N, views, F] are averaged over the views. X is made by ``how.decode`` (``greedy`` for GenAR by
     default); ``layers`` (as far as the model has them) are of the distribution averaged over ``how.samples``
-    trajectories. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
+    trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the checkpoint knows
+    them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
     made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
     """
     model = checkpoint.model
@@ -64,7 +65,11 @@ def predict_section(
     made = {"model": checkpoint.name, **asdict(how), "layers": list(how.kept)}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
-    return _as_anndata(section, checkpoint.panel.genes, Counts.join(points), Counts.join(layers), made)
+    predicted = _as_anndata(section, checkpoint.panel.genes, Counts.join(points), Counts.join(layers), made)
+    for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
+        if column in checkpoint.training:
+            predicted.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)
+    return predicted
 
 
 def _as_anndata(section: AnnData, genes: tuple[str, ...], point: Counts, expected: Counts, made: dict) -> AnnData:

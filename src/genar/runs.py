@@ -87,9 +87,12 @@ class TrainPlan:
     """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
     bin_um: float | None = None
     """width of the spots of Visium HD, um"""
+    encoder_precision: str = "fp32"
+    """of the encoder's arithmetic: features of another precision are another store"""
 
     def __post_init__(self):
         encoders.check_name(self.encoder)
+        encoders.check_precision(self.encoder_precision)
         self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
 
     @property
@@ -137,7 +140,9 @@ def train_run(
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
-    encoder = encoders.load_encoder(plan.encoder, weights=plan.weights, device=plan.device)
+    encoder = encoders.load_encoder(
+        plan.encoder, weights=plan.weights, device=plan.device, precision=plan.encoder_precision
+    )
     recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
     named = {contract.name(section): section for section in sections}
     inputs, store = plan.inputs, plan.features or default_store()
@@ -165,7 +170,7 @@ def train_run(
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, how, checkpoint, sections, stores, clock.seconds)
+    _write_run(plan, config, how, checkpoint, sections, stores, clock)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
@@ -187,7 +192,8 @@ def _predict_and_score(
             expected = predict_section(fitted, section, features[name])
             scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
         if plan.maps:
-            _write_maps(predicted, section, scores[name], plan.out / "maps")
+            shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
+            maps.write_section_maps(predicted, section, shown, plan.out / "maps")
             outputs["maps"] = plan.out / "maps"
     if held_out:
         outputs |= write_scores(plan.out, scores)
@@ -239,18 +245,6 @@ def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
     return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
 
 
-def evaluate_run(predicted: AnnData, truth: AnnData, out: Path) -> RunResult:
-    """Score any method's prediction; ``prediction`` is its X, ``prediction_mean`` its layer ``log1p_mean`` where it
-    has one."""
-    name = contract.name(truth)
-    scores = {name: {"prediction": score(predicted, truth)}}
-    if contract.LOG1P_MEAN in predicted.layers:
-        scores[name]["prediction_mean"] = score(predicted, truth, use=contract.LOG1P_MEAN)
-    outputs = write_scores(out, scores)
-    _write_maps(predicted, truth, scores[name], out / "maps")
-    return RunResult({**outputs, "maps": out / "maps"}, scores, {})
-
-
 def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
     """Simulate a tissue of two sections, train GenAR on the one, predict and score the other. Offline."""
     from genar.data.simulate import write_tissue
@@ -271,27 +265,34 @@ DEMO: dict = {
 """Settings of the demo: small enough for a few minutes on two cores."""
 
 
-def read_prediction(path: Path) -> AnnData:
-    """Any method's prediction; ``InputError`` where it is not a readable ``.h5ad``."""
-    import anndata
-
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
-
-
 class _Clock:
-    """Seconds by stage."""
+    """Seconds by stage, and the peak of resident memory since it was started."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
+        self._own_peak = _forget_peak()
+
+    def peak_rss_mib(self) -> float | None:
+        """MiB; ``None`` where the system knows the peak of the whole process alone."""
+        if not self._own_peak:
+            return None
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return round(int(status["VmHWM"].split()[0]) / 1024, 1)
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 1)
         self._last = now
+
+
+def _forget_peak() -> bool:
+    """Have Linux count the process's peak of memory anew; whether it does."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system, or not allowed
+        return False
+    return True
 
 
 def _claim_resume(plan: TrainPlan) -> Path:
@@ -368,7 +369,7 @@ def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
     """A closed-form model fitted on the same spots, panel and features."""
     model = model_class(name).create(spots.features.shape[2], spots, "", {})
     fit(model, spots, TrainConfig())
-    return Checkpoint(name, model, beside.panel, beside.features)
+    return Checkpoint(name, model, beside.panel, beside.features, beside.training)
 
 
 def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:
@@ -381,22 +382,14 @@ def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]
     return {method: score(predicted, truth), f"{method}_mean": score(predicted, truth, use=contract.LOG1P_MEAN)}
 
 
-def _write_maps(predicted: AnnData, truth: AnnData, scores: Mapping[str, Scores], folder: Path) -> None:
-    """One map for the best, the median and the worst gene, and all of them on one page."""
-    per_gene = scores.get("genar_mean", scores.get("prediction_mean", next(iter(scores.values())))).per_gene
-    name, rows = contract.name(truth), []
-    for rank, genes in maps.genes_to_show(per_gene).items():
-        for gene in genes:
-            value = per_gene.loc[gene, "pcc"]
-            rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
-            maps.write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
-    maps.write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
-
-
 def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots, summary: FitSummary) -> dict:
+    assert spots.counts is not None
+    counts = spots.counts.double()
     return {
         "sections": [contract.name(s) for s in training],
         "n_spots": len(spots),
+        contract.TRAINING_MEAN: counts.mean(dim=0).tolist(),
+        contract.TRAINING_VARIANCE: counts.var(dim=0, correction=0).tolist(),
         "preset": plan.preset,
         "config": asdict(config),
         "best_epoch": summary.best_epoch,
@@ -404,7 +397,7 @@ def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots
     }
 
 
-def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, seconds) -> None:
+def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, clock) -> None:
     facts = {
         "command": " ".join(sys.argv),
         "genar_version": genar.__version__,
@@ -418,7 +411,8 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "features": {name: [made[name].name for made in stores] for name in stores[0]},
         "checkpoint_sha256": checkpoint.sha256,
         "environment": environment(),
-        "seconds": seconds,
+        "seconds": clock.seconds,
+        "peak_rss_mib": clock.peak_rss_mib(),
     }
     write_text(plan.out / "run.json", json.dumps(facts, indent=1) + "\n")
 

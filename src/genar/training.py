@@ -206,6 +206,8 @@ def fit(
         default_root_dir=folder,
     )
     trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+    if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
+        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=False)["state_dict"])  # our own file
     module.restore_best()
     model.eval()
     return module.summary
@@ -290,6 +292,7 @@ class _Module(pl.LightningModule):
         self.model, self.config = model, config
         self._training, self._validation, self._say = training, validation, log
         self.summary, self._best, self._losses = FitSummary(), {}, []
+        self.started = False
         whole = model.unit == "section"
         self.n_batches = len(training.section.unique()) if whole else math.ceil(len(training) / config.batch_size)
         n_rows = len(training) // self.n_batches  # of the smallest batch
@@ -302,6 +305,7 @@ class _Module(pl.LightningModule):
         return _Loader(self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
+        self.started = True
         torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
 
     def val_dataloader(self):

@@ -31,6 +31,8 @@ SPOT_DIAMETER_UM, PITCH_UM, SOURCE, PATIENT = "spot_diameter_um", "pitch_um", "s
 MPP_BY, COUNTS_FROM, NOTE = "mpp_by", "counts_from", "note"
 # Layers of a prediction; X holds the integer counts.
 MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
+# Columns of a prediction's var: each gene's counts over the training spots.
+TRAINING_MEAN, TRAINING_VARIANCE = "training_mean", "training_variance"
 
 
 def new_section(

@@ -7,8 +7,17 @@ table: any network of timm, a user's own function, features made elsewhere.
 
 from pathlib import Path
 
-from genar.encoders.networks import PRECISIONS, Encoder, ImportedFeatures, build_network, hash_state, load_transformers
-from genar.encoders.outside import is_function, is_timm, load_function, load_timm
+from genar.encoders import weights as _weights
+from genar.encoders.networks import (
+    PRECISIONS,
+    Encoder,
+    ImportedFeatures,
+    build_network,
+    check_precision,
+    hash_state,
+    load_transformers,
+)
+from genar.encoders.outside import is_function, is_timm, load_function, load_timm, timm_row
 from genar.encoders.table import DEFAULT, ENCODERS, IMPORTED, EncoderRow, encoder_row
 from genar.encoders.weights import embedded_lite0, find_weights, fit_weights, read_state
 
@@ -22,8 +31,11 @@ __all__ = [
     "ImportedFeatures",
     "build_network",
     "check_name",
+    "check_precision",
     "encoder_row",
+    "hub_of",
     "load_encoder",
+    "weights_state",
 ]
 
 
@@ -73,3 +85,18 @@ def check_name(name: str) -> None:
     if name in ENCODERS or name.startswith(IMPORTED) or is_function(name) or is_timm(name):
         return
     encoder_row(name)
+
+
+def hub_of(name: str) -> str:
+    """Repository of the weights on the Hugging Face hub; "" where they are embedded, imported or a user's own."""
+    if name in ENCODERS:
+        return ENCODERS[name].hub_id
+    return "" if name.startswith(IMPORTED) or is_function(name) else timm_row(name).hub_id
+
+
+def weights_state(name: str) -> str:
+    """Whether an encoder's weights are at hand, without asking the network: ``embedded`` (also imported features and a
+    user's own function), ``cached``, ``open``, ``gated`` or ``offline`` (see :mod:`genar.encoders.weights`)."""
+    if name.startswith(IMPORTED) or (name not in ENCODERS and is_function(name)):
+        return "embedded"
+    return _weights.weights_state(ENCODERS[name] if name in ENCODERS else timm_row(name))

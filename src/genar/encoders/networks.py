@@ -9,9 +9,16 @@ import torch
 from torch import nn
 
 from genar.encoders.table import CLASS, CLASS_AND_MEAN, IMPORTED, EncoderRow
+from genar.encoders.towers import VisionTower
 from genar.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str) -> None:
+    """Refuse another precision than ``PRECISIONS``."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
 
 
 class Encoder:
@@ -31,8 +38,7 @@ class Encoder:
         precision: str = "fp32",
         weights_sha256: str | None = None,
     ):
-        if precision not in PRECISIONS:
-            raise InputError(f"precision {precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.row, self.precision = row, precision
         self.weights_sha256 = weights_sha256 or hash_state(network.state_dict())
         self.device = torch.device(device)
@@ -97,7 +103,8 @@ def build_network(row: EncoderRow, *, empty: bool = False) -> nn.Module:
         arguments["mlp_layer"] = getattr(layers, arguments["mlp_layer"])
     if "act_layer" in arguments:
         arguments["act_layer"] = layers.get_act_layer(arguments["act_layer"])  # pyright: ignore
-    return timm.create_model(row.architecture, pretrained=False, num_classes=0, **arguments)
+    network = timm.create_model(row.architecture, pretrained=False, num_classes=0, **arguments)
+    return VisionTower(network, row.pooler, row.width) if row.pooler else network
 
 
 def transformers_class(row: EncoderRow):
@@ -151,7 +158,8 @@ def pooled(network: nn.Module, row: EncoderRow, x: torch.Tensor) -> torch.Tensor
     if row.pooling not in (CLASS, CLASS_AND_MEAN):
         return network(x)
     if row.library == "transformers":
-        tokens, n_prefix = network(pixel_values=x).last_hidden_state, 1
+        n_prefix = 1 + getattr(network.config, "num_register_tokens", 0)
+        tokens = network(pixel_values=x).last_hidden_state
     else:
         tokens, n_prefix = network.forward_features(x), network.num_prefix_tokens  # pyright: ignore
     if row.pooling == CLASS:

@@ -58,6 +58,14 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
     return Encoder(row, network, device, precision=precision, weights_sha256=_identity(row, network))
 
 
+def timm_row(name: str) -> EncoderRow:
+    """What timm says of a network, without its weights; ``width`` is not known yet."""
+    import timm
+
+    short = name.removeprefix("timm/")
+    return _timm_row(name, short, timm.get_pretrained_cfg(short))
+
+
 def _timm_row(name: str, short: str, facts) -> EncoderRow:
     from timm.data.config import resolve_data_config
 

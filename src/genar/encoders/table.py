@@ -9,6 +9,7 @@ from genar.errors import InputError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 AVERAGE, CLASS, CLASS_AND_MEAN = "average", "class token", "class token + mean of patch tokens"
+ATTENTION = "attention pooler"
 OWN = "own"
 
 
@@ -32,7 +33,8 @@ class EncoderRow:
     gated: bool = False
     """True where access to the weights must be asked for."""
     pooling: str = AVERAGE
-    """How the vector is made: ``average`` and ``own`` are what the network returns; else of its tokens."""
+    """How the vector is made: ``average``, ``attention pooler`` and ``own`` are what the network returns; else of its
+    tokens."""
     views: int = 8
     """Flips and turns of a patch stored by default."""
     source: str = ""
@@ -40,8 +42,10 @@ class EncoderRow:
     """Who builds the network: ``timm``, ``transformers``, or "" for a user's own."""
     arguments: Mapping = field(default_factory=dict)
     """Arguments of the architecture, where it is not the library's default."""
+    pooler: str = ""
+    """Kind of attention pooler on top (``towers.POOLERS``)."""
     n_parameters: int = 0
-    """Published number of parameters, rounded as published; 0 where unknown."""
+    """Number of parameters, rounded as published (of CONCH's towers and Hibou: as built); 0 where unknown."""
 
     def facts(self) -> dict:
         """The row as a plain dict, ready for JSON."""
@@ -52,6 +56,7 @@ _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
 _VIRCHOW = {"img_size": 224, "init_values": 1e-5, "mlp_ratio": 5.3375, **_SWIGLU}
 _H_OPTIMUS = {"img_size": 224, "init_values": 1e-5}
 _BIOPTIMUS = {"mean": (0.707223, 0.578729, 0.703617), "std": (0.211883, 0.230117, 0.177517)}
+_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
@@ -65,10 +70,9 @@ def _cnn(name: str, hub_id: str, width: int, n_parameters: int, licence: str, so
 
 def _vit(name: str, architecture: str, hub_id: str, width: int, n_parameters: int, licence: str, **facts) -> EncoderRow:
     """A pathology transformer: 224 px at 0.5 um per px, the upright patch alone unless more is asked for."""
-    facts = {**_IMAGENET, "pooling": CLASS, "views": 1, "gated": True, "source": f"model card of {hub_id}", **facts}
-    return EncoderRow(
-        name, architecture, hub_id, width, 224, licence=licence, n_parameters=n_parameters, **facts
-    )  # fmt: skip
+    own = {"input_px": 224, "pooling": CLASS, "views": 1, "gated": True, "source": f"model card of {hub_id}"}
+    facts = {**_IMAGENET, **own, **facts}
+    return EncoderRow(name, architecture, hub_id, width, licence=licence, n_parameters=n_parameters, **facts)
 
 
 ENCODERS: dict[str, EncoderRow] = {
@@ -94,6 +98,14 @@ ENCODERS: dict[str, EncoderRow] = {
                 "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
                 "mlp_ratio": 2.66667 * 2, "init_values": 1e-5, "no_embed_class": True, "reg_tokens": 8, **_SWIGLU,
             },
+        ),
+        _vit(
+            "conch", "vit_base_patch16_224", "MahmoodLab/CONCH", 512, 87_567_104, "CC-BY-NC-ND-4.0", input_px=448,
+            pooling=ATTENTION, pooler="joint", arguments={"img_size": 448}, **_CLIP,
+        ),
+        _vit(
+            "conch_v1_5", "vit_large_patch16_224", "MahmoodLab/conchv1_5", 768, 306_711_296, "CC-BY-NC-ND-4.0",
+            input_px=448, pooling=ATTENTION, pooler="plain", arguments={"img_size": 448, "init_values": 1.0},
         ),
         _vit(
             "virchow", "vit_huge_patch14_224", "paige-ai/Virchow", 2560, 631_000_000, "Apache-2.0",
@@ -133,6 +145,14 @@ ENCODERS: dict[str, EncoderRow] = {
             arguments={
                 "image_size": 224, "patch_size": 16, "hidden_size": 1024, "num_hidden_layers": 24,
                 "num_attention_heads": 16,
+            },
+        ),
+        _vit(
+            "hibou_l", "Dinov2WithRegistersModel", "histai/hibou-L", 1024, 303_659_264, "Apache-2.0",
+            library="transformers", mean=(0.7068, 0.5755, 0.722), std=(0.195, 0.2316, 0.1816),
+            arguments={
+                "image_size": 224, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24,
+                "num_attention_heads": 16, "use_swiglu_ffn": True, "num_register_tokens": 4,
             },
         ),
         _vit(

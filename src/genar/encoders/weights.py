@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from genar.encoders.table import DEFAULT, EncoderRow
+from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_vision.bin")
 _PICKLED = (".bin", ".pt", ".pth")
 
 
@@ -23,6 +24,21 @@ def find_weights(row: EncoderRow, given: Path | None) -> tuple[Path, Path | None
     file = _in_folder(given) if given.is_dir() else given
     config = file.with_name("config.json")
     return file, config if given.is_dir() and config.is_file() else None
+
+
+def weights_state(row: EncoderRow) -> str:
+    """Whether the weights are at hand, without asking the network: ``embedded``, ``cached`` by the hub's client,
+    ``open`` (the first use downloads them), ``gated`` (access must be asked for) or ``offline`` (downloads are turned
+    off)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not row.hub_id:
+        return "embedded"
+    if any(isinstance(try_to_load_from_cache(row.hub_id, name), str) for name in _FILES):
+        return "cached"
+    if row.gated:
+        return "gated"
+    return "offline" if constants.HF_HUB_OFFLINE else "open"
 
 
 def _in_folder(folder: Path) -> Path:
@@ -48,7 +64,7 @@ def _download(row: EncoderRow) -> Path:
                 raise unreachable(row, error) from error
         except EntryNotFoundError:
             continue
-    raise InputError(f"encoder {row.name}: {row.hub_id} holds neither {' nor '.join(_FILES)}; pass --weights FILE")
+    raise InputError(f"encoder {row.name}: {row.hub_id} holds none of {', '.join(_FILES)}; pass --weights FILE")
 
 
 def _download_config(row: EncoderRow) -> Path | None:
@@ -125,7 +141,9 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Put ``state`` into a timm network, whole or not at all: ``InputError`` where names or shapes differ."""
+    """Put ``state`` into a network of timm, whole or not at all: ``InputError`` where names or shapes differ."""
+    if isinstance(network, VisionTower):
+        state = tower_state(state, network)
     head = str(network.pretrained_cfg["classifier"])  # pyright: ignore  # a classifier has no place in an encoder
     own = network.state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}

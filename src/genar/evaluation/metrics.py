@@ -1,7 +1,9 @@
 """Metrics: plain functions on arrays [N spots, G genes]. None takes a logarithm for you: :func:`log2p1` does.
 
-A metric per gene is undefined (NaN) where its formula divides by zero; how many genes that concerns is always
-reported beside the summary. Definitions follow the paper (section 4.1) where it has them.
+A metric per gene is undefined (NaN) where its formula divides by zero, as with one spot or a constant gene; how many
+genes that concerns is always reported beside the summary. Every function of a prediction and a truth raises
+``InputError`` where the two differ in shape, hold no spot, or hold NaN or infinite values. Definitions follow the paper
+(section 4.1) where it has them.
 """
 
 from collections.abc import Callable
@@ -9,7 +11,29 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import rankdata
 
+from genar.errors import InputError
+
 PCC_TOPS = (10, 50)
+N_LISTED = 50
+
+
+def pair(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [N, G]; ``InputError`` unless they have one shape, a spot at least, and finite values.
+
+    >>> pair(np.zeros((2, 3)), np.zeros((2, 1)))
+    Traceback (most recent call last):
+    genar.errors.InputError: prediction and truth must have one shape [spots, genes], found (2, 3) and (2, 1)
+    """
+    x, y = (np.asarray(values, dtype=np.float64) for values in (predicted, truth))
+    if x.shape != y.shape or x.ndim != 2:
+        raise InputError(f"prediction and truth must have one shape [spots, genes], found {x.shape} and {y.shape}")
+    if not x.size:
+        raise InputError(f"expected at least one spot and one gene to score, found {x.shape[0]} and {x.shape[1]}")
+    for values, whose in ((x, "prediction"), (y, "truth")):
+        if not np.isfinite(values).all():
+            at = np.argwhere(~np.isfinite(values))[0]
+            raise InputError(f"the {whose} holds NaN or infinite values (first: spot {at[0]}, gene {at[1]})")
+    return x, y
 
 
 def log2p1(counts: np.ndarray) -> np.ndarray:
@@ -27,7 +51,7 @@ def pcc(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     >>> pcc(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 1.0], [4.0, 2.0], [6.0, 0.0]]))
     array([ 1., nan])
     """
-    x, y = (np.asarray(values, dtype=np.float64) for values in (predicted, truth))
+    x, y = pair(predicted, truth)
     defined = (np.ptp(x, axis=0) > 0) & (np.ptp(y, axis=0) > 0)
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     norm = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
@@ -41,7 +65,8 @@ def spearman(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     >>> spearman(np.array([[1.0], [10.0], [100.0]]), np.array([[1.0], [2.0], [3.0]]))
     array([1.])
     """
-    return pcc(rankdata(predicted, axis=0), rankdata(truth, axis=0))
+    x, y = pair(predicted, truth)
+    return pcc(rankdata(x, axis=0), rankdata(y, axis=0))
 
 
 def mse(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -50,7 +75,8 @@ def mse(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     >>> mse(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
     array([2.])
     """
-    return np.square(np.subtract(predicted, truth, dtype=np.float64)).mean(axis=0)
+    x, y = pair(predicted, truth)
+    return np.square(x - y).mean(axis=0)
 
 
 def mae(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -59,7 +85,8 @@ def mae(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     >>> mae(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
     array([1.])
     """
-    return np.abs(np.subtract(predicted, truth, dtype=np.float64)).mean(axis=0)
+    x, y = pair(predicted, truth)
+    return np.abs(x - y).mean(axis=0)
 
 
 def rvd(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -70,8 +97,9 @@ def rvd(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     >>> rvd(np.array([[0.0], [2.0]]), np.array([[0.0], [4.0]]))
     array([0.5625])
     """
-    var_predicted, var_truth = np.var(predicted, axis=0), np.var(truth, axis=0)
-    constant = np.ptp(truth, axis=0) == 0  # the variance of equal numbers need not be exactly 0
+    x, y = pair(predicted, truth)
+    var_predicted, var_truth = x.var(axis=0), y.var(axis=0)
+    constant = np.ptp(y, axis=0) == 0  # the variance of equal numbers need not be exactly 0
     return np.where(constant, np.nan, np.square((var_predicted - var_truth) / np.where(constant, 1, var_truth)))
 
 
@@ -102,7 +130,7 @@ def zero_recovery(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     >>> zero_recovery(np.array([[0, 0, 3, 1]]), np.array([[0, 2, 0, 1]]))
     {'zero_precision': 0.5, 'zero_recall': 0.5, 'zero_f1': 0.5}
     """
-    said, is_zero = np.asarray(predicted) == 0, np.asarray(truth) == 0
+    said, is_zero = (counts == 0 for counts in pair(predicted, truth))
     both, n_said, n_true = int((said & is_zero).sum()), int(said.sum()), int(is_zero.sum())
     return {
         "zero_precision": both / n_said if n_said else float("nan"),
@@ -117,9 +145,8 @@ def depth_correlation(predicted: np.ndarray, truth: np.ndarray) -> dict[str, flo
     >>> depth_correlation(np.array([[1, 1], [2, 2], [3, 4]]), np.array([[2, 2], [3, 3], [9, 9]]))["depth_spearman"]
     1.0
     """
-    totals = (np.asarray(counts, dtype=np.float64).sum(axis=1, keepdims=True) for counts in (predicted, truth))
-    predicted, truth = totals
-    return {"depth_pcc": float(pcc(predicted, truth)[0]), "depth_spearman": float(spearman(predicted, truth)[0])}
+    x, y = (counts.sum(axis=1, keepdims=True) for counts in pair(predicted, truth))
+    return {"depth_pcc": float(pcc(x, y)[0]), "depth_spearman": float(spearman(x, y)[0])}
 
 
 def by_expression(per_gene: np.ndarray, mean_count: np.ndarray, name: str = "pcc") -> dict[str, float]:
@@ -146,15 +173,16 @@ def coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> np.ndarray
     return ((np.asarray(low) <= truth) & (truth <= np.asarray(high))).mean(axis=0)
 
 
-def calibration(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Coverage of intervals of nominal 90 %, over all and by mean true count, and their mean width in counts; [N, G].
+def listed_mean(values: np.ndarray, by: np.ndarray, n: int = N_LISTED) -> float:
+    """Mean over the ``n`` genes of highest ``by`` (all of a smaller panel), an undefined gene counting 0; both [G].
 
-    Counts are whole: the interval of a gene that is mostly zero cannot hold less than its zeros, and covers more.
+    With ``by`` of the training sections (mean or variance of a gene's counts) the list is fixed before any result:
+    unlike :func:`top_mean` it cannot choose the genes that went well. Ties go to the gene that comes first.
+
+    >>> listed_mean(np.array([0.9, 0.5, np.nan, 0.1]), by=np.array([1.0, 7.0, 9.0, 2.0]), n=2)
+    0.25
     """
-    per_gene, mean_count = coverage(low, high, truth), np.asarray(truth, dtype=np.float64).mean(axis=0)
-    levels = by_expression(per_gene, mean_count, name="coverage_90")
-    width = float(np.subtract(high, low, dtype=np.float64).mean())
-    return {"coverage_90": float(per_gene.mean()), **levels, "width_90": width}
+    return fixed_mean(values[np.argsort(-np.asarray(by, dtype=np.float64), kind="stable")[:n]])
 
 
 PER_GENE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

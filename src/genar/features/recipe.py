@@ -10,7 +10,7 @@ import platformdirs
 from anndata import AnnData
 
 from genar.data import contract
-from genar.encoders import PRECISIONS, Encoder
+from genar.encoders import Encoder, check_precision
 from genar.errors import InputError
 
 PATCHES = ("hest", "genar", "stem")
@@ -42,8 +42,7 @@ class FeatureRecipe:
             raise InputError(f"views must be 1 or 8, found {self.views}")
         if not self.width_um > 0:
             raise InputError(f"width_um must be positive, found {self.width_um}")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision {self.precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+        check_precision(self.precision)
 
     def width_px(self, section: AnnData) -> float:
         """Width of a patch of this section in full-resolution px."""

@@ -7,7 +7,7 @@ sequence length, D width, F feature width, V count classes, S sampled trajectori
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,11 +41,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device."""
-        return Batch(**{name: None if t is None else t.to(device) for name, t in vars(self).items()})
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
     def rows(self, rows: Tensor | slice) -> "Batch":
         """Those spots alone."""
-        return Batch(**{name: None if t is None else t[rows] for name, t in vars(self).items()})
+        return replace(self, **{name: t[rows] for name, t in vars(self).items() if t is not None})
 
     def sections(self) -> "list[Batch]":
         """The batch cut where the section changes."""
@@ -76,7 +76,7 @@ class Spots:
 
     def rows(self, rows: Tensor) -> "Spots":
         """Those spots alone."""
-        return Spots(**{n: t[rows] if isinstance(t, Tensor) else t for n, t in vars(self).items()})
+        return replace(self, **{name: t[rows] for name, t in vars(self).items() if isinstance(t, Tensor)})
 
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
         """Spots as a batch: the mean of their views, or the given ``view`` [B] of each (training draws one)."""
@@ -87,8 +87,9 @@ class Spots:
             if view is None
             else views[torch.arange(len(views)), view]
         )
-        own = (self.coords_um, self.coords_unit, self.spot_ids, self.counts, self.section, self.patches)
-        return Batch(features, *(None if t is None else t[rows] for t in own))
+        counts, patches = (None if t is None else t[rows] for t in (self.counts, self.patches))
+        where = self.coords_um[rows], self.coords_unit[rows], self.spot_ids[rows]
+        return Batch(features, *where, counts, self.section[rows], patches)
 
     @staticmethod
     def join(parts: Sequence["Spots"]) -> "Spots":

@@ -32,6 +32,8 @@ class Decoding:
     """draws are among the so many likeliest classes; 0 for all"""
     top_p: float = 1.0
     """draws are among the fewest classes that hold this share of the probability"""
+    steps: int = 0
+    """denoising steps of a model that diffuses; 0: as many as it takes by default"""
     layers: tuple[str, ...] = ("mean", "log1p_mean", "p_zero")
     """what is kept: ``mean``, ``log1p_mean`` (expectation of ln(1 + count)), ``p_zero``, ``sd``, and any quantile as
     ``q05``"""
@@ -41,6 +43,8 @@ class Decoding:
             raise InputError(f"decode must be one of {', '.join(DECODINGS)}, found {self.decode!r}")
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, found {self.samples}")
+        if self.steps < 0:
+            raise InputError(f"steps must be at least 0, found {self.steps}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be > 0, found {self.temperature}")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -71,7 +75,7 @@ def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     """
     counts = torch.arange(p.shape[2], device=p.device, dtype=torch.float32)
     mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
-    layers = {}
+    layers, cumulative = {}, None
     for name in names:
         if name == "mean":
             layers[name] = mean
@@ -82,16 +86,20 @@ def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         elif name == "sd":
             layers[name] = (p * (counts - mean[:, :, None]).square()).sum(dim=2).sqrt()
         else:
-            layers[name] = quantile(p, int(name[1:]) / 100).float()
+            cumulative = p.double().cumsum(dim=2) if cumulative is None else cumulative
+            layers[name] = _reached(cumulative, int(name[1:]) / 100).float()
     return layers
 
 
 def quantile(p: Tensor, q: float | Tensor) -> Tensor:
     """int64 [B, G]: the least count whose cumulative probability reaches q (a number, or [B, G])."""
-    cumulative = p.double().cumsum(dim=2)
-    at = torch.as_tensor(q, dtype=torch.float64, device=p.device).expand(p.shape[:2])
+    return _reached(p.double().cumsum(dim=2), q)
+
+
+def _reached(cumulative: Tensor, q: float | Tensor) -> Tensor:
+    at = torch.as_tensor(q, dtype=torch.float64, device=cumulative.device).expand(cumulative.shape[:2])
     reached = at[:, :, None] * cumulative[:, :, -1:] - 1e-7  # the total is one but for rounding
-    return torch.searchsorted(cumulative, reached)[:, :, 0].clamp(max=p.shape[2] - 1)
+    return torch.searchsorted(cumulative, reached)[:, :, 0].clamp(max=cumulative.shape[2] - 1)
 
 
 def draw(logits: Tensor, uniform: Tensor, how: Decoding) -> Tensor:

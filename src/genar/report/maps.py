@@ -1,6 +1,6 @@
 """Static maps: spots coloured by counts over the H&E, truth beside prediction (as in the paper's figure 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +45,24 @@ def write_gene_map(predicted: AnnData, truth: AnnData, gene: str, path: Path, *,
 
 
 def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[str, str]], path: Path) -> Path:
-    """A row per (gene, title)."""
+    """A row per (gene, title), measured beside predicted."""
+    return write_method_maps(truth, {"predicted": predicted}, genes, path)
+
+
+def write_method_maps(
+    truth: AnnData, predictions: Mapping[str, AnnData], genes: Sequence[tuple[str, str]], path: Path
+) -> Path:
+    """A row per (gene, title): measured, then each method's prediction, on one colour scale; PNG or PDF by suffix."""
     behind = background(truth)
-    figure = Figure(figsize=(8.6, 0.4 + 3.35 * len(genes)), layout="constrained")
-    axes = figure.subplots(len(genes), 2, squeeze=False)
+    n_columns = 1 + len(predictions)
+    figure = Figure(figsize=(0.8 + 3.9 * n_columns, 0.4 + 3.35 * len(genes)), layout="constrained")
+    axes = figure.subplots(len(genes), n_columns, squeeze=False)
+    places = {name: truth.obs_names.get_indexer(p.obs_names).argsort() for name, p in predictions.items()}
     for (gene, title), row in zip(genes, axes, strict=True):
-        values = (
-            _truth_log2(truth, gene),
-            _predicted_log2(predicted, gene)[truth.obs_names.get_indexer(predicted.obs_names).argsort()],
-        )
-        top = max(1.0, *(float(v.max()) for v in values))
-        for axis, value, name in zip(row, values, ("measured", "predicted"), strict=True):
+        values = {"measured": _truth_log2(truth, gene)}
+        values |= {name: _predicted_log2(p, gene)[places[name]] for name, p in predictions.items()}
+        top = max(1.0, *(float(v.max()) for v in values.values()))
+        for axis, (name, value) in zip(row, values.items(), strict=True):
             _draw_tissue(axis, truth, behind)
             spots = _draw_spots(axis, truth, value, (0, top))
             axis.set_title(f"{gene} {name}", fontsize=10)
@@ -64,6 +71,17 @@ def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[st
     source = SIMULATED if truth.uns[contract.GENAR][contract.SOURCE] == "simulated" else ""
     figure.suptitle(f"section {contract.name(truth)}" + (f" ({source})" if source else ""), fontsize=10)
     return _save(figure, path)
+
+
+def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFrame, folder: Path) -> None:
+    """One map for the best, the median and the worst gene by ``per_gene["pcc"]``, and all of them on one page."""
+    name, rows = contract.name(truth), []
+    for rank, genes in genes_to_show(per_gene).items():
+        for gene in genes:
+            value = per_gene.loc[gene, "pcc"]
+            rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
+            write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
+    write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
 
 
 def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.ndarray, tuple] | None = None) -> Path:

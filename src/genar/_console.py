@@ -1,0 +1,120 @@
+"""What commands print: tables and progress bars."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+_N_SETS = 20
+SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
+
+
+def score_tables(result, note: str = "") -> Iterator[Table]:
+    """A table a section, a row a method; ``result`` is that of a run."""
+    for section, methods in result.scores.items():
+        table = Table("method", *SHOWN, title=f"{section}, log2(1 + count)" + (f" ({note})" if note else ""))
+        for method, scores in methods.items():
+            values = (scores.summary[name] for name in SHOWN)
+            table.add_row(method, *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        yield table
+
+
+def interval_tables(result) -> Iterator[Table]:
+    """A row a metric: the value and its interval of each method, then of each paired difference."""
+    for rows, title, sign in (
+        (result.intervals, "95 % intervals, bootstrap over the spots", ""),
+        (result.differences, "paired differences", "+"),
+    ):
+        if rows:
+            table = Table("metric", *rows, title=title)
+            for metric in next(iter(rows.values())):
+                table.add_row(metric, *(_with_interval(values[metric], sign) for values in rows.values()))
+            yield table
+
+
+def _with_interval(found: tuple[float, float, float], sign: str) -> str:
+    value, low, high = found
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" if value == value else "undefined"
+
+
+def check_table(result) -> Table:
+    """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
+    table = Table(
+        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
+    )
+    asked = {
+        "features": any(row.features is not None for row in result.sections),
+        "genes missing": any(row.panel_missing is not None for row in result.sections),
+    }
+    for name in ("patient", *(name for name, one in asked.items() if one), "verdict"):
+        table.add_column(name)
+    for row in result.sections:
+        empty = f" ({row.n_empty} empty)" if row.n_empty else ""
+        library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
+        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
+        if row.size_px:
+            size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
+        else:
+            size, off = "no image", "-"
+        table.add_row(
+            row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
+            f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
+            f"{row.mpp:.3f}" if row.mpp else "-",
+            by + ("" if row.mpp_agree is not False else " differ"), size, off,
+            {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
+            *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
+            *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
+            "wrong" if row.faults else "warned" if row.warnings else "ok",
+        )  # fmt: skip
+    return table
+
+
+def group_tables(found) -> Iterator[Table]:
+    """The groups of genes, and what they are enriched in where that was asked, the least p first."""
+    table = Table("group", "genes", "names")
+    for number, genes in enumerate(found.groups):
+        table.add_row(str(number), str(len(genes)), " ".join(sorted(genes)))
+    yield table
+    if found.sets is not None:
+        n_shown = min(_N_SETS, len(found.sets))
+        title = f"{n_shown} of {len(found.sets)} pairs of a group and a gene set"
+        table = Table("group", "gene set", "shared", "expected", "p", "q", "genes", title=title)
+        for row in found.sets.head(n_shown).itertuples():
+            shared = f"{row.n_shared} of {row.n_set}"
+            table.add_row(
+                str(row.group), row.set, shared, f"{row.expected:.2f}", f"{row.p:.2g}", f"{row.q:.2g}", row.genes
+            )
+        yield table
+
+
+def progress_bar(console: Console, quiet: bool, unit: str = "spots"):
+    """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
+    rate = TextColumn("{task.fields[rate]}")
+    counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
+
+    @contextmanager
+    def bar(label: str, total: int):
+        if quiet or not console.is_terminal:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(label, total=total, rate="")
+
+            def tick(done: int, total: int) -> None:
+                speed = progress.tasks[task].speed
+                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
+
+            yield tick
+
+    return bar

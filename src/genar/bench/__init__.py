@@ -1,0 +1,136 @@
+"""A recipe's runs and tables: every method on every fold and seed, each once, with intervals and the paper's values.
+
+A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not made again; an interrupted one goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from genar import encoders
+from genar.bench.groups import write_groups
+from genar.bench.plan import Fold, Plan, Run, folds, plan_runs
+from genar.bench.recipe import Cohort, Method, Recipe, read_recipe, recipe_names
+from genar.bench.scores import expected_log2, read_run, score_runs
+from genar.bench.tables import PAPER_METRICS, frame, gain_lines, nested, paper_results, table_lines, write_tables
+from genar.bench.toy import make_toy, toy_method
+from genar.data import contract
+from genar.data.progress import Bar, no_bar
+from genar.errors import InputError
+from genar.report import maps
+from genar.runs import train_run
+
+__all__ = [
+    "PAPER_METRICS",
+    "BenchResult",
+    "Cohort",
+    "Fold",
+    "Method",
+    "Plan",
+    "Recipe",
+    "Run",
+    "bench_run",
+    "folds",
+    "make_toy",
+    "nested",
+    "paper_results",
+    "plan_runs",
+    "read_recipe",
+    "recipe_names",
+    "toy_method",
+]
+
+
+@dataclass
+class BenchResult:
+    """Tables with a row a method (or a pair), a column a metric, and where they lie."""
+
+    table: pd.DataFrame
+    differences: pd.DataFrame
+    outputs: dict[str, Path]
+
+
+def bench_run(
+    recipe: Recipe,
+    data: Path | None,
+    out: Path,
+    *,
+    features: Path | None = None,
+    say: Callable[[str], None] = print,
+    bar: Bar = no_bar,
+    dry_run: bool = False,
+    toy: bool = False,
+) -> BenchResult | None:
+    """Run what is not there yet and write tables, figure and gene groups; with ``dry_run`` only say what would run and
+    what is missing.
+
+    ``data`` holds a folder per data set, or the sections themselves; with ``toy`` the same plan runs on simulated
+    sections instead. Raises ``InputError`` naming all that is missing (sections, images, weights), before anything
+    runs.
+    """
+    if toy and not dry_run:
+        recipe, data, features = make_toy(recipe, out / "toy")
+    plan = plan_runs(recipe, data, out, features)
+    missing = [] if toy else plan.missing()
+    _tell(plan, missing, say, every=dry_run)
+    if dry_run:
+        return None
+    if missing:
+        raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+    for encoder in plan.downloads():
+        say(f"downloading the weights of {encoder}")
+        encoders.load_encoder(encoder)
+    for number, run in enumerate(list(plan.waiting.values()), 1):
+        say(f"[{number}] {run.label}")
+        train_run(run.plan, say=lambda line: None, bar=bar)
+    return _write(plan)
+
+
+def _tell(plan: Plan, missing: list[str], say: Callable[[str], None], *, every: bool) -> None:
+    n_runs, waiting = len({run.plan.out for run in plan.runs}), plan.waiting
+    say(f"{plan.recipe.title}: {n_runs} runs, {n_runs - len(waiting)} of them there already")
+    for number, run in enumerate(waiting.values() if every else (), 1):
+        say(f"[{number} of {len(waiting)}] {run.label}")
+    if every:
+        for line in missing:
+            say(f"missing: {line}")
+
+
+def _write(plan: Plan) -> BenchResult:
+    outputs: dict[str, Path] = {}
+    table = differences = pd.DataFrame()
+    if plan.runs:
+        scores = score_runs(plan)
+        outputs |= write_tables(plan.recipe, scores, plan.out)
+        table = frame(table_lines(plan.recipe, plan.recipe.tables[0], scores))
+        differences = frame(gain_lines(plan.recipe, scores)) if plan.recipe.compare else differences
+        outputs["runs"] = plan.out / "runs"
+    if plan.recipe.figure is not None:
+        outputs |= _write_figures(plan)
+    if plan.recipe.groups is not None:
+        outputs |= write_groups(plan)
+    return BenchResult(table, differences, outputs)
+
+
+def _write_figures(plan: Plan) -> dict[str, Path]:
+    """For each cohort one picture: a row a gene, measured and the methods (of the first seed) side by side."""
+    figure, outputs = plan.recipe.figure, {}
+    assert figure is not None
+    for cohort in plan.recipe.cohorts:
+        runs = [run for run in plan.runs if run.cohort.name == cohort.name]
+        section = figure.section or runs[0].fold.test[0]
+        shown = {}
+        for name in figure.methods:
+            run = next(r for r in runs if r.method.name == name and section in r.fold.test)
+            predicted = read_run(run, section)
+            predicted.layers[contract.LOG1P_MEAN] = expected_log2(predicted, run) * np.log(2)  # what is scored is shown
+            shown[name] = predicted
+        path = plan.out / f"figure_{cohort.name or 'sections'}_{section}.png"
+        rows = [(gene, "") for gene in figure.genes[cohort.name]]
+        outputs[path.stem.replace("_", " ")] = maps.write_method_maps(
+            plan.refs[cohort.name][section].read(), shown, rows, path
+        )
+    return outputs

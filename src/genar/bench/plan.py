@@ -1,0 +1,191 @@
+"""The runs of a recipe: which sections are held out together, what is trained where, and what is missing for it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from genar import encoders
+from genar.bench.recipe import Cohort, Method, Recipe
+from genar.data import SectionRef, find_sections
+from genar.data.files import json_ready
+from genar.errors import InputError
+from genar.evaluation.protocol import Fold, folds
+from genar.features import default_store
+from genar.runs import TrainPlan
+from genar.settings import Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method on the sections outside of a fold."""
+
+    cohort: Cohort
+    method: Method
+    fold: Fold
+    seed: int
+    plan: TrainPlan
+
+    @property
+    def done(self) -> bool:
+        """Whether it was finished before."""
+        return (self.plan.out / "run.json").exists()
+
+    @property
+    def label(self) -> str:
+        """What is said when it starts."""
+        where = f"{self.cohort.name}: " if self.cohort.name else ""
+        return f"{where}{self.method.name}, {', '.join(self.fold.test)} held out, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a recipe, and where its sections lie."""
+
+    recipe: Recipe
+    data: Path | None
+    out: Path
+    features: Path | None
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def refs(self) -> dict[str, dict[str, SectionRef]]:
+        """Cohort -> section -> where it lies, for those that were found."""
+        return {cohort.name: _find(cohort, self.data) for cohort in self.recipe.cohorts}
+
+    @property
+    def waiting(self) -> dict[Path, Run]:
+        """Folder -> run, for those that are not finished; methods that differ in their name alone share one."""
+        return {run.plan.out: run for run in self.runs if not run.done}
+
+    def missing(self) -> list[str]:
+        """A line for each thing without which the runs that wait cannot be made: sections, images, features, weights.
+
+        Nothing is downloaded.
+        """
+        if not self.waiting and self.recipe.groups is None:
+            cohorts = [
+                cohort for cohort in self.recipe.cohorts if not set(cohort.sections) <= set(self.refs[cohort.name])
+            ]
+        else:
+            cohorts = list(self.recipe.cohorts)
+        lines = [line for cohort in cohorts for line in _missing_sections(cohort, self.refs[cohort.name], self.data)]
+        used: dict[str, set[str]] = {}
+        for run in self.waiting.values():
+            used.setdefault(run.method.encoder, set()).add(run.cohort.name)
+        for encoder, names in used.items():
+            refs = [ref for name in names for ref in self.refs[name].values()]
+            lines += _missing_features(encoder, refs, self.features or default_store())
+        return lines
+
+    def downloads(self) -> list[str]:
+        """Encoders whose weights are not here but open to all."""
+        used = dict.fromkeys(run.method.encoder for run in self.waiting.values())
+        return [name for name in used if encoders.weights_state(name) == "open"]
+
+
+def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | None = None) -> Plan:
+    """Every run of the recipe: each method on each fold of each cohort, with each seed where a seed changes it.
+
+    Raises ``InputError`` where the protocol cannot be followed.
+    """
+    runs = []
+    for cohort in recipe.cohorts:
+        paper = (cohort.paper,) if cohort.paper else ()
+        cut = folds(recipe.protocol, cohort.sections, held_out=recipe.held_out, paper=paper, k=recipe.k)
+        if len({_slug(fold.name) for fold in cut}) < len(cut):
+            raise InputError(f"two folds would lie in one folder: {', '.join(fold.name for fold in cut)}; rename one")
+        for method in recipe.methods:
+            for fold in cut:
+                for seed in recipe.seeds if method.seeded else recipe.seeds[:1]:
+                    plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features)
+                    runs.append(Run(cohort, method, fold, seed, plan))
+    return Plan(recipe, data, out, features, tuple(runs))
+
+
+def folder_of(cohort: Cohort, data: Path) -> Path:
+    """Where a cohort's sections lie: the folder of its data set in ``data``, whatever the case of its name, or
+    ``data`` itself."""
+    if cohort.name and data.is_dir():
+        for path in sorted(data.iterdir()):
+            if path.is_dir() and path.name.lower().replace("-", "_") == cohort.name:
+                return path
+    return data
+
+
+def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed: int, data: Path, out: Path, features):
+    own = method.settings
+    settings = Settings(own.model, {**own.train, "seed": seed}, {"decode": "mean", **own.decoding}, own.inputs)
+    others = tuple(s for s in cohort.sections if s not in fold.test)
+    folder = out / "runs" / _folder(recipe, cohort, method) / f"{_slug(fold.name)}-{seed}"
+    return TrainPlan(
+        folder_of(cohort, data), fold.test, folder, method.model, method.preset, method.recipe, cohort.panel,
+        recipe.n_genes, method.encoder, features=features, settings=settings, beside=(), maps=False,
+        only=(*others, *fold.test),
+    )  # fmt: skip
+
+
+def _folder(recipe: Recipe, cohort: Cohort, method: Method) -> str:
+    """Name of the folder of a method's runs: what changes a run changes it, and nothing else (no method's name)."""
+    facts = {key: value for key, value in asdict(method).items() if key != "name"}
+    panel = Path(cohort.panel)
+    genes = hashlib.sha256(panel.read_bytes()).hexdigest() if panel.is_file() else [cohort.panel, recipe.n_genes]
+    made_of = json_ready({**facts, "panel": genes, "sections": sorted(cohort.sections)})
+    return f"{method.model}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _slug(text: str) -> str:
+    """Fit for a folder."""
+    return re.sub("[^A-Za-z0-9+]+", "-", text).strip("-")
+
+
+def _find(cohort: Cohort, data: Path | None) -> dict[str, SectionRef]:
+    folder = None if data is None else folder_of(cohort, data)
+    if folder is None or not folder.is_dir():
+        return {}
+    try:
+        return {ref.id: ref for ref in find_sections(folder) if ref.id in cohort.sections}
+    except InputError:  # no section there at all: each is missing
+        return {}
+
+
+def _missing_sections(cohort: Cohort, refs: Mapping[str, SectionRef], data: Path | None) -> list[str]:
+    lines = []
+    if absent := [section for section in cohort.sections if section not in refs]:
+        where = "no --data given" if data is None else f"looked in {folder_of(cohort, data)}"
+        how = (
+            f"`genar fetch {cohort.name} --out DIR/{cohort.name}` fetches them" if cohort.name else "name their folder"
+        )
+        found = f"{len(absent)} of {len(cohort.sections)} sections ({_few(absent)}), {where}; {how}"
+        lines.append(f"{cohort.name}: {found}" if cohort.name else found)
+    return lines
+
+
+def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path) -> list[str]:
+    """Weights, images or imported features that this encoder lacks."""
+    if encoder.startswith(encoders.IMPORTED):
+        name = encoder.removeprefix(encoders.IMPORTED)
+        if not (absent := [ref.id for ref in refs if not _has_features(store, ref.id, encoder)]):
+            return []
+        how = f"`genar features DIR --import FOLDER --encoder {name} --out {store}` brings them in"
+        return [f"features {encoder} of {len(absent)} sections ({_few(absent)}) in {store}; {how}"]
+    lines = []
+    if bare := [ref.id for ref in refs if ref.format == "hest" and not any(ref.root.glob(f"wsis/{ref.id}.*"))]:
+        lines.append(f"images of {len(bare)} sections ({_few(bare)}) in {refs[0].root / 'wsis'}")
+    state = encoders.weights_state(encoder)
+    if state in ("gated", "offline"):
+        hub = encoders.hub_of(encoder)
+        ask = f"ask for access at https://huggingface.co/{hub} and `hf auth login`, then " if state == "gated" else ""
+        lines.append(f"weights of encoder {encoder}, not in the hub's cache; {ask}`hf download {hub}`")
+    return lines
+
+
+def _has_features(store: Path, section: str, encoder: str) -> bool:
+    return any(f'"{encoder}"' in path.read_text() for path in store.glob(f"{section}-*.zarr/zarr.json"))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,320 @@
+"""A recipe: what ``genar bench`` runs, read from a YAML file and checked before anything runs.
+
+A recipe names data sets of the paper or sections, a panel, an encoder, methods (a model with its settings), a protocol,
+seeds and pairs to compare; tables that show some of the methods beside a table of the paper; a figure; gene groups.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from genar import encoders
+from genar.data.datasets import DATASETS, dataset
+from genar.errors import InputError
+from genar.evaluation.protocol import PROTOCOLS
+from genar.genes import RECIPES as PANEL_RECIPES
+from genar.genes import read_panel
+from genar.models import model_class
+from genar.settings import Settings, read_settings
+from genar.training import train_config_from_dict
+
+_FIELDS = {
+    "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "seeds", "protocol", "held_out", "k",
+    "methods", "compare", "paper", "tables", "figure", "groups",
+}  # fmt: skip
+_METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder"}
+_TABLE_FIELDS = {"rows", "paper", "dataset"}
+_FIGURE_FIELDS = {"genes", "methods", "section"}
+_DATASET = "{dataset}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables."""
+
+    name: str
+    model: str
+    preset: str = "small"
+    recipe: str = "default"
+    settings: Settings = field(default_factory=Settings)
+    encoder: str = encoders.DEFAULT
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed changes it."""
+        return model_class(self.model).gradient
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Sections that are trained and scored on together: a data set of the paper, or those that a recipe names."""
+
+    name: str
+    sections: Mapping[str, str]
+    """Section -> patient, "" where unknown."""
+    panel: str
+    """A panel recipe or a file."""
+    paper: str = ""
+    """The section that the paper held out."""
+    sisters: int = 0
+    """Other sections of its patient."""
+
+
+@dataclass(frozen=True)
+class TableOfRecipe:
+    """Some methods as rows, beside a table of the paper where there is one."""
+
+    name: str
+    rows: Mapping[str, str]
+    """Row, as the paper calls it, -> method."""
+    paper: str = ""
+    """Number of the paper's table, "" for none."""
+    dataset: str = ""
+    """Data set of the paper's values; "" for the same as ours."""
+
+
+@dataclass(frozen=True)
+class FigureOfRecipe:
+    """Maps: a row a gene, the measured section and the methods side by side."""
+
+    genes: Mapping[str, tuple[str, ...]]
+    """Cohort -> genes."""
+    methods: tuple[str, ...]
+    section: str = ""
+    """The section that is drawn, for recipes of one cohort; "" for the first held out of each."""
+
+
+@dataclass(frozen=True)
+class GroupsOfRecipe:
+    """Panel lists and group tables, beside the paper's where files of them are named ("" for none)."""
+
+    genes: str = ""
+    groups: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What ``genar bench`` runs."""
+
+    title: str
+    cohorts: tuple[Cohort, ...]
+    methods: tuple[Method, ...] = ()
+    n_genes: int = 200
+    seeds: tuple[int, ...] = (2021,)
+    protocol: str = "section"
+    held_out: tuple[str, ...] = ()
+    k: int = 5
+    compare: tuple[tuple[str, str], ...] = ()
+    tables: tuple[TableOfRecipe, ...] = ()
+    figure: FigureOfRecipe | None = None
+    groups: GroupsOfRecipe | None = None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in shipped() if path.suffix == ".yaml")
+
+
+def shipped() -> list[Path]:
+    """The files of the package's folder of recipes."""
+    return sorted(Path(str(path)) for path in resources.files("genar.recipes").iterdir())
+
+
+def read_recipe(name: str) -> Recipe:
+    """A recipe from a YAML file, or one that comes with the package, by name.
+
+    Raises ``InputError`` where there is none, a key is not known, a line is malformed, or a method asks for a model,
+    an encoder or a setting that does not exist.
+    """
+    path, facts = _read_yaml(name)
+    if not isinstance(facts, dict) or set(facts) - _FIELDS or not {"sections", "datasets"} & set(facts):
+        wrong = sorted(set(facts) - _FIELDS) if isinstance(facts, dict) else type(facts).__name__
+        raise InputError(
+            f"{path}: expected sections or datasets, and of {', '.join(sorted(_FIELDS))} no other key; found {wrong}"
+        )
+    if not {"methods", "groups"} & set(facts):
+        raise InputError(f"{path}: expected methods to run, or groups to write; found neither")
+    methods = _methods(path, facts)
+    names = [method.name for method in methods]
+    recipe = Recipe(
+        str(facts.get("title", path.stem)), _cohorts(path, facts), methods,
+        _whole(path, "n_genes", facts.get("n_genes", 200)), _seeds(path, facts.get("seeds", [2021])),
+        str(facts.get("protocol", "section")), tuple(map(str, facts.get("held_out", ()))),
+        _whole(path, "k", facts.get("k", 5)), _pairs(path, facts.get("compare", ()), names),
+        _tables(path, facts, names),
+        _figure(path, facts, names), _groups(path, facts.get("groups")),
+    )  # fmt: skip
+    _check(path, recipe)
+    return recipe
+
+
+def _read_yaml(name: str) -> tuple[Path, object]:
+    import yaml
+
+    path = Path(name)
+    if not path.is_file():
+        path = next((p for p in shipped() if p.name == f"{path.stem}.yaml"), path)
+    if not path.is_file():
+        raise InputError(f"recipe {name}: no such file; recipes of the package are {', '.join(recipe_names())}")
+    try:
+        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable YAML ({error})") from error
+
+
+def _keys(path: Path, what: str, entry, known: set[str], needed: set[str]) -> dict:
+    """The entry, a mapping that has the keys ``needed`` and no other than ``known``."""
+    if not isinstance(entry, dict) or not needed <= set(entry) or set(entry) - known:
+        has, may = ", ".join(sorted(needed)) or "no key for sure", ", ".join(sorted(known - needed))
+        raise InputError(f"{path}: {what} has {has}, and may have {may}; found {entry}")
+    return entry
+
+
+def _whole(path: Path, key: str, value) -> int:
+    if type(value) is not int or value < 1:
+        raise InputError(f"{path}: {key} must be a whole number above 0, found {value!r}")
+    return value
+
+
+def _seeds(path: Path, seeds) -> tuple[int, ...]:
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(s) is int for s in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise InputError(f"{path}: seeds must be a list of whole numbers, each once, found {seeds!r}")
+    return tuple(seeds)
+
+
+def _methods(path: Path, facts: Mapping) -> tuple[Method, ...]:
+    methods = tuple(
+        _method(path, entry, str(facts.get("encoder", encoders.DEFAULT))) for entry in facts.get("methods", ())
+    )
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{path}: {name!r} must name one method, found {names.count(name)}")
+    return methods
+
+
+def _method(path: Path, entry, encoder: str) -> Method:
+    entry = _keys(path, "a method", entry, _METHOD_FIELDS, {"name", "model"})
+    where = f"{path}: method {entry['name']!r}"
+    try:
+        cls = model_class(str(entry["model"]))
+        words = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
+        settings = read_settings(None, words, str(entry["model"]))
+        method = Method(
+            str(entry["name"]), str(entry["model"]), str(entry.get("preset", "small")),
+            str(entry.get("recipe", "default")), settings, str(entry.get("encoder", encoder)),
+        )  # fmt: skip
+        encoders.check_name(method.encoder)
+        train_config_from_dict(settings.train, method.recipe)
+        cls.check_settings(method.preset, {k: v for k, v in settings.model.items() if k != "order"})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return method
+
+
+def _cohorts(path: Path, facts: Mapping) -> tuple[Cohort, ...]:
+    panel, patients = str(facts.get("panel", "clean")), facts.get("patients", {})
+    if "sections" in facts:
+        if "datasets" in facts:
+            raise InputError(f"{path}: expected sections or datasets, found both")
+        ids = list(map(str, facts["sections"]))
+        if unknown := sorted(set(map(str, patients)) - set(ids)):
+            raise InputError(f"{path}: patients names {unknown[0]!r}, which is none of the sections {', '.join(ids)}")
+        sections = {section: str(patients.get(section, "")) for section in ids}
+        return (Cohort("", sections, _panel(path, panel, "")),)
+    return tuple(_of_dataset(path, str(name), panel) for name in facts["datasets"])
+
+
+def _of_dataset(path: Path, name: str, panel: str) -> Cohort:
+    known = dataset(name)
+    sections = {section: known.patients.get(section, "") for section in known.sections}
+    return Cohort(known.name, sections, _panel(path, panel, known.name), known.held_out, len(known.sisters))
+
+
+def _panel(path: Path, panel: str, name: str) -> str:
+    file = find_beside(path, panel.replace(_DATASET, name))
+    if file is None and panel not in PANEL_RECIPES:
+        raise InputError(
+            f"{path}: panel {panel!r} is neither a file nor one of the panel recipes {', '.join(PANEL_RECIPES)}"
+        )
+    return str(file or panel)
+
+
+def find_beside(path: Path, name: str) -> Path | None:
+    """The file ``name`` beside the recipe, or among those of the package; ``None`` where there is none."""
+    places = [path.parent / name, *(p for p in shipped() if p.name == name)]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _pairs(path: Path, pairs, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(f"{path}: compare takes pairs of methods, found {pair!r}")
+        _known(path, "compare", pair, names)
+    return tuple((str(one), str(other)) for one, other in pairs)
+
+
+def _known(path: Path, where: str, used: Sequence[str], names: Sequence[str]) -> None:
+    for name in used:
+        if name not in names:
+            raise InputError(f"{path}: {where} names {name!r}, which is no method; methods are {', '.join(names)}")
+
+
+def _tables(path: Path, facts: Mapping, names: Sequence[str]) -> tuple[TableOfRecipe, ...]:
+    whole = TableOfRecipe("table", {name: name for name in names}, str(facts.get("paper", "")))
+    tables = [whole]
+    for name, entry in facts.get("tables", {}).items():
+        entry = {"rows": entry} if isinstance(entry, list) else entry
+        entry = _keys(path, f"table {name}", entry, _TABLE_FIELDS, {"rows"})
+        rows = entry["rows"] if isinstance(entry["rows"], dict) else {row: row for row in entry["rows"]}
+        rows = {str(row): str(method) for row, method in rows.items()}
+        _known(path, f"table {name}", list(rows.values()), names)
+        if str(name) == whole.name or not str(name).replace("_", "").isalnum():
+            raise InputError(f"{path}: a table's name is that of its file, of letters, digits and _, found {name!r}")
+        tables.append(TableOfRecipe(str(name), rows, str(entry.get("paper", "")), str(entry.get("dataset", ""))))
+    return tuple(tables) if names else ()
+
+
+def _figure(path: Path, facts: Mapping, names: Sequence[str]) -> FigureOfRecipe | None:
+    if facts.get("figure") is None:
+        return None
+    entry = _keys(path, "figure", facts["figure"], _FIGURE_FIELDS, {"genes"})
+    shown = tuple(map(str, entry.get("methods", names)))
+    _known(path, "figure", shown, names)
+    cohorts = [dataset(str(name)).name for name in facts.get("datasets", ())] or [""]
+    named = entry["genes"]
+    genes = dict(named) if isinstance(named, dict) else dict.fromkeys(cohorts, named or ())
+    if set(genes) != set(cohorts):
+        raise InputError(f"{path}: figure names genes of {', '.join(genes)}; expected those of {', '.join(cohorts)}")
+    return FigureOfRecipe({c: tuple(map(str, g)) for c, g in genes.items()}, shown, str(entry.get("section", "")))
+
+
+def _groups(path: Path, entry) -> GroupsOfRecipe | None:
+    if entry is None:
+        return None
+    entry = _keys(path, "groups", {} if entry is True else entry, {"genes", "groups"}, set())
+    return GroupsOfRecipe(*(str(entry.get(key, "")).strip() for key in ("genes", "groups")))
+
+
+def _check(path: Path, recipe: Recipe) -> None:
+    """What can only be told of the whole."""
+    if recipe.protocol not in PROTOCOLS:
+        raise InputError(f"{path}: protocol {recipe.protocol!r} is not known; expected one of {', '.join(PROTOCOLS)}")
+    for cohort in recipe.cohorts:
+        if recipe.protocol == "paper" and not cohort.paper:
+            raise InputError(f"{path}: protocol paper needs data sets of the paper ({', '.join(DATASETS)})")
+        if wrong := [s for s in recipe.held_out if s not in cohort.sections]:
+            raise InputError(f"{path}: held_out {wrong[0]!r} is none of {', '.join(cohort.sections)}")
+        genes = recipe.figure.genes[cohort.name] if recipe.figure else ()
+        panel = read_panel(cohort.panel).genes if genes and Path(cohort.panel).is_file() else genes
+        if absent := [gene for gene in genes if gene not in panel]:
+            raise InputError(f"{path}: figure: gene {absent[0]!r} is not in the panel {cohort.panel}")
+    if recipe.figure and recipe.figure.section and recipe.figure.section not in recipe.cohorts[0].sections:
+        raise InputError(f"{path}: figure: section {recipe.figure.section!r} is none of the recipe's")

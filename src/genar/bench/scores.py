@@ -1,0 +1,132 @@
+"""Score the runs of a plan: every method of a section sees the same resamples of its spots, differences are paired."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from genar.bench.plan import Plan, Run
+from genar.data import contract
+from genar.errors import InputError
+from genar.evaluation import intervals, metrics
+
+Key = tuple[str, str]
+"""Cohort and method."""
+
+
+@dataclass
+class BenchScores:
+    """What the runs reached."""
+
+    sampled: dict[Key, dict[str, dict[str, np.ndarray]]]
+    """(cohort, method) -> held-out section -> metric -> resamples [1 + R], the seeds averaged"""
+    coverage: dict[Key, float]
+    """share of true counts in the 90 % interval; NaN where a method has none"""
+    runs: pd.DataFrame
+    """a row a run: seed, hashes, seconds, memory"""
+
+    def row(self, key: Key) -> dict[str, tuple[float, float, float]]:
+        """Metric -> value, low, high: means over the held-out sections."""
+        values = intervals.over_sections(list(self.sampled[key].values()))
+        row = {name: intervals.interval(v) for name, v in values.items()}
+        held = self.coverage[key]
+        return {**row, "coverage_90": (held, held, held)}
+
+    def gain(self, cohort: str, ours: str, rival: str) -> dict[str, tuple[float, float, float]]:
+        """The paired difference of two methods, the same form."""
+        one, other = self.sampled[cohort, ours], self.sampled[cohort, rival]
+        pairs = [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one]
+        return {name: intervals.interval(v) for name, v in intervals.over_sections(pairs).items()}
+
+    def by_section(self) -> pd.DataFrame:
+        """A row per cohort, method and held-out section."""
+        rows = {
+            (*key, section): {name: float(values[name][0]) for name in intervals.METRICS}
+            for key, sections in self.sampled.items()
+            for section, values in sections.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data", "method", "section"])
+
+
+def score_runs(plan: Plan) -> BenchScores:
+    """Read the predictions of all runs, which must be finished, and score them; a section is in memory by itself."""
+    seeds: dict[Key, dict[str, list]] = {}
+    coverage: dict[Key, list[float]] = {}
+    for (cohort, section), runs in _by_section(plan.runs).items():
+        truth = plan.refs[cohort][section].read()
+        weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
+        for run in runs:
+            predicted = read_run(run, section)
+            log2, counts = expected_log2(predicted, run), contract.counts(truth, list(predicted.var_names))
+            scores = intervals.resampled_scores(log2, metrics.log2p1(counts), weights)
+            key = cohort, run.method.name
+            seeds.setdefault(key, {}).setdefault(section, []).append(scores)
+            coverage.setdefault(key, []).append(_coverage(predicted, counts))
+    averaged = {
+        key: {section: intervals.over_sections(parts) for section, parts in sections.items()}
+        for key, sections in seeds.items()
+    }
+    held = {key: float(np.mean(values)) for key, values in coverage.items()}
+    return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]))
+
+
+def _by_section(runs: Iterable[Run]) -> dict[Key, list[Run]]:
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        for section in run.fold.test:
+            found.setdefault((run.cohort.name, section), []).append(run)
+    return found
+
+
+def read_run(run: Run, section: str) -> AnnData:
+    """The prediction of a finished run for one of its held-out sections."""
+    return anndata.read_h5ad(run.plan.out / "predictions" / f"{section}.h5ad")
+
+
+def expected_log2(predicted: AnnData, run: Run) -> np.ndarray:
+    """float64 [N, G]: what is scored. The expectation of log2(1 + count); of a method that the recipe decodes
+    otherwise (``greedy``: the paper), and of one without an expectation, its counts."""
+    asked = run.method.settings.decoding.get("decode", "mean")
+    if asked == "mean" and contract.LOG1P_MEAN in predicted.layers:
+        values = np.asarray(predicted.layers[contract.LOG1P_MEAN], dtype=np.float64) / np.log(2)
+    else:
+        values = metrics.log2p1(contract.counts(predicted, list(predicted.var_names)))
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"{run.plan.out}: the prediction holds NaN or infinite values; delete the folder and run again"
+        )
+    return values
+
+
+def _coverage(predicted: AnnData, counts: np.ndarray) -> float:
+    if not {"q05", "q95"} <= set(predicted.layers):
+        return float("nan")
+    low, high = (np.asarray(predicted.layers[q]) for q in ("q05", "q95"))
+    return float(metrics.coverage(low, high, counts).mean())
+
+
+def _facts(run: Run) -> Mapping:
+    """A row of ``runs.csv``."""
+    told = json.loads((run.plan.out / "run.json").read_text())
+    seconds = told.get("seconds", {})
+    stores = sorted({name for names in told.get("features", {}).values() for name in names})
+    return {
+        "data": run.cohort.name,
+        "method": run.method.name,
+        "fold": run.fold.name,
+        "seed": run.seed if run.method.seeded else "",
+        "encoder": run.method.encoder,
+        "seconds_training": seconds.get("training", float("nan")),
+        "seconds": round(sum(seconds.values()), 1),
+        "peak_rss_mib": told.get("peak_rss_mib") or float("nan"),
+        "panel_sha256": told.get("panel_sha256", ""),
+        "checkpoint_sha256": told.get("checkpoint_sha256", ""),
+        "features": hashlib.sha256("\n".join(stores).encode()).hexdigest(),
+        "genar_version": told.get("genar_version", ""),
+        "folder": f"{run.plan.out.parent.name}/{run.plan.out.name}",
+    }

@@ -1,0 +1,174 @@
+"""Two AnnData, aligned by spot and gene name, to scores: one number a metric and a row a gene."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from genar.data import contract
+from genar.data.files import json_ready, write_text
+from genar.errors import InputError
+from genar.evaluation import metrics
+from genar.evaluation.calibration import calibration
+from genar.evaluation.structure import structure
+
+_OF_THE_DISTRIBUTION = (contract.MEAN, contract.P_ZERO, "sd", "q05", "q25", "q50", "q75", "q95")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``summary``: metric -> value (log2(1 + count) space; ``count_``, ``zero_``, depth and calibration metrics in
+    counts); ``per_gene``: a row a gene."""
+
+    summary: dict[str, float]
+    per_gene: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Prediction and truth as arrays [N, G], a row a spot of the truth, a column a gene of the prediction."""
+
+    genes: list[str]
+    log2: np.ndarray
+    """the prediction in log2(1 + count) space"""
+    counts: np.ndarray
+    """the prediction in counts"""
+    truth: np.ndarray
+    """true counts, int32"""
+    layers: dict[str, np.ndarray]
+    """what the prediction says of its distribution"""
+    coords: np.ndarray | None
+    """spot centres [N, 2]"""
+    training: dict[str, np.ndarray]
+    """``mean`` and ``variance`` [G] of each gene's counts in the training sections, where the prediction has them"""
+
+    @property
+    def truth_log2(self) -> np.ndarray:
+        """The truth in log2(1 + count) space."""
+        return metrics.log2p1(self.truth)
+
+
+def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
+    """The prediction's genes at all spots of ``truth``.
+
+    ``use`` says what of the prediction is compared: ``X``, its counts, or ``log1p_mean``, the layer with the
+    expectation of ln(1 + count). Raises ``InputError`` where spots or genes of the one are missing in the other,
+    either is empty or names one twice, the prediction lacks the layer, or NaN or negative values are found.
+    """
+    if use not in ("X", contract.LOG1P_MEAN):
+        raise InputError(f"cannot score {use!r} of a prediction; expected X or {contract.LOG1P_MEAN}")
+    if predicted.X is None:
+        raise InputError("the prediction has no X; expected its counts there")
+    ordered = _ordered(predicted, truth)
+    genes = list(predicted.var_names)
+    _dense(truth[:, genes].X, "the truth's X")
+    if use == "X":
+        counts = _dense(ordered.X, "the prediction's X")
+        log2 = metrics.log2p1(counts)
+    else:
+        if use not in ordered.layers:
+            raise InputError(f"the prediction has no layer {use!r}; score its X, or predict again")
+        log1p = _dense(ordered.layers[use], f"the prediction's layers[{use!r}]")
+        log2, counts = log1p / np.log(2), np.expm1(log1p)
+    layers = {}
+    if use != "X" or contract.LOG1P_MEAN not in ordered.layers:  # once, beside the best that the prediction has
+        known = [name for name in _OF_THE_DISTRIBUTION if name in ordered.layers]
+        layers = {name: _dense(ordered.layers[name], f"the prediction's layers[{name!r}]") for name in known}
+    coords = contract.coords_px(truth) if contract.SPATIAL in truth.obsm else None
+    columns = {"mean": contract.TRAINING_MEAN, "variance": contract.TRAINING_VARIANCE}
+    training = {name: np.asarray(ordered.var[c], dtype=np.float64) for name, c in columns.items() if c in ordered.var}
+    return Aligned(genes, log2, counts, contract.counts(truth, genes), layers, coords, training)
+
+
+def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
+    """Score ``predicted`` on its genes and on all spots of ``truth``: every metric that the prediction's layers allow.
+
+    ``use`` and the errors raised are those of :func:`align`. Metrics of the distribution stand beside
+    ``log1p_mean``, or beside ``X`` where the prediction has no such layer.
+    """
+    return score_aligned(align(predicted, truth, use=use))
+
+
+def score_aligned(aligned: Aligned) -> Scores:
+    """As :func:`score`, of what was aligned already."""
+    per_gene = metrics.score_genes(aligned.log2, aligned.truth)
+    summary = metrics.summarise(per_gene, aligned.counts, aligned.truth)
+    for name, by in aligned.training.items():
+        summary[f"pcc_top{metrics.N_LISTED}_{name}"] = metrics.listed_mean(per_gene["pcc"], by)
+    for more, of_genes in (
+        structure(aligned.log2, aligned.truth_log2, aligned.coords),
+        calibration(aligned.layers, aligned.truth),
+    ):
+        summary |= more
+        per_gene |= of_genes
+    return Scores(summary, pd.DataFrame(per_gene, index=pd.Index(aligned.genes, name="gene")))
+
+
+def write_scores(folder: Path, scores: dict[str, dict[str, Scores]]) -> dict[str, Path]:
+    """Write ``metrics.json`` (section -> method -> metric -> value) and ``metrics.csv`` (a row per section, method
+    and gene)."""
+    summary = {section: {method: s.summary for method, s in methods.items()} for section, methods in scores.items()}
+    write_text(folder / "metrics.json", json.dumps(json_ready(summary), indent=1) + "\n")
+    tables = [
+        s.per_gene.reset_index().assign(section=section, method=method)
+        for section, methods in scores.items()
+        for method, s in methods.items()
+    ]
+    table = pd.concat(tables)
+    first = ["section", "method", "gene"]
+    table = table[[*first, *(column for column in table if column not in first)]]
+    write_text(folder / "metrics.csv", table.to_csv(index=False, float_format="%.6g"))
+    return {"metrics": folder / "metrics.json", "per_gene": folder / "metrics.csv"}
+
+
+def shown(names: Collection, n: int = 3) -> str:
+    """The first ``n`` names, for a message.
+
+    >>> shown(["A", "B", "C", "D"])
+    'A, B, C, …'
+    """
+    return ", ".join(str(name) for name in list(names)[:n]) + (", …" if len(names) > n else "")
+
+
+def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:
+    """The prediction with its spots in the truth's order."""
+    for kind, whose, names in (
+        ("spots", "prediction", predicted.obs_names),
+        ("genes", "prediction", predicted.var_names),
+        ("spots", "truth", truth.obs_names),
+    ):
+        if not len(names):
+            raise InputError(f"the {whose} has no {kind}; expected at least one")
+    for kind, theirs, ours in (
+        ("spots", predicted.obs_names, truth.obs_names),
+        ("genes", predicted.var_names, truth.var_names),
+    ):
+        if not theirs.is_unique:
+            twice = theirs[theirs.duplicated()][0]
+            raise InputError(f"the prediction's {kind} name {twice!r} more than once; expected each once")
+        missing = theirs[~theirs.isin(ours)]
+        if len(missing):
+            advice = "are both of the same section?" if kind == "spots" else "cut both to the genes that they share"
+            raise InputError(
+                f"{len(missing)} of the prediction's {len(theirs)} {kind} are not in the truth ({shown(missing)}), "
+                f"whose {len(ours)} are {shown(ours)}; {advice}"
+            )
+    unpredicted = truth.obs_names[~truth.obs_names.isin(predicted.obs_names)]
+    if len(unpredicted):
+        raise InputError(
+            f"{len(unpredicted)} of the truth's {truth.n_obs} spots have no prediction (first: {unpredicted[0]}); "
+            "predict the whole section, or score a truth cut to the same spots"
+        )
+    return predicted[truth.obs_names]
+
+
+def _dense(values, where: str) -> np.ndarray:
+    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise InputError(f"{where} holds NaN, infinite or negative values; expected counts >= 0")
+    return values

@@ -1,0 +1,27 @@
+"""The gene panel, its selection, the hierarchy of scales over it, and gene sets. numpy only; nothing here knows of
+tensors or images."""
+
+from genar.genes.panel import Panel, read_aliases, read_panel
+from genar.genes.scales import ORDERS, Scales, cluster_order, default_sizes, fit_scales
+from genar.genes.selection import DROPPED_PREFIXES, PAPER_N_TOP, RECIPES, listed_panel, select_panel
+from genar.genes.sets import group_names, order_by_sets, over_representation, read_gene_sets
+
+__all__ = [
+    "DROPPED_PREFIXES",
+    "ORDERS",
+    "PAPER_N_TOP",
+    "RECIPES",
+    "Panel",
+    "Scales",
+    "cluster_order",
+    "default_sizes",
+    "fit_scales",
+    "group_names",
+    "listed_panel",
+    "order_by_sets",
+    "over_representation",
+    "read_aliases",
+    "read_gene_sets",
+    "read_panel",
+    "select_panel",
+]

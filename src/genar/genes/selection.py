@@ -1,0 +1,207 @@
+"""Selection of a panel by the recipes of the paper's released lists, by other usual rules, or from a user's list."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from genar.data import contract
+from genar.errors import InputError
+from genar.genes.panel import Panel
+
+# Mitochondrial and ribosomal genes; case-sensitive, so that mouse Rps genes stay, as in the paper's lists.
+DROPPED_PREFIXES = ("MT", "mt", "RPS", "RPL")
+PAPER_N_TOP = 241  # gives the 208 genes of the paper's HER2ST list
+_N_HVG = 2000
+_N_NEIGHBOURS = 6
+
+
+def select_panel(
+    sections: Sequence[AnnData], *, n_genes: int | None = 200, recipe: str = "clean", n_top: int = PAPER_N_TOP
+) -> Panel:
+    """Select a panel from ``sections``: give it the training sections only, unless the recipe is meant to see all.
+
+    ``paper`` and ``clean`` take the highly variable genes of each section (scanpy's default flavour, 2000 a section),
+    drop mitochondrial and ribosomal names, and rank the union by mean and by standard deviation of the raw counts over
+    all spots. ``paper`` intersects the top ``n_top`` of both and takes the first ``n_genes`` by alphabet (all where
+    ``None``), as the released code does. ``clean`` takes the least rank cut whose intersection holds ``n_genes``, and
+    cuts the surplus by the rank of the mean.
+
+    ``highest_mean`` takes the ``n_genes`` of highest mean raw count, ``hvg`` the most variable by scanpy with the
+    section as batch, ``moran`` those of the largest spatial autocorrelation (Moran's I of the normalised, logarithmic
+    counts over the six nearest spots, the mean over sections); all three of the genes common to all sections but
+    mitochondrial and ribosomal ones. Ties go by name. Genes come in alphabetical order.
+
+    Raises ``InputError`` where the recipe is unknown or fewer genes are left than asked for.
+    """
+    if recipe not in RECIPES:
+        raise InputError(f"panel recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}, or a file")
+    if n_genes is not None and n_genes < 1:
+        raise InputError(f"a panel needs at least one gene, {n_genes} asked for")
+    names = tuple(contract.name(section) for section in sections)
+    if recipe in _SCORES:
+        return Panel(_best(sections, n_genes, recipe), recipe, names)
+    genes, n_top = _by_both_ranks(sections, n_genes, recipe, n_top)
+    return Panel(genes, recipe, names, n_top)
+
+
+def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str, str] | None = None) -> Panel:
+    """A user's list as a panel of ``sections``: each gene must be measured by all of them.
+
+    A name that some section lacks is replaced by its entry in ``aliases`` where that is given and measured by all.
+    Raises ``InputError`` naming the genes that are missing.
+    """
+    common = set(_common_genes(sections))
+    aliases = aliases or {}
+    genes = tuple(g if g in common or aliases.get(g) not in common else aliases[g] for g in panel.genes)
+    if missing := [gene for gene in genes if gene not in common]:
+        where = f"the {len(sections)} sections" if len(sections) > 1 else f"section {contract.name(sections[0])}"
+        raise InputError(
+            f"panel {panel.recipe}: {len(missing)} of {len(genes)} genes are not measured in {where} "
+            f"({', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}); take them out of the list, or give their "
+            "other names with --aliases"
+        )
+    return Panel(genes, panel.recipe, tuple(contract.name(section) for section in sections))
+
+
+def _by_both_ranks(
+    sections: Sequence[AnnData], n_genes: int | None, recipe: str, n_top: int
+) -> tuple[tuple[str, ...], int]:
+    """Genes in the top of both mean and standard deviation, and the cut."""
+    names, counts = _candidates(sections)
+    by_mean = _ranks(counts.mean(axis=0))
+    worst = np.maximum(by_mean, _ranks(counts.std(axis=0, ddof=1)))  # in both tops of n where below n
+    n_available = len(names)
+    if n_genes is not None and n_genes > n_available:
+        raise InputError(
+            f"panel: {n_genes} genes asked for, only {n_available} are variable and common to the {len(sections)} "
+            f"sections; ask for --n-genes {n_available} or fewer"
+        )
+    if recipe == "paper":
+        chosen = np.flatnonzero(worst < n_top)[:n_genes]  # names are sorted already
+        if n_genes is not None and len(chosen) < n_genes:
+            raise InputError(
+                f"panel: recipe paper with --n-top {n_top} leaves {len(chosen)} of {n_genes} genes; raise --n-top"
+            )
+    else:
+        n_genes = n_available if n_genes is None else n_genes
+        n_top = int(np.sort(worst)[n_genes - 1]) + 1
+        inside = np.flatnonzero(worst < n_top)
+        chosen = np.sort(inside[np.argsort(by_mean[inside], kind="stable")][:n_genes])
+    return tuple(names[i] for i in chosen), n_top
+
+
+def _candidates(sections: Sequence[AnnData]) -> tuple[list[str], np.ndarray]:
+    """Sorted names of the variable genes that every section measures, and their counts [spots of all sections, n]."""
+    common = _common_genes(sections)
+    variable = set().union(*(_highly_variable(section[:, common].copy()) for section in sections))
+    names = sorted(gene for gene in variable if not gene.startswith(DROPPED_PREFIXES))
+    if not names:
+        raise InputError("panel: no variable gene is left after mitochondrial and ribosomal genes are dropped")
+    return names, np.concatenate([contract.counts(section, names) for section in sections]).astype(np.float64)
+
+
+def _common_genes(sections: Sequence[AnnData]) -> list[str]:
+    """Sorted names of the genes that every section measures."""
+    if not sections:
+        raise InputError("panel: no section to select from; name at least one training section")
+    common = sorted(set.intersection(*(set(section.var_names) for section in sections)))
+    if not common:
+        raise InputError("panel: the sections have no gene in common; do their gene names use the same kind of id?")
+    return common
+
+
+def _normalised(section: AnnData) -> AnnData:
+    """A copy without empty spots and genes, each spot at the median total, ln(1 + x)."""
+    import scanpy as sc
+
+    totals, used = (np.asarray(section.X.sum(axis=axis)).ravel() for axis in (1, 0))  # pyright: ignore
+    section = section[totals > 0, used > 0].copy()
+    if section.n_obs > 1:
+        sc.pp.normalize_total(section)  # to the median total
+        sc.pp.log1p(section)
+    return section
+
+
+def _highly_variable(section: AnnData) -> set[str]:
+    import scanpy as sc
+
+    section = _normalised(section)
+    if section.n_obs < 2:
+        return set(section.var_names)
+    sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars))
+    return set(section.var_names[section.var["highly_variable"]])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """0 for the largest; ties keep the order of the names."""
+    ranks = np.empty(len(values), dtype=int)
+    ranks[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
+def _best(sections: Sequence[AnnData], n_genes: int | None, recipe: str) -> tuple[str, ...]:
+    """The ``n_genes`` of the highest score, by alphabet; all where ``None``."""
+    genes = [gene for gene in _common_genes(sections) if not gene.startswith(DROPPED_PREFIXES)]
+    n_genes = len(genes) if n_genes is None else n_genes
+    score = _SCORES[recipe]([section[:, genes] for section in sections])
+    defined = np.isfinite(score).sum()
+    if n_genes > defined:
+        raise InputError(
+            f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to the "
+            f"{len(sections)} sections; ask for --n-genes {defined} or fewer"
+        )
+    first = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")[:n_genes]
+    return tuple(sorted(genes[i] for i in first))
+
+
+def _mean_counts(sections: Sequence[AnnData]) -> np.ndarray:
+    totals = [np.asarray(section.X.sum(axis=0), dtype=np.float64).ravel() for section in sections]  # pyright: ignore
+    return np.sum(totals, axis=0) / sum(section.n_obs for section in sections)
+
+
+def _variability(sections: Sequence[AnnData]) -> np.ndarray:
+    """Falling with scanpy's rank: by the number of sections in which a gene is variable, then by its dispersion."""
+    import anndata
+    import scanpy as sc
+
+    genes = sections[0].var_names
+    parts = [_normalised(section) for section in sections]
+    joined = anndata.concat({str(i): part for i, part in enumerate(parts)}, label="section", join="outer", fill_value=0)
+    n_top = min(_N_HVG, joined.n_vars)
+    sc.pp.highly_variable_genes(joined, n_top_genes=n_top, batch_key="section" if len(parts) > 1 else None)
+    table = pd.DataFrame(joined.var).assign(gene=joined.var_names)
+    if "highly_variable_nbatches" not in table:
+        table["highly_variable_nbatches"] = 1
+    table["dispersions_norm"] = table["dispersions_norm"].fillna(0)  # as scanpy's own cut takes it
+    table = table.sort_values(["highly_variable_nbatches", "dispersions_norm", "gene"], ascending=[False, False, True])
+    score = {gene: -place for place, gene in enumerate(table["gene"].tolist())}
+    return np.array([score.get(gene, np.nan) for gene in genes], dtype=np.float64)
+
+
+def _autocorrelation(sections: Sequence[AnnData]) -> np.ndarray:
+    """Moran's I, the mean over the sections in which the gene varies; NaN where it varies in none."""
+    import scanpy as sc
+    from sklearn.neighbors import kneighbors_graph
+
+    genes, total = sections[0].var_names, np.zeros(sections[0].n_vars)
+    seen = np.zeros(len(genes))
+    for section in map(_normalised, sections):
+        if section.n_obs < 2:
+            continue
+        graph = kneighbors_graph(contract.coords_px(section), min(_N_NEIGHBOURS, section.n_obs - 1))
+        values = section.X.T.tocsr()  # pyright: ignore
+        varies = np.asarray(values.power(2).mean(axis=1)).ravel() - np.asarray(values.mean(axis=1)).ravel() ** 2 > 1e-12
+        place = genes.get_indexer(section.var_names[varies])
+        total[place] += sc.metrics.morans_i(graph, values[varies])
+        seen[place] += 1
+    return np.divide(total, seen, out=np.full(len(genes), np.nan), where=seen > 0)
+
+
+_SCORES: dict[str, Callable[[Sequence[AnnData]], np.ndarray]] = {
+    "hvg": _variability,
+    "highest_mean": _mean_counts,
+    "moran": _autocorrelation,
+}
+RECIPES = ("clean", "paper", *_SCORES)

@@ -1,0 +1,99 @@
+"""Gene sets: read from a GMT file, as an order of the panel, and as what the groups of a hierarchy are enriched in."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from genar.errors import InputError
+from genar.genes.scales import Scales
+
+
+def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Gene sets of a GMT file: a line each, name, description and genes between tabs.
+
+    Raises ``InputError`` naming the line where one is not of that form.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable GMT file ({error})") from error
+    sets: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, *rest = line.split("\t")
+        genes = tuple(gene.strip() for gene in rest[1:] if gene.strip())
+        if not genes:
+            raise InputError(f"{path}, line {number}: expected name, description and genes between tabs")
+        if name in sets:
+            raise InputError(f"{path}, line {number}: gene set {name!r} stands twice; each name may stand once")
+        sets[name] = genes
+    if not sets:
+        raise InputError(f"{path}: holds no gene set")
+    return sets
+
+
+def order_by_sets(genes: Sequence[str], sets: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
+    """Panel indices in the order of the sets; a gene of several stands in the first, genes of none come last.
+
+    Raises ``InputError`` where no gene of the panel is in any set.
+    """
+    place = {gene: i for i, gene in enumerate(genes)}
+    named = [place[gene] for members in sets.values() for gene in members if gene in place]
+    if not named:
+        raise InputError(f"none of the panel's {len(genes)} genes is in the {len(sets)} gene sets; same kind of name?")
+    return tuple(dict.fromkeys([*named, *range(len(genes))]))
+
+
+def group_names(scales: Scales, genes: Sequence[str], scale: int | None = None) -> list[tuple[str, ...]]:
+    """The genes of each group, as the paper's appendix C prints them: of one scale (0 the coarsest), or the clusters
+    that the order was made of.
+
+    Raises ``InputError`` where there is no such scale, or the order was not found by clustering.
+    """
+    ordered = [genes[i] for i in scales.order]
+    if scale is None:
+        if not scales.clusters:
+            raise InputError("the order of the genes was given, not found by clusters; name a scale")
+        cluster = np.asarray(scales.clusters)
+        return [tuple(ordered[i] for i in np.flatnonzero(cluster == c)) for c in dict.fromkeys(scales.clusters)]
+    if not 0 <= scale < scales.n_scales:
+        raise InputError(f"scale {scale} is not there; expected 0 to {scales.n_scales - 1} for sizes {scales.sizes}")
+    edges = scales.edges(scale)
+    return [tuple(ordered[a:b]) for a, b in pairwise(edges)]
+
+
+def over_representation(
+    groups: Sequence[Sequence[str]], sets: Mapping[str, Sequence[str]], background: Sequence[str]
+) -> pd.DataFrame:
+    """A row for each pair of a group and a gene set that share a gene, the least p first.
+
+    p is the hypergeometric probability of at least so many genes of the set in a group of that size, drawn from
+    ``background`` (the panel: genes that were never candidates would make any group look special); q is p after
+    Benjamini and Hochberg over all pairs of a group and a set that has a gene in the background, those without overlap
+    included. Columns: group (int), set, n_group, n_set, n_shared, expected (of n_shared), p, q, genes (shared, by
+    name). Raises ``InputError`` where no set has a gene of the background.
+    """
+    from scipy.stats import false_discovery_control, hypergeom
+
+    known = set(background)
+    inside = {name: known & set(members) for name, members in sets.items()}
+    inside = {name: members for name, members in inside.items() if members}
+    if not inside:
+        raise InputError(f"none of the {len(known)} genes is in the {len(sets)} gene sets; same kind of name?")
+    rows = []
+    for number, group in enumerate(groups):
+        for name, members in inside.items():
+            shared = sorted(members & set(group))
+            p = hypergeom.sf(len(shared) - 1, len(known), len(members), len(group))
+            expected = len(members) * len(group) / len(known)
+            rows.append((number, name, len(group), len(members), len(shared), expected, float(p), ", ".join(shared)))
+    columns = ["group", "set", "n_group", "n_set", "n_shared", "expected", "p", "genes"]
+    table = pd.DataFrame.from_records(rows, columns=columns)
+    table.insert(7, "q", false_discovery_control(table["p"]))
+    found = table.loc[table["n_shared"] > 0]
+    return found.sort_values(by=["p", "group", "set"], kind="stable").reset_index(drop=True)
