@@ -106,7 +106,8 @@ class Denoiser(nn.Module):
         for layer in (self.value[0], self.value[2]):
             _xavier(layer)
         for layer in (self.time[0], self.time[2], self.image[0], self.image[2]):
-            nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+            assert isinstance(layer, nn.Linear)
+            nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.read_out.weight)
         nn.init.zeros_(self.read_out.bias)
 
