@@ -19,6 +19,7 @@ ROOMS = [
     "training",
     "settings",
     "prediction",
+    "pixels",
     "evaluation",
     "report",
     "assess",

@@ -5,14 +5,14 @@ import torch
 
 from genar.errors import InputError
 from genar.models import Spots
-from genar.models._base import LN2, log2p1
-from genar.models.st_net import STNet, STNetConfig, turned
+from genar.models._base import LN2, log2p1, turned
+from genar.models.st_net import STNet, STNetConfig
 from genar.training import fit, train_config_from_dict
 
 
 @pytest.fixture(autouse=True)
 def _small_patches(monkeypatch):
-    monkeypatch.setattr("genar.models.st_net.PATCH_PX", 32)
+    monkeypatch.setattr(STNet, "crop_px", 32)
 
 
 def toy(n=48, px=0):

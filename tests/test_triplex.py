@@ -122,7 +122,7 @@ def test_the_network_on_pixels_trains_and_predicts():
     spots = section(grid(2, 2))
     spots.patches = torch.randint(0, 256, (4, 1, 3, 64, 64), dtype=torch.uint8)
     made = model(spots, input="patches")
-    made.patch_px = 64  # a toy
+    made.crop_px = 64  # a toy
     made.train().loss(spots.batch()).total.backward()
     assert made.own.trunk.conv1.weight.grad.abs().sum() > 0
     assert made.eval()(spots.batch()).shape == (4, N_GENES)

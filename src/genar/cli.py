@@ -269,6 +269,7 @@ def train(
     encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = "efficientnet_lite0",
     weights: Weights = None,
     patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
+    input: Annotated[str, typer.Option(help="features of the encoder, or patches: end to end on pixels.")] = "features",
     views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
     features: Store = None,
     samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
@@ -294,7 +295,8 @@ def train(
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, device, settings, image=image, bin_um=bin_um, encoder_precision=encoder_precision,
+        features, mpp, device, settings, image=image, bin_um=bin_um, input=input,
+        encoder_precision=encoder_precision,
     )  # fmt: skip
     result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
     _tell_run(result, json)

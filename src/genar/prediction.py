@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy import sparse
+from torch import Tensor
 
 import genar
 from genar.data import contract
@@ -36,12 +37,14 @@ def predict_section(
     features: np.ndarray,
     how: Decoding | None = None,
     *,
+    patches: Tensor | None = None,
     batch_size: int = _SPOTS_AT_ONCE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AnnData:
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
-    ``features`` [N, views, F] are averaged over the views. X is made by ``how.decode`` (``greedy`` for GenAR by
+    ``features`` [N, views, F] are averaged over the views; a model that was trained on pixels takes ``patches`` uint8
+    [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy`` for GenAR by
     default); ``layers`` (as far as the model has them) are of the distribution averaged over ``how.samples``
     trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the checkpoint knows
     them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
@@ -52,7 +55,7 @@ def predict_section(
     if how.decode not in model.decodings:
         raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
     expected = how if how.trajectories == how.samples else replace(how, decode="mean")
-    spots = make_spots(section, features)
+    spots = make_spots(section, features, patches=patches)
     if model.unit == "section":
         batch_size = max(1, len(spots))
     points, layers = [], []

@@ -7,19 +7,21 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 from anndata import AnnData
+from torch import Tensor
 
 import genar
-from genar import encoders
-from genar.data import contract, find_sections, open_slide, options_for, pick
+from genar import encoders, pixels
+from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import json_ready, write_text
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
@@ -87,6 +89,8 @@ class TrainPlan:
     """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
     bin_um: float | None = None
     """width of the spots of Visium HD, um"""
+    input: str = "features"
+    """``features`` of an encoder, or ``patches``: the model end to end on pixels, without one"""
     encoder_precision: str = "fp32"
     """of the encoder's arithmetic: features of another precision are another store"""
 
@@ -124,7 +128,8 @@ def train_run(
     cls = model_class(plan.model)
     config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
     how = decoding(cls, plan.settings.decoding)
-    model_settings, sets = _gene_sets(plan.settings.model)
+    model_settings = pixels.input_settings(plan.input, plan.model, plan.preset, plan.settings.model, plan.inputs)
+    model_settings, sets = _gene_sets(model_settings)
     cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
@@ -136,60 +141,56 @@ def train_run(
     sections = (*training, *held_out)
     for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
-    _check_images(sections)
+    pixels.check_images(sections, needed=plan.input == "patches")
+    resume = _claim_resume(plan)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
-    encoder = encoders.load_encoder(
-        plan.encoder, weights=plan.weights, device=plan.device, precision=plan.encoder_precision
-    )
-    recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
-    named = {contract.name(section): section for section in sections}
-    inputs, store = plan.inputs, plan.features or default_store()
-    stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
-    features = {n: read_inputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
-    clock.lap("features")
+    seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
+    clock.lap(plan.input)
 
-    spots = Spots.join(
-        [make_spots(s, features[contract.name(s)], panel.genes, n_blocks=inputs.n_blocks) for s in training]
-    )
+    n_blocks = plan.inputs.n_blocks
+    parts = [make_spots(s, seen.features[contract.name(s)], panel.genes, n_blocks=n_blocks) for s in training]
+    spots = replace(Spots.join(parts), patches=seen.training_patches)
     say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
-    resume = _claim_resume(plan)
     torch.manual_seed(config.seed)
     model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
     if cost := model.cost(sum(section.n_obs for section in held_out), how):
         say(cost)
     facts = _training_facts(plan, config, training, spots, summary)
-    checkpoint = Checkpoint(plan.model, model, panel, asdict(recipe) | asdict(inputs), facts)
+    checkpoint = Checkpoint(plan.model, model, panel, seen.facts, facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
     clock.lap("training")
 
-    scores = _predict_and_score(plan, checkpoint, how, spots, held_out, features, outputs, bar)
+    scores = _predict_and_score(plan, checkpoint, how, spots, held_out, seen, outputs, bar)
     if summary.history and plan.maps:
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, how, checkpoint, sections, stores, clock)
+    _write_run(plan, config, how, checkpoint, sections, seen.stores, clock)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
 
 
 def _predict_and_score(
-    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: Spots, held_out, features, outputs, bar: Bar
+    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: Spots, held_out, seen: "_Seen", outputs, bar: Bar
 ) -> dict[str, dict[str, Scores]]:
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
-    rivals = {name: _baseline(name, spots, checkpoint) for name in plan.beside if name != plan.model}
+    beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
+    rivals = {name: _baseline(name, spots, checkpoint) for name in beside}
     scores: dict[str, dict[str, Scores]] = {}
     for section in held_out:
         name = contract.name(section)
         with bar(f"predicting {name}", section.n_obs) as tick:
-            predicted = predict_section(checkpoint, section, features[name], how, progress=tick)
+            predicted = predict_section(
+                checkpoint, section, seen.features[name], how, patches=seen.patches.get(name), progress=tick
+            )
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
         scores[name] = _score(plan.model, predicted, section)
         for rival, fitted in rivals.items():
-            expected = predict_section(fitted, section, features[name])
+            expected = predict_section(fitted, section, seen.features[name])
             scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
         if plan.maps:
             shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
@@ -213,10 +214,30 @@ def predict_run(
 ) -> AnnData:
     """Predict one section with a checkpoint, embedding it where its features are not stored, and write the ``.h5ad``.
 
-    ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``).
+    ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
+    trained on patches reads them from the slide; then no encoder is loaded.
     """
     checkpoint = load_checkpoint(model)
     decode = decoding(checkpoint.model, how or {})
+    if cost := checkpoint.model.cost(section.n_obs, decode):
+        say(cost)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="genar-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
+        if pixels.takes_patches(checkpoint.features):
+            recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
+            patches = pixels.read_pixels([section], recipe, Path(scratch), bar=bar)
+            values = pixels.no_features(section.n_obs)
+        else:
+            values, patches = _features_for(checkpoint, section, features or default_store(), weights, bar), None
+        with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
+            predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
+        del patches  # it may lie in the folder that goes now
+    write_prediction(predicted, out)
+    return predicted
+
+
+def _features_for(checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar) -> np.ndarray:
+    """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
     encoder = encoders.load_encoder(recipe.encoder, weights=weights, precision=recipe.precision)
     if encoder.weights_sha256 != recipe.weights_sha256:
@@ -224,14 +245,9 @@ def predict_run(
             f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
             f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
         )
-    if cost := checkpoint.model.cost(section.n_obs, decode):
-        say(cost)
-    store, name = features or default_store(), contract.name(section)
+    name = contract.name(section)
     paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
-    with bar(f"predicting {name}", section.n_obs) as tick:
-        predicted = predict_section(checkpoint, section, read_inputs(paths, section, inputs), decode, progress=tick)
-    write_prediction(predicted, out)
-    return predicted
+    return read_inputs(paths, section, inputs)
 
 
 def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
@@ -263,6 +279,43 @@ DEMO: dict = {
     "settings": Settings(decoding={"samples": 8}),
 }
 """Settings of the demo: small enough for a few minutes on two cores."""
+
+
+@dataclass
+class _Seen:
+    """What a model sees of the spots, by section: features of an encoder, or patches."""
+
+    facts: dict
+    """for the checkpoint"""
+    features: dict[str, np.ndarray]
+    stores: list[dict[str, Path]] = field(default_factory=list)
+    """section -> feature store, one for each patch width"""
+    patches: dict[str, Tensor] = field(default_factory=dict)
+    """of the held-out sections"""
+    training_patches: Tensor | None = None
+    """of all training sections, one after the other"""
+
+
+def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
+    encoder = encoders.load_encoder(
+        plan.encoder, weights=plan.weights, device=plan.device, precision=plan.encoder_precision
+    )
+    recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
+    inputs, store = plan.inputs, plan.features or default_store()
+    stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
+    named = {contract.name(section): section for section in sections}
+    features = {n: read_inputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
+    return _Seen(asdict(recipe) | asdict(inputs), features, stores)
+
+
+def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], bar: Bar) -> _Seen:
+    recipe = pixels.PixelRecipe.of(model_class(plan.model), plan.patch)
+    folder = plan.out / "resume"
+    learned, asked = (pixels.read_pixels(part, recipe, folder, bar=bar) for part in (training, held_out))
+    features = {contract.name(s): pixels.no_features(s.n_obs) for s in (*training, *held_out)}
+    names = [contract.name(section) for section in held_out]
+    patches = dict(zip(names, asked.split([section.n_obs for section in held_out]), strict=True))
+    return _Seen(recipe.facts, features, [], patches, learned)
 
 
 class _Clock:
@@ -362,14 +415,6 @@ def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
     return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
 
 
-def _check_images(sections: Sequence[AnnData]) -> None:
-    for section in sections:
-        if (path := contract.slide_path(section)) is not None:
-            slide = open_slide(path)
-            contract.check_inside(section, slide.size_px)
-            slide.close()
-
-
 def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
     """A closed-form model fitted on the same spots, panel and features."""
     model = model_class(name).create(spots.features.shape[2], spots, "", {})
@@ -413,7 +458,9 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "seeds": {"training": config.seed, "prediction": how.seed},
         "data": {contract.name(s): _hash_counts(s) for s in sections},
         "panel_sha256": checkpoint.panel.sha256,
-        "features": {name: [made[name].name for made in stores] for name in stores[0]},
+        "input": plan.input,
+        "features": {name: [made[name].name for made in stores] for name in (stores[0] if stores else ())},
+        "patches": checkpoint.features if plan.input == "patches" else None,
         "checkpoint_sha256": checkpoint.sha256,
         "environment": environment(),
         "seconds": clock.seconds,

@@ -121,10 +121,15 @@ def train_config_from_dict(facts: Mapping, recipe: str = "default", own: Mapping
 
 
 def make_spots(
-    section: AnnData, features: np.ndarray, genes: Sequence[str] | None = None, *, n_blocks: int = 1
+    section: AnnData,
+    features: np.ndarray,
+    genes: Sequence[str] | None = None,
+    *,
+    n_blocks: int = 1,
+    patches: Tensor | None = None,
 ) -> Spots:
     """The spots of a section for a model, with the counts of ``genes`` where given; ``features`` float32 [N, views, F],
-    of ``n_blocks`` equal blocks.
+    of ``n_blocks`` equal blocks; ``patches`` uint8 [N, crops, 3, px, px] for a model that takes pixels.
 
     A spot's random numbers follow its name and its section's, so they stay the same in any order or batch.
     """
@@ -140,6 +145,7 @@ def make_spots(
         torch.full((len(xy),), _section_key(contract.name(section))),
         counts,
         n_blocks,
+        patches,
     )
 
 

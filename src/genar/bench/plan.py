@@ -124,7 +124,7 @@ def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed
     return TrainPlan(
         folder_of(cohort, data), fold.test, folder, method.model, method.preset, method.recipe, cohort.panel,
         recipe.n_genes, method.encoder, features=features, settings=settings, beside=(), maps=False,
-        only=(*others, *fold.test),
+        only=(*others, *fold.test), input=own.model.get("input", "features"),
     )  # fmt: skip
 
 

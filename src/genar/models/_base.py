@@ -69,17 +69,23 @@ class Spots:
     n_blocks: int = 1
     """equal blocks in F: patch widths and neighbours' means"""
     patches: Tensor | None = None
-    """uint8 [N, crops, 3, px, px], upright, for models that take pixels"""
+    """uint8 [P, crops, 3, px, px], upright, for models that take pixels; may lie in a file, so it is cut by no row"""
+    patch_rows: Tensor | None = None
+    """int64 [N]: where in ``patches`` a spot's lie; ``None``: in the order of the spots"""
 
     def __len__(self) -> int:
         return len(self.features)
 
     def rows(self, rows: Tensor) -> "Spots":
-        """Those spots alone."""
-        return replace(self, **{name: t[rows] for name, t in vars(self).items() if isinstance(t, Tensor)})
+        """Those spots alone; the patches stay where they are."""
+        own = {name: t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "patches"}
+        if self.patches is not None and self.patch_rows is None:
+            own["patch_rows"] = torch.arange(len(self))
+        return replace(self, **{name: t[rows] for name, t in own.items()})
 
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
-        """Spots as a batch: the mean of their views, or the given ``view`` [B] of each (training draws one)."""
+        """Spots as a batch: the mean of their views and the upright patches, or the given ``view`` [B] of each
+        (training draws one)."""
         views = self.features[rows]
         # added view by view: a reduction may round differently in another batch
         features = (
@@ -87,14 +93,18 @@ class Spots:
             if view is None
             else views[torch.arange(len(views)), view]
         )
-        counts, patches = (None if t is None else t[rows] for t in (self.counts, self.patches))
+        counts = None if self.counts is None else self.counts[rows]
+        patches = self.patches
+        if patches is not None:
+            patches = patches[rows if self.patch_rows is None else self.patch_rows[rows]]
+            patches = patches if view is None else turned_each(patches, view)
         where = self.coords_um[rows], self.coords_unit[rows], self.spot_ids[rows]
         return Batch(features, *where, counts, self.section[rows], patches)
 
     @staticmethod
     def join(parts: Sequence["Spots"]) -> "Spots":
-        """Spots of several sections, one after the other."""
-        columns = {n: [getattr(part, n) for part in parts] for n in vars(parts[0])}
+        """Spots of several sections, one after the other, without their patches."""
+        columns = {n: [getattr(part, n) for part in parts] for n in vars(parts[0]) if "patch" not in n}
         joined = {n: torch.cat(c) for n, c in columns.items() if all(isinstance(t, Tensor) for t in c)}
         return Spots(**joined, n_blocks=parts[0].n_blocks)
 
@@ -164,6 +174,10 @@ class Model(nn.Module, abc.ABC):
     """what a batch holds: any ``spot``, or all spots of one ``section``, which may then attend to each other"""
     inputs: ClassVar[tuple[str, ...]] = ("features",)
     """what it can be trained on: ``features``, ``patches``"""
+    crops: ClassVar[tuple[float, ...]] = (1.0,)
+    """the patches of a spot that it takes, as multiples of the patch's width"""
+    crop_px: ClassVar[int] = 224
+    """side of each"""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """its own training recipe: fields of ``TrainConfig`` that differ from the default"""
     decoding_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -252,6 +266,22 @@ class ClosedForm(Model):
     def from_facts(cls, facts: dict) -> "ClosedForm":
         """Inverse of :meth:`facts`."""
         return cls(facts["n_features"], facts["n_genes"])
+
+
+def turned(x: Tensor, view: int) -> Tensor:
+    """One of the 8 flips and turns of [..., H, W], in the order of the stored features' views: ``view`` % 4 quarter
+    turns, mirrored from 4 on."""
+    x = torch.rot90(x, view % 4, dims=(-2, -1))
+    return x.flip(-1) if view >= 4 else x
+
+
+def turned_each(x: Tensor, views: Tensor) -> Tensor:
+    """Each of x [B, ..., px, px] in its own of the 8 ``views`` int64 [B]."""
+    out = torch.empty_like(x)
+    for view in views.unique().tolist():
+        rows = views == view
+        out[rows] = turned(x[rows], view)
+    return out
 
 
 def log2p1(counts: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """What the methods that see a whole section at once share: standardised features or pixels in, log2(1 + count) out."""
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
 from genar.errors import InputError
-from genar.models._base import Batch, Counts, LossOutput, Spots, log2p1
+from genar.models._base import Batch, Counts, LossOutput, Spots, log2p1, turned_each
 from genar.models._decoding import DEFAULT, Decoding
 from genar.models._rival import Rival
 from genar.models.ridge import mean_and_scale
@@ -24,12 +23,7 @@ def check_input(model: str, value: str) -> None:
 
 def turned(x: Tensor) -> Tensor:
     """Each of x [N, ..., px, px] in one of its eight positions, drawn at random."""
-    draw = torch.randint(8, (len(x),), device=x.device)
-    out = torch.empty_like(x)
-    for position in range(8):
-        one = x[draw == position].rot90(position % 4, (-2, -1))
-        out[draw == position] = one.flip(-1) if position > 3 else one
-    return out
+    return turned_each(x, torch.randint(8, (len(x),), device=x.device))
 
 
 class SectionRival(Rival):
@@ -39,10 +33,6 @@ class SectionRival(Rival):
     """
 
     unit = "section"
-    patch_px: ClassVar[int] = 224
-    """side of the patches that ``input=patches`` takes; others are resized"""
-    n_crops: ClassVar[int] = 1
-    """crops of each spot that ``input=patches`` takes"""
 
     feature_mean: Tensor
     feature_scale: Tensor
@@ -73,17 +63,18 @@ class SectionRival(Rival):
         """Features [N, F] with mean 0 and standard deviation 1 over the training spots."""
         return (batch.features - self.feature_mean) / self.feature_scale
 
-    def pixels(self, batch: Batch, rows: Tensor | slice = slice(None), *, turn: bool = False) -> Tensor:
-        """Patches float32 [n, crops, 3, px, px] in -1..1, of the size that the method takes; with ``turn`` all crops
-        of a spot are turned and mirrored at random alike. Raises ``InputError`` where crops are missing."""
-        if batch.patches is None or batch.patches.shape[1] < self.n_crops:
+    def pixels(self, batch: Batch, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Patches float32 [n, crops, 3, px, px] in -1..1, of the size that the method takes, others resized. In
+        training they come turned and mirrored already. Raises ``InputError`` where crops are missing."""
+        n_crops, px = len(self.crops), self.crop_px
+        if batch.patches is None or batch.patches.shape[1] < n_crops:
             found = "none" if batch.patches is None else str(batch.patches.shape[1])
-            raise InputError(f"model {self._name()}: expected {self.n_crops} patches a spot, found {found}")
-        x = batch.patches[rows, : self.n_crops].float() / 127.5 - 1
-        if x.shape[-1] != self.patch_px:
-            sized = fn.interpolate(x.flatten(0, 1), (self.patch_px, self.patch_px), mode="bilinear", antialias=True)
-            x = sized.unflatten(0, x.shape[:2])
-        return turned(x) if turn else x
+            raise InputError(f"model {self._name()}: expected {n_crops} patches a spot, found {found}")
+        x = batch.patches[rows, :n_crops].float() / 127.5 - 1
+        if x.shape[-1] == px:
+            return x
+        sized = fn.interpolate(x.flatten(0, 1), (px, px), mode="bilinear", antialias=True)
+        return sized.unflatten(0, x.shape[:2])
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> Tensor:

@@ -28,7 +28,8 @@ class Checkpoint:
     model: Model
     panel: Panel
     features: dict
-    """the feature recipe: encoder, weights hash, patch convention, width, views"""
+    """the feature recipe: encoder, weights hash, patch convention, width, views; or, with ``input`` ``patches``, which
+    pixels the model takes"""
     training: dict = field(default_factory=dict)
     """what it was trained on and how"""
     sha256: str = ""
@@ -130,12 +131,15 @@ def _card(checkpoint: Checkpoint) -> str:
     training, features = checkpoint.training, checkpoint.features
     n_weights = sum(p.numel() for p in checkpoint.model.parameters())
     sections = ", ".join(training.get("sections", ())) or "not recorded"
+    source = f"{features.get('encoder')}, {features.get('views')} views"
+    if features.get("input") == "patches":
+        source = f"none; patches of {features.get('crop_px')} px, end to end"
     return f"""# {checkpoint.name}: gene counts from H&E
 
 - Model: {checkpoint.name}, {n_weights:,} trained weights, GenAR {genar.__version__}
 - Genes: {len(checkpoint.panel.genes)} (panel recipe {checkpoint.panel.recipe})
 - Trained on: {sections}
-- Features: {features.get("encoder")}, patch convention {features.get("patch")}, {features.get("views")} views
+- Features: {source}; patch convention {features.get("patch")}
 
 Load it with `genar predict SECTION --model THIS_FOLDER --out pred.h5ad`. For research; not for clinical decisions.
 """

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from genar.errors import InputError
-from genar.models._base import Batch, Card, Counts, LossOutput, Spots, log2p1
+from genar.models._base import Batch, Card, Counts, LossOutput, Spots, log2p1, turned
 from genar.models._decoding import Decoding
 from genar.models._spot import SpotRival
 
 INPUTS = ("features", "patches")
-PATCH_PX = 224
 # Patches of which the colours are measured: as many as 12 batches of 32.
 _N_COLOURED = 384
 _PATCHES_AT_ONCE = 8
@@ -51,12 +50,6 @@ class PatchNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pooled features."""
         return self.network(x)
-
-
-def turned(x: Tensor, view: int) -> Tensor:
-    """One of the 8 flips and turns of [..., H, W]: ``view`` % 4 quarter turns, mirrored from 4 on."""
-    x = torch.rot90(x, view % 4, dims=(-2, -1))
-    return x.flip(-1) if view >= 4 else x
 
 
 class STNet(SpotRival):
@@ -109,26 +102,27 @@ class STNet(SpotRival):
             if spots.patches is None:
                 raise InputError("model st_net: input=patches needs patches, and the sections came without")
             step = max(1, len(spots) // _N_COLOURED)
-            pixels = spots.patches[::step, 0].transpose(0, 1).flatten(1).float() / 255
+            some = spots.batch(slice(None, None, step)).patches
+            assert some is not None
+            pixels = some[:, 0].transpose(0, 1).flatten(1).float() / 255
             self.pixel_mean.copy_(pixels.mean(dim=1)[:, None, None])
             self.pixel_scale.copy_(pixels.std(dim=1).clamp(min=1e-3)[:, None, None])
 
     def pixels(self, batch: Batch) -> Tensor:
-        """Patches [B, 3, 224, 224] in the colours of the training patches."""
+        """Patches [B, 3, px, px] in the colours of the training patches."""
         if batch.patches is None:
             raise InputError("model st_net: expected patches, found features alone")
         x = (batch.patches[:, 0].float() / 255 - self.pixel_mean) / self.pixel_scale
-        same = x.shape[-1] == PATCH_PX
-        return x if same else fn.interpolate(x, (PATCH_PX, PATCH_PX), mode="bilinear", antialias=True)
+        same = x.shape[-1] == self.crop_px
+        return x if same else fn.interpolate(x, (self.crop_px, self.crop_px), mode="bilinear", antialias=True)
 
     def forward(self, batch: Batch) -> Tensor:
-        """log2(1 + count) [B, G], unbounded: of one view in training, the mean of eight else."""
+        """log2(1 + count) [B, G], unbounded: of the view that was drawn in training, the mean of eight else."""
         if self.patch_net is None:
             return self.head(self.standardised(batch.features))
         x = self.pixels(batch)
         if self.training:
-            views = torch.randint(8, (len(x),)).tolist()
-            return self.head(self.patch_net(torch.stack([turned(x[i], view) for i, view in enumerate(views)])))
+            return self.head(self.patch_net(x))
         net = self.patch_net
         return torch.stack([self.head(net(turned(x, view))) for view in range(8)]).mean(dim=0)
 

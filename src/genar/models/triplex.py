@@ -6,7 +6,7 @@ counts, and the three single views on the fused prediction besides.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from genar.models._section import SectionRival, check_input
 
 _SPOTS_AT_ONCE = 512
 """in a prediction; their surroundings take 25 times the memory of the spots"""
+_PATCHES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,27 @@ class Whole(nn.Module):
 class Pixels(nn.Module):
     """49 tokens from a patch of 224 px: a ResNet-18 without its end."""
 
+    n_outputs = 512
+
     def __init__(self, width: int):
         super().__init__()
         import timm  # where patches are taken alone
 
         self.trunk = timm.create_model("resnet18", pretrained=False, num_classes=0, global_pool="")
-        self.token = nn.Linear(512, width)
+        self.token = nn.Linear(self.n_outputs, width)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, 1, 3, 224, 224] -> [B, 49, E]."""
         return self.token(self.trunk(patches[:, 0]).flatten(2).transpose(1, 2))
+
+    @torch.no_grad()
+    def pooled(self, patches: Tensor) -> Tensor:
+        """[B, 1, 3, 224, 224] -> [B, 512] of the network as it stands, which learns nothing from it."""
+        training = self.trunk.training
+        self.trunk.eval()
+        pooled = self.trunk(patches[:, 0]).mean(dim=(2, 3))
+        self.trunk.train(training)
+        return pooled
 
 
 class Triplex(SectionRival):
@@ -157,7 +169,8 @@ class Triplex(SectionRival):
         "log2(1 + count), neither divided by the library nor smoothed, as a difference from the training mean.",
         "Three views, the neighbours' offset bias, the convolution over the array, fusion with the global token as "
         "query, four heads and their distillation (3.1 times the squared error where all agree).",
-        "The spot's own token is its feature, not 49 tokens of a trained ResNet-18 (input=patches has them); the "
+        "The spot's own token is its feature, not 49 tokens of a trained ResNet-18 (input=patches has them, and "
+        "its own ResNet-18, learning nothing from it, stands for the encoder of the wider views); the "
         "surroundings are measured spots (5 x 5, or two rings on a hexagonal array), not tiles cut everywhere.",
         "Attention drops nothing in a prediction; a section's own extent makes its grid, not the first section's; "
         "empty cells do not count as filled; the neighbours' mean is over those present; outputs are not clamped "
@@ -169,9 +182,10 @@ class Triplex(SectionRival):
         width = config.width
         self.fold = fold
         self.own = Pixels(width) if self.takes_patches else nn.Linear(n_features, width)
-        same = n_features == width  # then as published, without a projection
-        self.to_around = nn.Identity() if same else nn.Linear(n_features, width)
-        self.to_whole = nn.Identity() if same else nn.Linear(n_features, width)
+        n_seen = n_features or Pixels.n_outputs
+        same = n_seen == width  # then as published, without a projection
+        self.to_around = nn.Identity() if same else nn.Linear(n_seen, width)
+        self.to_whole = nn.Identity() if same else nn.Linear(n_seen, width)
         self.surroundings, self.whole = Surroundings(config, fold), Whole(config)
         self.fusion, self.fusion_norm = config.blocks(0), nn.LayerNorm(width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_genes) for name in ("fused", "own", "around", "whole")})
@@ -181,12 +195,24 @@ class Triplex(SectionRival):
         """Neighbours of an inner spot of the first training section: they decide the window."""
         return {"fold": Lattice.of(spots.coords_um[spots.section == spots.section[0]]).fold}
 
+    def standardised(self, batch: Batch) -> Tensor:
+        """Features [N, F] with mean 0 and standard deviation 1; those of :meth:`seen` as they are."""
+        return super().standardised(batch) if self.n_features else batch.features
+
+    def seen(self, batch: Batch) -> Batch:
+        """The batch with features for the two wider views: where there are patches alone, what the spot's own network
+        makes of them."""
+        if self.n_features:
+            return batch
+        parts = torch.arange(len(batch.features)).split(_PATCHES_AT_ONCE)
+        return replace(batch, features=torch.cat([self.own.pooled(self.pixels(batch, rows)) for rows in parts]))
+
     def views(self, batch: Batch, rows: Tensor, whole: Tensor, lattice: Lattice) -> dict[str, Tensor]:
         """log2(1 + count) [n, G] by each head for some ``rows`` [n] of a section whose global tokens are ``whole``
         [N, E]."""
         x = self.standardised(batch)
         index, found = (t.to(rows.device)[rows] for t in lattice.window(self.fold))
-        own = self.own(self.pixels(batch, rows, turn=self.training) if self.takes_patches else x[rows][:, None])
+        own = self.own(self.pixels(batch, rows) if self.takes_patches else x[rows][:, None])
         around = self.surroundings(self.to_around(x)[index] * found[:, :, None], found)
         present = found[:, :, None].float()
         tokens = {
@@ -212,16 +238,17 @@ class Triplex(SectionRival):
 
     def forward(self, batch: Batch) -> Tensor:
         """The fused head for every spot."""
-        lattice = Lattice.of(batch.coords_um)
+        lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
         whole = self._global(batch, lattice)
-        parts = torch.arange(len(whole), device=whole.device).split(_SPOTS_AT_ONCE)
+        n_at_once = _PATCHES_AT_ONCE if self.takes_patches else _SPOTS_AT_ONCE
+        parts = torch.arange(len(whole), device=whole.device).split(n_at_once)
         return torch.cat([self.views(batch, rows, whole, lattice)["fused"] for rows in parts])
 
     def loss(self, batch: Batch) -> LossOutput:
         """The seven terms of :func:`distillation_loss` on some spots of the section."""
         assert batch.counts is not None
         n = len(batch.features)
-        lattice = Lattice.of(batch.coords_um)
+        lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
         rows = torch.randperm(n)[: self.settings.spots_per_step].to(batch.features.device)
         views = self.views(batch, rows, self._global(batch, lattice), lattice)
         terms = distillation_loss(views.pop("fused"), list(views.values()), log2p1(batch.counts[rows]), self.settings)
