@@ -50,7 +50,9 @@ def test_size_is_the_published_one():
 
 def test_every_weight_gets_a_gradient(network, inputs):
     network(*inputs).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    unread = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    # nobody reads the exemplars after the last bridge
+    assert unread == {"layers.2.bridge.exemplar_norm.weight", "layers.2.bridge.exemplar_norm.bias"}
 
 
 def test_the_order_of_exemplars_changes_nothing(network, inputs):
@@ -119,7 +121,7 @@ def test_correlation_loss():
 def test_training_learns_what_the_features_tell():
     spots = toy(n=90)
     model = ready(spots)
-    fit(model, spots, train_config_from_dict({"lr": 5e-3, "warmup_steps": 5}, own=EGN.train_defaults))
+    fit(model, spots, train_config_from_dict({"lr": 5e-3, "warmup_steps": 5, "max_epochs": 10}, own=EGN.train_defaults))
     predicted = model.predict(spots.batch()).layers["log1p_mean"] / LN2
     truth = log2p1(spots.counts)
     assert float((predicted - truth).square().mean()) < 0.5 * float((truth - truth.mean(dim=0)).square().mean())

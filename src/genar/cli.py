@@ -227,7 +227,10 @@ def panel(
         n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
         selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
-    _speaker(json)(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
+    say = _speaker(json)
+    say(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
+    if not Path(recipe).is_file():
+        say(f"note: the choice has seen {', '.join(selected.sections)}: hold none of them out with this panel")
     _finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
 
 

@@ -35,7 +35,7 @@ from genar.features import (
     read_inputs,
     recipe_of,
 )
-from genar.genes import ORDERS, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
+from genar.genes import ORDERS, RECIPES, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.prediction import decoding, predict_section, write_prediction
@@ -134,7 +134,7 @@ def train_run(
     if (plan.out / "run.json").exists():
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
-    panel = _panel(plan, training, say)
+    panel = _panel(plan, training, held_out, say)
     if sets is not None:
         model_settings["order"] = order_by_sets(panel.genes, sets)
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
@@ -386,9 +386,14 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
     return training, held_out
 
 
-def _panel(plan: TrainPlan, training: list[AnnData], say) -> Panel:
+def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:
     if Path(plan.panel).is_file():
         panel = read_panel(plan.panel)
+        if panel.recipe in RECIPES and (seen := panel.seen(contract.name(section) for section in held_out)):
+            say(
+                f"note: panel {plan.panel} was selected with {', '.join(seen)} among its sections, held out here: the "
+                "choice of the genes knows the answers"
+            )
     else:
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
         panel = select_panel(training, n_genes=plan.n_genes, recipe=plan.panel)

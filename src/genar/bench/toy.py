@@ -21,7 +21,17 @@ N_GENES = 25
 TISSUE = TissueConfig(n_rows=4, n_cols=5, n_genes=110, counts_per_nucleus=20.0)  # small counts: few classes
 _PAPER_GENES = 200
 _ENCODERS = {"resnet18": "narrow_encoder", "import:conch": "middle_encoder"}
-_MODELS: Mapping[str, Mapping] = {"genar": {"width": 16, "depth": 1, "heads": 2, "max_count": 31}}
+_SMALL = {"width": 16, "depth": 1, "heads": 2}
+_MODELS: Mapping[str, Mapping] = {
+    "genar": {**_SMALL, "max_count": 31},
+    "egn": {**_SMALL, "mlp_width": 16, "bridge_heads": 2, "bridge_width": 8},
+    "foundation": {"width": 16, "max_count": 31},
+    "hist2st": {**_SMALL, "head_width": 8, "hidden": 16, "graph_layers": 2, "copies": 1},
+    "histogene": {**_SMALL, "head_width": 8, "hidden": 16},
+    "m2ost": {**_SMALL, "hidden": 16, "gate_hidden": 16},
+    "stem": {**_SMALL, "mlp_ratio": 1.0},
+    "triplex": {"width": 16, "depths": (1, 1, 1), "heads": (2, 2, 2)},
+}
 """Settings that make a model tiny; one that is not named keeps those of its preset."""
 
 
@@ -71,7 +81,7 @@ def toy_method(method: Method) -> Method:
         model["components"] = 4
     n_epochs = min(1, own.train.get("max_epochs", 1))
     train = {**own.train, "max_epochs": n_epochs, "warmup_steps": 0, "validate_every": 1}
-    settings = Settings(model, train, {**own.decoding, "samples": 2}, own.inputs)
+    settings = Settings(model, train, {**own.decoding, "samples": 2, "steps": 2}, own.inputs)
     encoder = f"{__name__}:{_ENCODERS.get(method.encoder, 'wide_encoder')}"
     return replace(method, settings=settings, encoder=encoder)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,11 @@ class Panel:
     def sha256(self) -> str:
         """Hash of the ordered gene names."""
         return hashlib.sha256("\n".join(self.genes).encode()).hexdigest()
+
+    def seen(self, sections: Iterable[str]) -> list[str]:
+        """Those of ``sections`` (names) that the selection has seen: scores on them are of genes chosen by their own
+        counts."""
+        return [section for section in sections if section in self.sections]
 
     def to_dict(self) -> dict:
         """The panel as it is written to ``panel.json``."""

@@ -62,7 +62,8 @@ def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str
             f"({', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}); take them out of the list, or give their "
             "other names with --aliases"
         )
-    return Panel(genes, panel.recipe, tuple(contract.name(section) for section in sections))
+    names = tuple(contract.name(section) for section in sections)
+    return Panel(genes, panel.recipe, panel.sections if panel.recipe in RECIPES else names)  # who chose is kept
 
 
 def _by_both_ranks(

@@ -83,8 +83,8 @@ class Lattice:
         """The spot at each place of :func:`window_places` around each spot: int64 [N, W], and bool [N, W] where there
         is one (elsewhere 0 stands)."""
         places = window_places(fold) * np.array(_spacing(fold))
-        distance, who = KDTree(self.xy).query(self.xy[:, None] + places, distance_upper_bound=_CATCH)
-        found = np.isfinite(distance)
+        near = KDTree(self.xy).query(self.xy[:, None] + places, distance_upper_bound=_CATCH)
+        found, who = np.isfinite(near[0]), np.asarray(near[1])
         centre = np.flatnonzero((window_places(fold) == 0).all(axis=1))[0]
         found[:, centre], who[:, centre] = True, np.arange(len(who))  # of two spots at one place, each is its own
         return torch.from_numpy(np.where(found, who, 0)), torch.from_numpy(found)

@@ -26,8 +26,8 @@ class BLEEPConfig:
     width: int = 256
     """D of the common space"""
     dropout: float = 0.1
-    temperature: float = 1.0
-    """of similarities and of the soft targets"""
+    tau: float = 1.0
+    """temperature of similarities and of the soft targets"""
     neighbours: int = 50
     """training spots that are averaged; 1 is the original's ``simple``"""
     weighting: str = "average"
@@ -37,8 +37,8 @@ class BLEEPConfig:
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
             raise InputError(f"model bleep: weighting must be one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}")
-        if self.width < 1 or self.neighbours < 1 or not self.temperature > 0 or not 0 <= self.dropout < 1:
-            raise InputError("model bleep: width and neighbours must be >= 1, temperature > 0, dropout in [0, 1)")
+        if self.width < 1 or self.neighbours < 1 or not self.tau > 0 or not 0 <= self.dropout < 1:
+            raise InputError("model bleep: width and neighbours must be >= 1, tau > 0, dropout in [0, 1)")
 
 
 class ProjectionHead(nn.Module):
@@ -56,15 +56,15 @@ class ProjectionHead(nn.Module):
         return self.norm(p + self.refine(p))
 
 
-def soft_contrast(image: Tensor, expression: Tensor, temperature: float = 1.0) -> Tensor:
+def soft_contrast(image: Tensor, expression: Tensor, tau: float = 1.0) -> Tensor:
     """Mean over the batch of the two cross-entropies with soft targets, from embeddings [B, D] each.
 
     The targets are softmax(mean of both similarities within their kind); their transpose, which the second term
     takes, does not sum to one over a row: so does the original.
     """
-    logits = expression @ image.T / temperature  # rows: expression
+    logits = expression @ image.T / tau  # rows: expression
     likeness = (image @ image.T + expression @ expression.T) / 2
-    target = (likeness / temperature).softmax(dim=1)
+    target = (likeness / tau).softmax(dim=1)
     by_expression = -(target * logits.log_softmax(dim=1)).sum(dim=1)
     by_image = -(target.T * logits.T.log_softmax(dim=1)).sum(dim=1)
     return (by_expression + by_image).mean() / 2
@@ -110,7 +110,7 @@ class BLEEP(RetrievalRival):
         """See :func:`soft_contrast`; nats."""
         assert batch.counts is not None
         image = self.embed_image(self.standardised(batch.features))
-        total = soft_contrast(image, self.embed_expression(log2p1(batch.counts)), self.settings.temperature)
+        total = soft_contrast(image, self.embed_expression(log2p1(batch.counts)), self.settings.tau)
         return LossOutput(total, total.detach()[None])
 
     def weights(self, queries: Tensor, nearest: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""What every model of the folder must do, at toy size: learn, and bear sections of any shape."""
+
+import json
+from dataclasses import fields, replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from genar.errors import InputError
+from genar.models import Decoding, Spots, model_class, model_names
+from genar.models._base import LN2, Card
+from genar.training import predict_sections, train_config_from_dict
+
+TINY = {
+    "genar": {"width": 16, "depth": 1, "heads": 2, "components": 4},
+    "bleep": {"width": 16},
+    "egn": {"width": 16, "depth": 2, "heads": 2, "mlp_width": 16, "bridge_heads": 2, "bridge_width": 8},
+    "foundation": {"width": 16, "blocks": 1, "max_count": 60},
+    "hist2st": {"width": 16, "depth": 1, "heads": 2, "head_width": 8, "hidden": 16},
+    "histogene": {"width": 16, "depth": 1, "heads": 2, "head_width": 8, "hidden": 16},
+    "m2ost": {"width": 12, "depth": 1, "hidden": 8, "gate_hidden": 8},
+    "stem": {"width": 16, "depth": 1, "heads": 2},
+    "triplex": {"width": 16, "heads": (2, 2, 2), "depths": (1, 1, 1), "spots_per_step": 32},
+    "umpire": {"width": 16, "depth": 1, "heads": 2, "hidden": 16},
+}
+"""the ``small`` preset where a model is not named"""
+N_FEATURES, N_GENES, N_VIEWS = 10, 8, 2
+ONCE = Decoding(samples=1)
+GRADIENT = [name for name in model_names() if model_class(name).gradient]
+
+
+def section(n_columns, n_rows, key=1):
+    """Spots of an array of 200 um whose counts follow their features."""
+    random = torch.Generator().manual_seed(key)
+    place = torch.cartesian_prod(torch.arange(n_columns).float(), torch.arange(n_rows).float())
+    n = len(place)
+    x = torch.randn(n, 1, N_FEATURES, generator=random) + 0.1 * torch.randn(n, N_VIEWS, N_FEATURES, generator=random)
+    counts = torch.poisson(torch.exp(1 + 0.8 * x[:, 0, :N_GENES]), generator=random).long()
+    unit = place / place.max(dim=0).values.clamp(min=1)
+    return Spots(x, place * 200 + 1000, unit, torch.arange(n) + 100_000 * key, torch.full((n,), key), counts)
+
+
+@lru_cache
+def training():
+    return Spots.join([section(6, 5, key=1), section(5, 6, key=2)])
+
+
+@lru_cache
+def prepared(name):
+    """With constants set and fresh weights; no test may train it."""
+    return fresh(name).eval()
+
+
+def fresh(name):
+    torch.manual_seed(0)
+    model = model_class(name).create(N_FEATURES, training(), "small", TINY.get(name, {}))
+    model.prepare(training())
+    return model
+
+
+def log2_values(model, spots):
+    with torch.inference_mode():
+        return predict_sections(model, replace(spots, counts=None).batch(), ONCE).layers["log1p_mean"] / LN2
+
+
+def mean_loss(model, batches):
+    """Of the same draws at each call."""
+    with torch.no_grad():
+        torch.manual_seed(1)
+        return torch.stack([model.loss(batch).total for _ in range(4) for batch in batches]).mean()
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_the_loss_falls_within_a_few_dozen_steps(name):
+    model, spots = fresh(name).train(), training()
+    # both a model of spots and one of sections take a section at a time
+    batches = [spots.batch(spots.section == key) for key in spots.section.unique()]
+    before = mean_loss(model, batches)
+    assert torch.isfinite(before)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(40):
+        optimizer.zero_grad()
+        model.loss(batches[step % 2]).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    after = mean_loss(model, batches)
+    assert torch.isfinite(after)
+    assert after < before
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_every_weight_is_used(name):
+    """A weight without a gradient is a part that was built and forgotten."""
+    model, spots = fresh(name).train(), training()
+    model.loss(spots.batch(spots.section == 1)).total.backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_an_isolated_spot_leaves_all_others_finite(name):
+    spots = section(6, 5, key=3)
+    spots.coords_um[7] += 1_000_000
+    model = prepared(name)
+    assert torch.isfinite(log2_values(model, spots)).all()
+    if model.gradient:
+        with torch.no_grad():
+            assert torch.isfinite(model.loss(spots.batch()).total)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_spots_in_one_place_are_finite(name):
+    spots = section(3, 2, key=3)
+    spots.coords_um[:] = 500.0
+    spots.coords_unit[:] = 0.0
+    assert torch.isfinite(log2_values(prepared(name), spots)).all()
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_section_of_5000_spots_is_predicted(name):
+    spots = section(100, 50, key=3)
+    if name == "stem":  # its cost is linear in the spots, and told before it starts
+        spots = spots.rows(torch.arange(300))
+    values = log2_values(prepared(name), spots)
+    assert values.shape == (len(spots), N_GENES)
+    assert torch.isfinite(values).all()
+    assert (values >= 0).all()
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_the_order_of_spots_and_what_else_is_predicted_change_nothing(name):
+    model, one, two = prepared(name), section(6, 5, key=3), section(4, 4, key=4)
+    alone = log2_values(model, one)
+    order = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(log2_values(model, one.rows(order)), alone[order], atol=1e-5, rtol=1e-5)
+    joined = log2_values(model, Spots.join([two, one]))
+    torch.testing.assert_close(joined[len(two) :], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_prediction_neither_needs_counts_nor_changes_the_model(name):
+    model, spots = prepared(name), section(4, 4, key=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, again = log2_values(model, spots), log2_values(model, spots)
+    assert torch.equal(first, again)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_facts_and_state_make_the_same_model(name):
+    model, spots = prepared(name), section(4, 4, key=3)
+    facts = json.loads(json.dumps(model.facts()))
+    again = model_class(name).from_facts(facts)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(log2_values(again.eval(), spots), log2_values(model, spots), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_cards_recipes_and_presets_are_whole(name):
+    cls = model_class(name)
+    train_config_from_dict({}, own=cls.train_defaults)
+    if cls.card is not None:
+        said = {field.name: getattr(cls.card, field.name) for field in fields(Card)}
+        assert all(said[part] for part in ("title", "target", "kept"))
+    with pytest.raises(InputError, match="wings"):
+        cls.check_settings("small", {"wings": 2})
+    for preset in getattr(cls, "presets", {}):
+        cls.check_settings(preset, {})
