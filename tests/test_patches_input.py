@@ -16,7 +16,7 @@ from genar.data.simulate import TissueConfig, write_tissue
 from genar.data.slide import open_slide
 from genar.errors import InputError
 from genar.features import Inputs
-from genar.models import Spots
+from genar.models import Spots, model_class, model_names
 from genar.models.checkpoint import load_checkpoint
 from genar.models.st_net import STNet
 from genar.models.triplex import Triplex
@@ -193,3 +193,21 @@ def test_a_recipe_comes_back_from_its_facts():
     assert PixelRecipe.from_facts(json.loads(json.dumps(recipe.facts))) == recipe
     with pytest.raises(InputError, match="above 0"):
         PixelRecipe(crops=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("name", [name for name in model_names() if "patches" in model_class(name).inputs])
+def test_every_model_of_pixels_learns_from_patches_alone(name):
+    cls, n = model_class(name), 4
+    torch.manual_seed(0)
+    xy = torch.tensor([[0.0, 0.0], [200.0, 0.0], [0.0, 200.0], [200.0, 200.0]])
+    patches = torch.randint(256, (n, len(cls.crops), 3, cls.crop_px, cls.crop_px), dtype=torch.uint8)
+    where = xy, xy / 200, torch.arange(n), torch.zeros(n).long()
+    spots = Spots(torch.from_numpy(no_features(n)), *where, torch.randint(9, (n, 3)), patches=patches)
+    model = cls.create(0, spots, "small", {"input": "patches"})
+    model.prepare(spots)
+    loss = model.train().loss(spots.batch(slice(None), torch.tensor([0, 3, 5, 7]))).total
+    loss.backward()
+    assert loss.isfinite()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with torch.inference_mode():
+        assert model.eval().predict(spots.batch()).point.shape == (n, 3)

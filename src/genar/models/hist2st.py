@@ -163,7 +163,7 @@ class Hist2ST(SectionRival):
         "max_epochs": 80, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "warmup_steps": 20, "ema_decay": 0.0,
     }  # fmt: skip
     inputs = ("features", "patches")
-    patch_px = 112
+    crop_px = 112
     card = Card(
         "Hist2ST (Zeng et al., Briefings in Bioinformatics 2022)",
         "Originally log10(1 + counts per 10,000 of the selected genes), and raw counts for the likelihood. Here "

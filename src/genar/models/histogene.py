@@ -65,7 +65,7 @@ class HisToGene(SectionRival):
         "max_epochs": 80, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "warmup_steps": 20, "ema_decay": 0.0,
     }  # fmt: skip
     inputs = ("features", "patches")
-    patch_px = 112
+    crop_px = 112
     card = Card(
         "HisToGene (Pang et al., bioRxiv 2021)",
         "Originally log10(1 + counts per 10,000 of the selected genes). Here log2(1 + count), not divided by the "
@@ -80,7 +80,7 @@ class HisToGene(SectionRival):
     def __init__(self, n_features: int, n_genes: int, config: HisToGeneConfig):
         super().__init__(n_features, n_genes, config)
         width = config.width
-        self.token = nn.Linear(3 * self.patch_px**2 if self.takes_patches else n_features, width)
+        self.token = nn.Linear(3 * self.crop_px**2 if self.takes_patches else n_features, width)
         self.places = Places(config.n_positions, width)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(

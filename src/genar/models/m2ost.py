@@ -173,7 +173,7 @@ class M2OST(SectionRival):
         "max_epochs": 80, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "warmup_steps": 10, "ema_decay": 0.0,
     }  # fmt: skip
     inputs = ("features", "patches")
-    n_crops = N_STREAMS
+    crops = (1.0, 2.0, 4.0)
     card = Card(
         "M2OST (Wang et al., AAAI 2025)",
         "Originally ln(1 + counts per million of the selected genes). Here log2(1 + count), not divided by the "
@@ -206,7 +206,7 @@ class M2OST(SectionRival):
     def _outputs(self, batch: Batch, rows: Tensor) -> Tensor:
         """log2(1 + count) [n, G] of some ``rows`` [n] of a section."""
         if self.takes_patches:
-            return self.gene_mean + self.network(self.embed(self.pixels(batch, rows, turn=self.training)))
+            return self.gene_mean + self.network(self.embed(self.pixels(batch, rows)))
         layers = list(self.embed)  # pyright: ignore
         tokens = [layer(x[rows])[:, None] for layer, x in zip(layers, self.streams(batch), strict=True)]
         return self.gene_mean + self.network(tokens)
