@@ -185,6 +185,9 @@ def test_a_section_without_image_is_refused(tissue):
 def test_settings_name_the_input():
     named = input_settings("patches", "st_net", "official", {}, Inputs())
     assert named == {"input": "patches"} == input_settings("patches", "st_net", "small", {}, Inputs())
+    assert input_settings("patches", "triplex", "small", {}, Inputs())["spots_per_step"] == 48
+    assert input_settings("patches", "triplex", "small", {"spots_per_step": 9}, Inputs())["spots_per_step"] == 9
+    assert "spots_per_step" not in input_settings("patches", "triplex", "official", {}, Inputs())
     assert input_settings("features", "ridge", "small", {}, Inputs(context_spots=(4,))) == {}
 
 

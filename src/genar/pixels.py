@@ -73,7 +73,7 @@ def takes_patches(facts: Mapping) -> bool:
 
 
 def input_settings(input: str, name: str, preset: str, settings: Mapping, inputs: Inputs) -> dict:
-    """The settings of model ``name`` with ``input`` among them, where it has such a setting.
+    """The settings of model ``name`` with ``input`` among them, where it has such a setting, and its own for patches.
 
     Raises ``InputError`` where the model does not take that input (naming those that take patches), where preset or
     settings ask for the other one, or where ``inputs`` are of features and patches are asked for.
@@ -92,7 +92,8 @@ def input_settings(input: str, name: str, preset: str, settings: Mapping, inputs
     wanted = settings.get("input") or getattr(cls, "presets", {}).get(preset, {}).get("input", input)
     if wanted != input and wanted in INPUTS:
         raise InputError(f"model {name}: preset {preset} and its settings take {wanted}; pass --input {wanted}")
-    return {"input": input, **settings}
+    own = cls.patch_settings if input == "patches" and preset == "small" else {}
+    return {"input": input, **own, **settings}
 
 
 def check_images(sections: Sequence[AnnData], *, needed: bool = False) -> None:

@@ -178,6 +178,8 @@ class Model(nn.Module, abc.ABC):
     """the patches of a spot that it takes, as multiples of the patch's width"""
     crop_px: ClassVar[int] = 224
     """side of each"""
+    patch_settings: ClassVar[Mapping[str, Any]] = {}
+    """settings of preset ``small`` that differ where it is trained on patches: pixels take more memory"""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """its own training recipe: fields of ``TrainConfig`` that differ from the default"""
     decoding_defaults: ClassVar[Mapping[str, Any]] = {}

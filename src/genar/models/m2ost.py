@@ -173,6 +173,7 @@ class M2OST(SectionRival):
         "max_epochs": 80, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "warmup_steps": 10, "ema_decay": 0.0,
     }  # fmt: skip
     inputs = ("features", "patches")
+    patch_settings: ClassVar[Mapping[str, Any]] = {"spots_per_step": 48}
     crops = (1.0, 2.0, 4.0)
     card = Card(
         "M2OST (Wang et al., AAAI 2025)",

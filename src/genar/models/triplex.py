@@ -163,6 +163,7 @@ class Triplex(SectionRival):
         "max_epochs": 60, "lr": 5e-4, "optimizer": "adamw", "weight_decay": 0.01, "warmup_steps": 10, "ema_decay": 0.0,
     }  # fmt: skip
     inputs = ("features", "patches")
+    patch_settings: ClassVar[Mapping[str, Any]] = {"spots_per_step": 48}
     card = Card(
         "TRIPLEX (Chung et al., CVPR 2024)",
         "Originally ln(1 + counts per 10,000 of the selected genes), for ST sections smoothed over 3 x 3 spots. Here "
