@@ -146,6 +146,16 @@ def test_training_learns_what_the_features_tell():
     assert float(error) < 0.5 * float(spread)
 
 
+def test_hardly_trained_it_stays_within_what_was_seen():
+    """Without a guess of the noise the chain blows it up 160-fold."""
+    spots = toy()
+    model = ready(spots)
+    assert float(model.draw(spots.batch(), Decoding(samples=1)).max()) > 100
+    predicted = model.predict(spots.batch(), Decoding(samples=1))
+    assert (predicted.point >= 0).all()
+    assert (predicted.point <= spots.counts.amax(dim=0)).all()
+
+
 # -- drawing --------------------------------------------------------------------------------------------------------
 
 

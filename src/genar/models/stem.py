@@ -159,16 +159,18 @@ class STEM(SpotRival):
         lost="the second encoder (the original joins UNI and CONCH); preset small is narrower and trained for hundreds "
         "of steps, not 300,000",
         mended="the t = 0 likelihood is of a count's bin, not of a pixel value's; draws follow a spot's name, so that "
-        "the batch changes nothing",
+        "the batch changes nothing; the mean of a gene's draws is cut at its largest training value",
     )
     block = 16  # samples and genes of so many spots still fit a processor's cache
     gene_mean: Tensor
     gene_scale: Tensor
+    gene_most: Tensor
 
     def __init__(self, n_features: int, n_genes: int, config: STEMConfig):
         super().__init__(n_features, n_genes, config)
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
+        self.register_buffer("gene_most", torch.zeros(n_genes))
         self.diffusion = Diffusion(config.n_total)
         self.denoiser = Denoiser(n_features, n_genes, config)
 
@@ -180,13 +182,13 @@ class STEM(SpotRival):
 
     @torch.no_grad()
     def prepare(self, spots: Spots) -> None:
-        """Set means and scales of features and genes, if they are to be standardised."""
+        """Set each gene's largest value, and means and scales of features and genes, if they are to be standardised."""
+        assert spots.counts is not None
+        target = log2p1(spots.counts)
+        self.gene_most.copy_(target.amax(dim=0))
         if self.settings.standardise:
-            assert spots.counts is not None
             super().prepare(spots)
-            for buffer, value in zip(
-                (self.gene_mean, self.gene_scale), mean_and_scale(log2p1(spots.counts)), strict=True
-            ):
+            for buffer, value in zip((self.gene_mean, self.gene_scale), mean_and_scale(target), strict=True):
                 buffer.copy_(value)
 
     def scaled(self, counts: Tensor) -> Tensor:
@@ -214,10 +216,13 @@ class STEM(SpotRival):
         return Diffusion(self.settings.n_total, steps).to(self.gene_mean.device)
 
     def predict_block(self, batch: Batch, how: Decoding) -> Counts:
-        """The mean of ``how.samples`` drawn vectors of log2(1 + count)."""
+        """The mean of ``how.samples`` drawn vectors of log2(1 + count), at most the gene's largest training value.
+
+        Hardly trained, the chain blows its noise up by 1 / sqrt(alpha-bar), which no integer could hold.
+        """
         drawn = self.draw(batch, how)
         mean = sum(drawn.unbind(1)[1:], drawn[:, 0]) / drawn.shape[1]
-        return Counts.from_log2(mean)
+        return Counts.from_log2(mean.minimum(self.gene_most))
 
     @torch.no_grad()
     def draw(self, batch: Batch, how: Decoding) -> Tensor:
