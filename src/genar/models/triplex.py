@@ -205,6 +205,7 @@ class Triplex(SectionRival):
         makes of them."""
         if self.n_features:
             return batch
+        assert isinstance(self.own, Pixels)
         parts = torch.arange(len(batch.features)).split(_PATCHES_AT_ONCE)
         return replace(batch, features=torch.cat([self.own.pooled(self.pixels(batch, rows)) for rows in parts]))
 
@@ -248,11 +249,11 @@ class Triplex(SectionRival):
     def loss(self, batch: Batch) -> LossOutput:
         """The seven terms of :func:`distillation_loss` on some spots of the section."""
         assert batch.counts is not None
-        n = len(batch.features)
+        n, counts = len(batch.features), batch.counts
         lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
         rows = torch.randperm(n)[: self.settings.spots_per_step].to(batch.features.device)
         views = self.views(batch, rows, self._global(batch, lattice), lattice)
-        terms = distillation_loss(views.pop("fused"), list(views.values()), log2p1(batch.counts[rows]), self.settings)
+        terms = distillation_loss(views.pop("fused"), list(views.values()), log2p1(counts[rows]), self.settings)
         return LossOutput(terms.sum(), terms.detach())
 
 
