@@ -64,20 +64,20 @@ def test_markers_are_those_of_the_tissue(page):
         modules = [Counter(module[gene] for gene in genes).most_common(1)[0] for genes in found.values()]
         assert {name for name, times in modules if times >= 4} - {"housekeeping"}
     assert set(page["of_measured"]) == set(page["of_predicted"])
-    assert page["shared"] > 0.4  # by chance 5 of 70
+    assert page["shared"] > 0.2  # by chance 5 of 70 genes
 
 
 def test_tests_of_expectations_find_what_is_not_there(page):
-    """The numbers that the page tells: in counts of one rate about 5 % of the genes, of expectations a third."""
-    share = page["share_significant"]
-    counts, expected, drawn = (share(page[f"null_{name}"], page["left"]) for name in ("counts", "expected", "drawn"))
-    assert 0.02 < counts < 0.09
-    assert expected > 0.3
-    assert drawn < 0.12
+    """The numbers of the page's table."""
+    share = page["significant"]
+    assert 0.02 < share["measured counts"] < 0.09
+    assert share["expectations"] > 0.5
+    assert share["measured counts"] < share["drawn counts"] < 0.2
 
 
 def test_random_halves_are_right_on_average_and_wrong_one_by_one(page):
     counts, expected = (np.array(page["shares"][name]) for name in ("measured counts", "expectations"))
     assert abs(counts.mean() - 0.05) < 0.01
     assert abs(expected.mean() - 0.05) < 0.04
-    assert expected.std() > 3 * counts.std()
+    assert expected.min() < 0.01
+    assert expected.max() > 2 * counts.max()
