@@ -81,6 +81,8 @@ def _fit(x: Tensor, y: Tensor, penalties):
 
 def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature of x [N, F], [F] each; one for a constant feature."""
+    if x.shape[1] == 0:  # spots that come as pixels
+        return x.new_zeros(0), x.new_ones(0)
     scale = x.std(dim=0, correction=0)
     return x.mean(dim=0), torch.where(scale > 0, scale, torch.ones_like(scale))
 
