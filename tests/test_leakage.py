@@ -128,8 +128,8 @@ def prints(out: Path) -> dict:
     found = {name: predicted.layers[name].tobytes() for name in predicted.layers}
     found |= {f"var {name}": predicted.var[name].to_numpy().tobytes() for name in predicted.var}
     return {
-        "panel": (out / "panel.json").read_bytes(),
         **facts,
+        "panel file": (out / "panel.json").read_text(),
         "weights": facts["sha256"],
         "counts": predicted.X.toarray().tobytes(),
         "genes": list(predicted.var_names),
@@ -205,12 +205,15 @@ def test_each_plant_would_show(change, sections, without_b, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_no_panel_recipe_sees_the_held_out_section(recipe, without_b, all_planted, tmp_path):
+def test_no_panel_recipe_sees_the_held_out_section(recipe, without_b, sections, tmp_path):
     expected = without_b("mean", panel=recipe)
+    every = read_sections(sections)[0].var_names  # a recipe may choose any, so B keeps them all
+    all_planted = planted(sections, tmp_path / "planted", everything, every)
     assert_same(prints(trained(all_planted, tmp_path / "run", "mean", panel=recipe)), expected)
-    assert json.loads(expected["panel"])["sections"] == ["A", "C"]
-    sections = [section for section in read_sections(all_planted) if contract.name(section) != "D"]
-    assert select_panel(sections, n_genes=N_GENES, recipe=recipe).genes != tuple(expected["genes"])  # it would show
+    assert expected["panel"]["sections"] == ["A", "C"]
+    read = [section for section in read_sections(all_planted) if contract.name(section) != "D"]
+    if recipe != "paper":  # these sections have fewer genes than its cut, of which it takes the first by alphabet
+        assert select_panel(read, n_genes=N_GENES, recipe=recipe).genes != tuple(expected["genes"])  # it would show
 
 
 def test_keys_of_a_retrieval_are_the_training_spots(as_they_are, all_planted, tmp_path):
@@ -234,7 +237,7 @@ def test_a_panel_from_all_sections_says_so(as_they_are, tmp_path, monkeypatch, c
 
 
 def test_a_panel_from_training_sections_or_a_list_has_no_such_note(without_b, as_they_are, tmp_path):
-    honest = json.loads(without_b("mean")["panel"])
+    honest = without_b("mean")["panel"]
     (tmp_path / "panel.json").write_text(json.dumps(honest))
     (tmp_path / "panel.txt").write_text("\n".join(honest["genes"]))
     for name in ("panel.json", "panel.txt"):
