@@ -24,8 +24,9 @@ demo: $(VENV)/.package
 	rm -rf genar-demo/run  # of an earlier demo
 	$(BIN)/genar demo --out genar-demo
 
+# two processes of one thread each: a test's matrices are small, and threads would wait for each other
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
