@@ -7,6 +7,14 @@ from typing import Any, ClassVar, Self
 from genar.errors import InputError
 from genar.models._base import Model, Spots
 
+INPUTS = ("features", "patches")
+
+
+def check_input(model: str, value: str) -> None:
+    """Refuse what is neither ``features`` nor ``patches``."""
+    if value not in INPUTS:
+        raise InputError(f"model {model}: input must be one of {', '.join(INPUTS)}, found {value!r}")
+
 
 class Rival(Model):
     """A published method in this package's harness: sized by a configuration and by the training data.

@@ -12,14 +12,6 @@ from genar.models._decoding import DEFAULT, Decoding
 from genar.models._rival import Rival
 from genar.models.ridge import mean_and_scale
 
-INPUTS = ("features", "patches")
-
-
-def check_input(model: str, value: str) -> None:
-    """Refuse what is neither ``features`` nor ``patches``."""
-    if value not in INPUTS:
-        raise InputError(f"model {model}: input must be one of {', '.join(INPUTS)}, found {value!r}")
-
 
 def turned(x: Tensor) -> Tensor:
     """Each of x [N, ..., px, px] in one of its eight positions, drawn at random."""

@@ -17,7 +17,8 @@ from torch.nn import functional as fn
 from genar.models._attention import Block
 from genar.models._base import Batch, Card, LossOutput, Spots, log2p1
 from genar.models._lattice import Lattice
-from genar.models._section import SectionRival, check_input, turned
+from genar.models._rival import check_input
+from genar.models._section import SectionRival, turned
 from genar.models.histogene import Places
 
 _GRAY_SHARE = 0.1

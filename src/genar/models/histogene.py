@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from genar.models._attention import Block
 from genar.models._base import Batch, Card
 from genar.models._lattice import Lattice
-from genar.models._section import SectionRival, check_input
+from genar.models._rival import check_input
+from genar.models._section import SectionRival
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from genar.errors import InputError
 from genar.models._attention import Attention
 from genar.models._base import Batch, Card, LossOutput, log2p1
 from genar.models._lattice import Lattice
-from genar.models._section import SectionRival, check_input
+from genar.models._rival import check_input
+from genar.models._section import SectionRival
 
 N_STREAMS = 3
 _RADII = (1.2, 2.12)

@@ -15,9 +15,9 @@ from torch.nn import functional as fn
 from genar.errors import InputError
 from genar.models._base import Batch, Card, Counts, LossOutput, Spots, log2p1, turned
 from genar.models._decoding import Decoding
+from genar.models._rival import INPUTS, check_input
 from genar.models._spot import SpotRival
 
-INPUTS = ("features", "patches")
 # Patches of which the colours are measured: as many as 12 batches of 32.
 _N_COLOURED = 384
 _PATCHES_AT_ONCE = 8
@@ -31,8 +31,7 @@ class STNetConfig:
     """``features``: a linear layer on them; ``patches``: the network end to end on pixels"""
 
     def __post_init__(self):
-        if self.input not in INPUTS:
-            raise InputError(f"model st_net: input must be one of {', '.join(INPUTS)}, found {self.input!r}")
+        check_input("st_net", self.input)
 
 
 class PatchNet(nn.Module):

@@ -18,7 +18,8 @@ from genar.errors import InputError
 from genar.models._attention import Block
 from genar.models._base import Batch, Card, LossOutput, Spots, log2p1
 from genar.models._lattice import Lattice, window_places
-from genar.models._section import SectionRival, check_input
+from genar.models._rival import check_input
+from genar.models._section import SectionRival
 
 _SPOTS_AT_ONCE = 512
 """in a prediction; their surroundings take 25 times the memory of the spots"""
