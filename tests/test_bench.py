@@ -105,6 +105,25 @@ def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(result.table, whole.table)
 
 
+def test_a_dear_method_is_run_on_some_folds(tissue, tmp_path):
+    """A table averages over the sections that all its rows hold out, a difference over those of its pair."""
+    some = {"{name: knn, model: knn}": "{name: knn, model: knn, held_out: [B]}", "[1, 2]": "[1]"}
+    extra = "tables: {every: [ridge!, tiny]}\ncompare:\n  - [knn, ridge!]\n"
+    recipe = read(tmp_path, **some, **{"compare:\n": extra})
+    result = bench.bench_run(recipe, tissue, tmp_path / "out", features=tmp_path / "features", say=str)
+    by_section = pd.read_csv(tmp_path / "out/by_section.csv", index_col=[0, 1])["mse"]
+    every = pd.read_csv(tmp_path / "out/every.csv", index_col=0)["mse"]
+    assert set(by_section.index) == {("knn", "B"), *((name, section) for name in ("ridge!", "tiny") for section in "AB")}
+    for name in ("ridge!", "tiny"):
+        assert result.table.loc[name, "mse"] == pytest.approx(by_section[name, "B"], rel=1e-4)
+        assert every[name] == pytest.approx(by_section[name].mean(), rel=1e-4)
+    gain = result.differences["mse"]
+    assert gain["knn minus ridge!"] == pytest.approx(by_section["knn", "B"] - by_section["ridge!", "B"], abs=1e-5)
+    assert gain["tiny minus ridge!"] == pytest.approx((by_section["tiny"] - by_section["ridge!"]).mean(), abs=1e-5)
+    assert "B held out." in (tmp_path / "out/table.md").read_text()
+    assert "each section held out in turn" in (tmp_path / "out/every.md").read_text()
+
+
 def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
     again = '  - {name: "ridge!", model: ridge}\n  - {name: the same, model: ridge}\n'
     recipe = read(tmp_path, **{'  - {name: "ridge!", model: ridge}\n': again})
@@ -122,6 +141,11 @@ def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
         (("[tiny, ridge!]", "[tiny, rigde]"), "rigde"),
         (("seeds:", "seedz:"), "seedz"),
         (("seeds: [1, 2]", "seeds: [1, 1]"), "seeds must be"),
+        (("model: knn", "model: knn, held_out: [C]"), "'knn': held_out 'C' is not held out by the recipe"),
+        (
+            ("ridge}\n  - {name: knn, model: knn", "ridge, held_out: [A]}\n  - {name: knn, model: knn, held_out: [B]"),
+            "no section is held out for each of ridge!, knn, tiny",
+        ),
         (("width: 16", "widht: 16"), "widht"),
         (("width: 16", "width: 15"), "multiple of heads"),
         (("model: knn", "model: knn, colour: red"), "colour"),

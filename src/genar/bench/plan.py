@@ -99,7 +99,12 @@ def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | Non
         if len({_slug(fold.name) for fold in cut}) < len(cut):
             raise InputError(f"two folds would lie in one folder: {', '.join(fold.name for fold in cut)}; rename one")
         for method in recipe.methods:
-            for fold in cut:
+            own = [fold for fold in cut if not method.held_out or set(fold.test) <= set(method.held_out)]
+            if not own:
+                raise InputError(
+                    f"method {method.name!r}: its held_out {', '.join(method.held_out)} makes no fold of the recipe's"
+                )
+            for fold in own:
                 for seed in recipe.seeds if method.seeded else recipe.seeds[:1]:
                     plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features)
                     runs.append(Run(cohort, method, fold, seed, plan))
@@ -130,7 +135,7 @@ def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed
 
 def _folder(recipe: Recipe, cohort: Cohort, method: Method) -> str:
     """Name of the folder of a method's runs: what changes a run changes it, and nothing else (no method's name)."""
-    facts = {key: value for key, value in asdict(method).items() if key != "name"}
+    facts = {key: value for key, value in asdict(method).items() if key not in ("name", "held_out")}
     panel = Path(cohort.panel)
     genes = hashlib.sha256(panel.read_bytes()).hexdigest() if panel.is_file() else [cohort.panel, recipe.n_genes]
     made_of = json_ready({**facts, "panel": genes, "sections": sorted(cohort.sections)})

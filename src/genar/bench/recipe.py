@@ -5,7 +5,7 @@ seeds and pairs to compare; tables that show some of the methods beside a table 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ _FIELDS = {
     "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "seeds", "protocol", "held_out", "k",
     "methods", "compare", "paper", "tables", "figure", "groups",
 }  # fmt: skip
-_METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder"}
+_METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder", "held_out"}
 _TABLE_FIELDS = {"rows", "paper", "dataset"}
 _FIGURE_FIELDS = {"genes", "methods", "section"}
 _DATASET = "{dataset}"
@@ -40,6 +40,8 @@ class Method:
     recipe: str = "default"
     settings: Settings = field(default_factory=Settings)
     encoder: str = encoders.DEFAULT
+    held_out: tuple[str, ...] = ()
+    """Runs with these sections held out alone, where it is dear; () for every fold of the protocol."""
 
     @property
     def seeded(self) -> bool:
@@ -110,6 +112,11 @@ class Recipe:
     tables: tuple[TableOfRecipe, ...] = ()
     figure: FigureOfRecipe | None = None
     groups: GroupsOfRecipe | None = None
+
+    def shared(self, methods: Iterable[str]) -> tuple[str, ...]:
+        """The sections that each of the methods holds out, () for all: what may stand in one table."""
+        limits = [set(m.held_out) for m in self.methods if m.held_out and m.name in set(methods)]
+        return tuple(sorted(set.intersection(*limits))) if limits else ()
 
 
 def recipe_names() -> list[str]:
@@ -210,6 +217,7 @@ def _method(path: Path, entry, encoder: str) -> Method:
         method = Method(
             str(entry["name"]), str(entry["model"]), str(entry.get("preset", "small")),
             str(entry.get("recipe", "default")), settings, str(entry.get("encoder", encoder)),
+            tuple(map(str, entry.get("held_out", ()))),
         )  # fmt: skip
         encoders.check_name(method.encoder)
         train_config_from_dict(settings.train, method.recipe)
@@ -312,9 +320,15 @@ def _check(path: Path, recipe: Recipe) -> None:
             raise InputError(f"{path}: protocol paper needs data sets of the paper ({', '.join(DATASETS)})")
         if wrong := [s for s in recipe.held_out if s not in cohort.sections]:
             raise InputError(f"{path}: held_out {wrong[0]!r} is none of {', '.join(cohort.sections)}")
+        for method in recipe.methods:
+            if wrong := [s for s in method.held_out if s not in (recipe.held_out or cohort.sections)]:
+                raise InputError(f"{path}: method {method.name!r}: held_out {wrong[0]!r} is not held out by the recipe")
         genes = recipe.figure.genes[cohort.name] if recipe.figure else ()
         panel = read_panel(cohort.panel).genes if genes and Path(cohort.panel).is_file() else genes
         if absent := [gene for gene in genes if gene not in panel]:
             raise InputError(f"{path}: figure: gene {absent[0]!r} is not in the panel {cohort.panel}")
+    for rows in (*(table.rows.values() for table in recipe.tables), *recipe.compare):
+        if not recipe.shared(rows) and any(m.held_out for m in recipe.methods if m.name in rows):
+            raise InputError(f"{path}: no section is held out for each of {', '.join(rows)}, which stand in one table")
     if recipe.figure and recipe.figure.section and recipe.figure.section not in recipe.cohorts[0].sections:
         raise InputError(f"{path}: figure: section {recipe.figure.section!r} is none of the recipe's")

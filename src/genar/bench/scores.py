@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anndata
@@ -25,22 +25,23 @@ class BenchScores:
 
     sampled: dict[Key, dict[str, dict[str, np.ndarray]]]
     """(cohort, method) -> held-out section -> metric -> resamples [1 + R], the seeds averaged"""
-    coverage: dict[Key, float]
-    """share of true counts in the 90 % interval; NaN where a method has none"""
+    coverage: dict[Key, dict[str, float]]
+    """the same, share of true counts in the 90 % interval; NaN where a method has none"""
     runs: pd.DataFrame
     """a row a run: seed, hashes, seconds, memory"""
 
-    def row(self, key: Key) -> dict[str, tuple[float, float, float]]:
-        """Metric -> value, low, high: means over the held-out sections."""
-        values = intervals.over_sections(list(self.sampled[key].values()))
+    def row(self, key: Key, only: Sequence[str] = ()) -> dict[str, tuple[float, float, float]]:
+        """Metric -> value, low, high: means over the held-out sections, or over ``only`` some of them."""
+        sections = only or list(self.sampled[key])
+        values = intervals.over_sections([self.sampled[key][section] for section in sections])
         row = {name: intervals.interval(v) for name, v in values.items()}
-        held = self.coverage[key]
+        held = float(np.mean([self.coverage[key][section] for section in sections]))
         return {**row, "coverage_90": (held, held, held)}
 
     def gain(self, cohort: str, ours: str, rival: str) -> dict[str, tuple[float, float, float]]:
-        """The paired difference of two methods, the same form."""
+        """The paired difference of two methods, the same form, over the sections that both hold out."""
         one, other = self.sampled[cohort, ours], self.sampled[cohort, rival]
-        pairs = [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one]
+        pairs = [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one if s in other]
         return {name: intervals.interval(v) for name, v in intervals.over_sections(pairs).items()}
 
     def by_section(self) -> pd.DataFrame:
@@ -56,7 +57,7 @@ class BenchScores:
 def score_runs(plan: Plan) -> BenchScores:
     """Read the predictions of all runs, which must be finished, and score them; a section is in memory by itself."""
     seeds: dict[Key, dict[str, list]] = {}
-    coverage: dict[Key, list[float]] = {}
+    coverage: dict[Key, dict[str, list[float]]] = {}
     for (cohort, section), runs in _by_section(plan.runs).items():
         truth = plan.refs[cohort][section].read()
         weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
@@ -66,12 +67,12 @@ def score_runs(plan: Plan) -> BenchScores:
             scores = intervals.resampled_scores(log2, metrics.log2p1(counts), weights)
             key = cohort, run.method.name
             seeds.setdefault(key, {}).setdefault(section, []).append(scores)
-            coverage.setdefault(key, []).append(_coverage(predicted, counts))
+            coverage.setdefault(key, {}).setdefault(section, []).append(_coverage(predicted, counts))
     averaged = {
         key: {section: intervals.over_sections(parts) for section, parts in sections.items()}
         for key, sections in seeds.items()
     }
-    held = {key: float(np.mean(values)) for key, values in coverage.items()}
+    held = {key: {s: float(np.mean(shares)) for s, shares in by.items()} for key, by in coverage.items()}
     return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]))
 
 

@@ -56,8 +56,9 @@ def paper_results() -> dict[tuple[str, str, str], dict[str, float]]:
 
 def table_lines(recipe: Recipe, table: TableOfRecipe, scores: BenchScores) -> list[Line]:
     """The rows of one table of the recipe, data set by data set."""
+    only = recipe.shared(table.rows.values())
     return [
-        Line(cohort.name, row, scores.row((cohort.name, method)), _paper_row(table, cohort, row))
+        Line(cohort.name, row, scores.row((cohort.name, method), only), _paper_row(table, cohort, row))
         for cohort in recipe.cohorts
         for row, method in table.rows.items()
     ]
@@ -144,8 +145,9 @@ def _per_method(runs: pd.DataFrame, table: TableOfRecipe) -> dict[tuple[str, str
 
 def _about(recipe: Recipe, table: TableOfRecipe) -> str:
     """What a reader must know: what was held out, the panel, where the paper's values are from."""
+    only = recipe.shared(table.rows.values()) or recipe.held_out
     how = {
-        "section": "each section held out in turn" if not recipe.held_out else f"{', '.join(recipe.held_out)} held out",
+        "section": f"{_join(only)} held out" if only else "each section held out in turn",
         "paper": "the paper's section held out",
         "patient": "each patient held out in turn",
         "kfold": f"{recipe.k} folds",

@@ -83,7 +83,7 @@ def toy_method(method: Method) -> Method:
     train = {**own.train, "max_epochs": n_epochs, "warmup_steps": 0, "validate_every": 1}
     settings = Settings(model, train, {**own.decoding, "samples": 2, "steps": 2}, own.inputs)
     encoder = f"{__name__}:{_ENCODERS.get(method.encoder, 'wide_encoder')}"
-    return replace(method, settings=settings, encoder=encoder)
+    return replace(method, settings=settings, encoder=encoder, held_out=())
 
 
 def _scales(sizes) -> tuple[int, ...]:
