@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genar
+from genar import machine
 from genar._console import check_table, group_tables, interval_tables, progress_bar, score_tables
 from genar.errors import InputError
 
@@ -42,7 +43,7 @@ OneSection = Annotated[str, typer.Argument(help="One section: its own file or fo
 def main() -> None:
     """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    _keep_freed_memory()
+    machine.keep_freed_memory()
     try:
         app()
     except InputError as error:
@@ -57,22 +58,6 @@ def main() -> None:
 def _stop(message: str) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of handing it back page by page: training on a CPU is up to several times
-    faster."""
-    import ctypes
-
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
-        mallopt(parameter, value)
 
 
 @app.callback(invoke_without_command=True)

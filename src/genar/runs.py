@@ -3,15 +3,11 @@ them."""
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,7 @@ from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, pixels
+from genar import encoders, machine, pixels
 from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import json_ready, write_text
 from genar.data.progress import Bar, no_bar
@@ -44,17 +40,6 @@ from genar.settings import Settings
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
-_PACKAGES = (
-    "torch",
-    "pytorch-lightning",
-    "timm",
-    "anndata",
-    "scanpy",
-    "scikit-learn",
-    "numpy",
-    "zarr",
-    "openslide-python",
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +109,7 @@ def train_run(
     was interrupted goes on from its last epoch when it is started again with the same plan. Raises ``InputError`` for
     bad input, before the long work starts where that can be known.
     """
-    clock = _Clock()
+    clock = machine.Clock()
     cls = model_class(plan.model)
     config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
     how = decoding(cls, plan.settings.decoding)
@@ -318,36 +303,6 @@ def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[Ann
     return _Seen(recipe.facts, features, [], patches, learned)
 
 
-class _Clock:
-    """Seconds by stage, and the peak of resident memory since it was started."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-        self._own_peak = _forget_peak()
-
-    def peak_rss_mib(self) -> float | None:
-        """MiB; ``None`` where the system knows the peak of the whole process alone."""
-        if not self._own_peak:
-            return None
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return round(int(status["VmHWM"].split()[0]) / 1024, 1)
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self._last, 1)
-        self._last = now
-
-
-def _forget_peak() -> bool:
-    """Have Linux count the process's peak of memory anew; whether it does."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # another system, or not allowed
-        return False
-    return True
-
-
 def _claim_resume(plan: TrainPlan) -> Path:
     """Folder of the resume file. The plan is left there, so that another one does not go on from it."""
     folder = plan.out / "resume"
@@ -462,7 +417,7 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "features": {name: [made[name].name for made in stores] for name in (stores[0] if stores else ())},
         "patches": checkpoint.features if plan.input == "patches" else None,
         "checkpoint_sha256": checkpoint.sha256,
-        "environment": environment(),
+        "environment": machine.environment(),
         "seconds": clock.seconds,
         "peak_rss_mib": clock.peak_rss_mib(),
     }
@@ -476,15 +431,3 @@ def _hash_counts(section: AnnData) -> str:
     for part in (section.X.indptr, section.X.indices, section.X.data):  # pyright: ignore
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
-
-
-def environment() -> dict:
-    """Versions and the machine, for ``run.json``."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return {"python": platform.python_version(), **versions, **machine}

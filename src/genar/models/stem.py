@@ -139,7 +139,7 @@ class STEM(SpotRival):
 
     config = STEMConfig
     presets: ClassVar = {
-        "small": {"width": 48, "depth": 3, "heads": 4, "mlp_ratio": 2.0, "standardise": True},
+        "small": {"width": 48, "depth": 3, "heads": 2, "mlp_ratio": 2.0, "standardise": True},
         "official": {},
     }
     # Published: AdamW 1e-4, no decay, batch 256, constant rate, no clipping, averaging 0.9999, 300,000 steps. Here a

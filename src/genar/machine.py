@@ -1,0 +1,91 @@
+"""The machine that a run is made on: its memory, its clock, its versions."""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = (
+    "torch",
+    "pytorch-lightning",
+    "timm",
+    "anndata",
+    "scanpy",
+    "scikit-learn",
+    "numpy",
+    "zarr",
+    "openslide-python",
+)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of handing it back page by page: training on a CPU is up to several times
+    faster."""
+    mallopt = _of_libc("mallopt")
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 256 << 20)):
+        mallopt(parameter, value)
+
+
+def hand_back_memory() -> None:
+    """Have glibc hand back at once what it has kept."""
+    _of_libc("malloc_trim")(0)
+
+
+def _of_libc(name: str):
+    """A function of glibc, or one that does nothing where the system has another library."""
+    if sys.platform.startswith("linux"):
+        try:
+            return getattr(ctypes.CDLL(None), name)
+        except (OSError, AttributeError):
+            pass
+    return lambda *arguments: 0
+
+
+class Clock:
+    """Seconds by stage, and the peak of resident memory since it was started, what earlier runs freed not counted."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+        hand_back_memory()
+        self._own_peak = _forget_peak()
+
+    def peak_rss_mib(self) -> float | None:
+        """MiB; ``None`` where the system knows the peak of the whole process alone."""
+        if not self._own_peak:
+            return None
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return round(int(status["VmHWM"].split()[0]) / 1024, 1)
+
+    def lap(self, stage: str) -> None:
+        """The stage that ends here."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 1)
+        self._last = now
+
+
+def _forget_peak() -> bool:
+    """Have Linux count the process's peak of memory anew; whether it does."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system, or not allowed
+        return False
+    return True
+
+
+def environment() -> dict:
+    """Versions and the machine, for ``run.json``."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    return {"python": platform.python_version(), **versions, **machine}
