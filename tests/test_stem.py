@@ -149,11 +149,30 @@ def test_training_learns_what_the_features_tell():
 def test_hardly_trained_it_stays_within_what_was_seen():
     """Without a guess of the noise the chain blows it up 160-fold."""
     spots = toy()
-    model = ready(spots)
+    model = ready(spots, predicts="noise")
     assert float(model.draw(spots.batch(), Decoding(samples=1)).max()) > 100
     predicted = model.predict(spots.batch(), Decoding(samples=1))
     assert (predicted.point >= 0).all()
     assert (predicted.point <= spots.counts.amax(dim=0)).all()
+
+
+def test_untrained_a_predicted_start_is_the_training_mean():
+    spots = toy()
+    truth = log2p1(spots.counts)
+    predicted = ready(spots).predict(spots.batch(), Decoding(samples=20)).layers["log1p_mean"] / LN2
+    torch.testing.assert_close(predicted, truth.mean(dim=0).expand_as(predicted), atol=0.05, rtol=0)
+
+
+def test_a_start_and_a_noise_that_mean_the_same_are_one_prediction():
+    spots = toy()
+    by_start, by_noise = ready(spots), ready(spots, predicts="noise")
+    start, noise, v = torch.randn(64, 6), torch.randn(64, 6), torch.rand(64, 6)
+    step = torch.randint(1000, (64,))
+    x = by_start.diffusion.noisy(start, step, noise)
+    for one, other in zip(
+        by_start._noise_and_v(start, v, x, step), by_noise._noise_and_v(noise, v, x, step), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 # -- drawing --------------------------------------------------------------------------------------------------------
@@ -195,7 +214,7 @@ def test_too_many_steps_are_refused():
         Decoding(steps=-1)
 
 
-@pytest.mark.parametrize("settings", [{"width": 30, "heads": 4}, {"n_total": 1}, {"classes": 3}])
+@pytest.mark.parametrize("settings", [{"width": 30, "heads": 4}, {"n_total": 1}, {"classes": 3}, {"predicts": "v"}])
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(InputError, match="stem"):
         STEM.check_settings("small", settings)

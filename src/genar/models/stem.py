@@ -39,10 +39,16 @@ class STEMConfig:
     standardise: bool = False
     """features and log2 counts with mean 0 and variance 1 over the training spots; the original takes both as they
     are"""
+    predicts: str = "noise"
+    """what the network is trained for by squared error: the ``noise`` as published, or the ``start``, the values
+    without noise. To the error in the noise an image matters at the last steps alone, and there by a factor alpha-bar:
+    it is learned after hundreds of thousands of steps. To the error in the start it matters at once."""
 
     def __post_init__(self):
         if min(self.width, self.depth, self.heads) < 1 or self.n_total < 2 or not self.mlp_ratio > 0:
             raise InputError("model stem: width, depth and heads must be >= 1, n_total >= 2, mlp_ratio > 0")
+        if self.predicts not in ("noise", "start"):
+            raise InputError(f"model stem: predicts must be noise or start, found {self.predicts!r}")
         if self.width % self.heads:
             raise InputError(f"model stem: width {self.width} is no multiple of heads {self.heads}")
 
@@ -139,13 +145,13 @@ class STEM(SpotRival):
 
     config = STEMConfig
     presets: ClassVar = {
-        "small": {"width": 48, "depth": 3, "heads": 2, "mlp_ratio": 2.0, "standardise": True},
+        "small": {"width": 32, "depth": 2, "heads": 1, "mlp_ratio": 2.0, "standardise": True, "predicts": "start"},
         "official": {},
     }
     # Published: AdamW 1e-4, no decay, batch 256, constant rate, no clipping, averaging 0.9999, 300,000 steps. Here a
     # narrow denoiser takes a few hundred steps at a higher rate, averaged over as much of its shorter course.
     train_defaults: ClassVar = {
-        "max_epochs": 30, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.0, "schedule": "cosine",
+        "max_epochs": 20, "batch_size": 32, "lr": 3e-3, "weight_decay": 0.0, "schedule": "cosine",
         "warmup_steps": 20, "clip": 1.0, "ema_decay": 0.99,
     }  # fmt: skip
     decoding_defaults: ClassVar = {"samples": 5}
@@ -156,8 +162,8 @@ class STEM(SpotRival):
         kept="the denoiser over genes, the noise schedule, learned variances, averaged weights, the mean of samples; "
         f"samples take {STEPS} strided steps and there are 5 (the original: 1000 steps, 20 samples: steps=1000, "
         "samples=20)",
-        lost="the second encoder (the original joins UNI and CONCH); preset small is narrower and trained for hundreds "
-        "of steps, not 300,000",
+        lost="the second encoder (the original joins UNI and CONCH); preset small is narrower, trained for hundreds of "
+        "steps, not 300,000, and for that predicts the values without noise, not the noise",
         mended="the t = 0 likelihood is of a count's bin, not of a pixel value's; draws follow a spot's name, so that "
         "the batch changes nothing; the mean of a gene's draws is cut at its largest training value",
     )
@@ -196,17 +202,32 @@ class STEM(SpotRival):
         return (torch.log2(1 + counts.float()) - self.gene_mean) / self.gene_scale
 
     def loss(self, batch: Batch) -> LossOutput:
-        """Squared error of the noise at a random step, and the variational bound in bits per gene; parts: both."""
+        """Squared error of the noise (or the start) at a random step, and the variational bound; parts: both.
+
+        The bound is in bits per gene.
+        """
         assert batch.counts is not None
         start = self.scaled(batch.counts)
         step = torch.randint(len(self.diffusion), (len(start),), device=start.device)
         noise = torch.randn_like(start)
         x = self.diffusion.noisy(start, step, noise)
-        guess, v = self.denoiser(x, step, self.denoiser.image(self.standardised(batch.features)))
+        image = self.denoiser.image(self.standardised(batch.features))
+        guess, v = self.denoiser(x, step, image)
         bins = self.scaled(batch.counts - 0.5), self.scaled(batch.counts + 0.5)
-        bound = self.diffusion.variational_bound(start, x, step, guess, v, bins).mean()
-        error = fn.mse_loss(guess, noise)
+        bound = self.diffusion.variational_bound(start, x, step, *self._noise_and_v(guess, v, x, step), bins).mean()
+        error = fn.mse_loss(guess, noise if self.settings.predicts == "noise" else start)
         return LossOutput(error + bound, torch.stack([error, bound]).detach())
+
+    def _noise_and_v(self, guess: Tensor, v: Tensor, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise and v [B, G] in noisy values x [B, G] at original step int64 [B], by what the network predicts.
+
+        An error in the start weighs more than all noise at the first steps; v, which would tell of it by variances far
+        beyond beta, is held in its range.
+        """
+        if self.settings.predicts == "noise":
+            return guess, v
+        kept = self.diffusion.alpha_bar[step][:, None]
+        return (x - kept.sqrt() * guess) / (1 - kept).sqrt(), v.clamp(-1, 1)
 
     def chain(self, how: Decoding) -> Diffusion:
         """The steps of a prediction. Raises ``InputError`` where there are more than the model was trained on."""
@@ -233,7 +254,8 @@ class STEM(SpotRival):
         x = noise.draw()
         for i in range(len(chain) - 1, -1, -1):
             step = torch.full((len(x),), i, device=x.device)
-            mean, log_variance = chain.predicted(x, step, *self.denoiser(x, chain.at[step], image))
+            guess, v = self.denoiser(x, chain.at[step], image)
+            mean, log_variance = chain.predicted(x, step, *self._noise_and_v(guess, v, x, chain.at[step]))
             x = mean if i == 0 else mean + (0.5 * log_variance).exp() * noise.draw()
         return (x * self.gene_scale + self.gene_mean).unflatten(0, (-1, samples))
 
