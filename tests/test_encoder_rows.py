@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from genar import cli
+from commands import run
 from genar.encoders import ENCODERS, Encoder, EncoderRow, build_network, load_encoder
 from genar.encoders.networks import load_transformers, pooled
 from genar.encoders.table import CLASS, CLASS_AND_MEAN
@@ -510,12 +510,7 @@ def test_granted_access_is_used_and_a_pickled_file_found(hub, tmp_path):
 
 def test_command_refused_by_the_hub_ends_with_2_and_one_line(tmp_path, monkeypatch, capsys, tissue):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # offline, nothing in the cache
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    words = ["genar", "features", str(tissue), "--encoder", "uni", "--out", str(tmp_path / "store")]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
+    assert run(monkeypatch, "features", tissue, "--encoder", "uni", "--out", tmp_path / "store") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "https://huggingface.co/MahmoodLab/UNI" in line
     assert "hf auth login" in line
@@ -523,10 +518,7 @@ def test_command_refused_by_the_hub_ends_with_2_and_one_line(tmp_path, monkeypat
 
 
 def test_encoders_command_lists_the_rows(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_keep_freed_memory", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["genar", "encoders", "--json"])
-    with pytest.raises(SystemExit):
-        cli.main()
+    assert run(monkeypatch, "encoders", "--json") == 0
     listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(listed) == set(ENCODERS)
     assert listed["virchow2"]["pooling"] == CLASS_AND_MEAN

@@ -12,7 +12,7 @@ from genar.models.ridge import PENALTIES, Ridge, blocks
 from genar.prediction import predict_section
 from genar.training import TrainConfig, fit, make_spots, paper_recipe, split_validation, train_config_from_dict
 
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4}
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 QUICK = TrainConfig(
     max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2, validation_share=0.1
 )

@@ -22,7 +22,7 @@ TISSUE = TissueConfig(n_rows=4, n_cols=5, n_genes=110, counts_per_nucleus=20.0) 
 _PAPER_GENES = 200
 _ENCODERS = {"resnet18": "narrow_encoder", "import:conch": "middle_encoder"}
 _SMALL = {"width": 16, "depth": 1, "heads": 2}
-_MODELS: Mapping[str, Mapping] = {
+TINY: Mapping[str, Mapping] = {
     "genar": {**_SMALL, "max_count": 31},
     "egn": {**_SMALL, "mlp_width": 16, "bridge_heads": 2, "bridge_width": 8},
     "foundation": {"width": 16, "max_count": 31},
@@ -32,7 +32,7 @@ _MODELS: Mapping[str, Mapping] = {
     "stem": {**_SMALL, "mlp_ratio": 1.0},
     "triplex": {"width": 16, "depths": (1, 1, 1), "heads": (2, 2, 2)},
 }
-"""Settings that make a model tiny; one that is not named keeps those of its preset."""
+"""Model -> settings that make it tiny; one that is not named keeps those of its preset."""
 
 
 def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
@@ -67,14 +67,14 @@ def _cohort(cohort: Cohort, panel: Path) -> Cohort:
 
 
 def _figure(figure: FigureOfRecipe, genes: list[str]) -> FigureOfRecipe:
-    of_cohort = {cohort: tuple(genes[: len(named)]) for cohort, named in figure.genes.items()}
+    of_cohort = {cohort: tuple(genes[: min(2, len(named))]) for cohort, named in figure.genes.items()}
     return FigureOfRecipe(of_cohort, figure.methods, next(iter(SECTIONS)) if figure.section else "")
 
 
 def toy_method(method: Method) -> Method:
     """The method with tiny settings over its own; scales become those in proportion, of 25 genes."""
     own = method.settings
-    model = {**own.model, **_MODELS.get(method.model, {})}
+    model = {**own.model, **TINY.get(method.model, {})}
     if "scales" in model:
         model["scales"] = _scales(model["scales"])
     if method.model == "genar" and method.preset == "small" and own.model.get("components", 1):
