@@ -44,8 +44,8 @@ def folds(
     and not known, there are fewer patients (sections) than folds, or nothing is left to train on.
 
     >>> patients = {"S1": "Ann", "S2": "Ann", "S3": "Bea", "S10": "Cyd"}
-    >>> [fold.test for fold in folds("patient", patients)]
-    [('S1', 'S2'), ('S3',), ('S10',)]
+    >>> tuple(fold.test for fold in folds("patient", patients))
+    (('S1', 'S2'), ('S3',), ('S10',))
     >>> folds("section", patients, held_out=["S2"])[0].note
     'Ann has sections in training and held out: generalisation between patients is not tested'
     """
