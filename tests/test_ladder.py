@@ -10,6 +10,7 @@ import genar
 SRC = Path(genar.__file__).parent.parent
 ROOMS = [
     "errors",
+    "machine",
     "data",
     "fetch",
     "genes",
