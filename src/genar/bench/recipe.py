@@ -5,7 +5,7 @@ seeds and pairs to compare; tables that show some of the methods beside a table 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -113,9 +113,9 @@ class Recipe:
     figure: FigureOfRecipe | None = None
     groups: GroupsOfRecipe | None = None
 
-    def shared(self, methods: Iterable[str]) -> tuple[str, ...]:
+    def shared(self, methods: Collection[str]) -> tuple[str, ...]:
         """The sections that each of the methods holds out, () for all: what may stand in one table."""
-        limits = [set(m.held_out) for m in self.methods if m.held_out and m.name in set(methods)]
+        limits = [set(m.held_out) for m in self.methods if m.held_out and m.name in methods]
         return tuple(sorted(set.intersection(*limits))) if limits else ()
 
 
