@@ -83,10 +83,10 @@ def measure(job):
 
     import torch
 
-    from genar.cli import _keep_freed_memory
+    from genar.machine import keep_freed_memory
     from genar.training import TrainConfig, count_parts
 
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(job["threads"])
     bf16 = job["precision"] == "bf16"
     model, loss, generate = build(job["variant"], job["size"], job["scales"])

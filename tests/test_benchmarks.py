@@ -40,6 +40,13 @@ def test_plain_and_ours_start_alike(bench):
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
+def test_a_job_runs_in_a_process_of_its_own(bench):
+    job = {"what": "generate", "size": "small", "batch": 2, "threads": 1, "precision": "fp32", "repeats": 1}
+    found = bench.run(variant="queries", **job, scales=(1, 4, 12))
+    assert found["seconds"] > 0
+    assert found["flops"] > 0
+
+
 def test_evaluation_times_what_it_says(capsys):
     scores = load("evaluation").main(60, 12, 30)
     assert {len(values) for values in scores.values()} == {31}
