@@ -74,7 +74,11 @@ def build(variant, size, scales):
     if variant == "compiled":
         for block in model.blocks:
             block.compile(dynamic=False)
-    return model, lambda n: model.loss(batch(n)).total, lambda n: model.generate(batch(n), Decoding("greedy"))
+    return (
+        model,
+        lambda n: model.loss(batch(n)).total,
+        lambda n: model.generate(batch(n), Decoding("greedy", layers=())),
+    )
 
 
 def measure(job):

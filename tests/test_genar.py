@@ -11,7 +11,7 @@ from genar.models import Batch, Decoding, Spots
 from genar.models._base import uniforms
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
-from genar.models._genar_parts import count_bumps, position_code
+from genar.models._genar_parts import as_it_comes, attend, bf16_products, count_bumps, position_code
 from genar.models.genar import GenAR, auto_max_count, paper, released, small
 
 N_GENES, N_FEATURES = 24, 16
@@ -368,6 +368,42 @@ def test_recomputed_activations_give_the_same_gradient():
         model.loss(make_spots().batch()).total.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_written_out_in_bf16_is_the_fused_one(masked):
+    q, k, v = (torch.randn(2, 3, 7, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.ones(7, 7, dtype=torch.bool).tril() if masked else None
+    written, fused = attend(q, k, v, mask), attend(q.float(), k.float(), v.float(), mask)
+    assert written.dtype == torch.bfloat16
+    assert (written - fused).abs().max() < 0.05
+    slope = torch.randn(written.shape)
+    theirs = torch.autograd.grad(fused, (q, k, v), slope)
+    for mine, other in zip(torch.autograd.grad(written, (q, k, v), slope.bfloat16()), theirs, strict=True):
+        assert (mine - other).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("linear_start", [True, False])
+def test_bf16_changes_loss_gradient_and_prediction_little(linear_start):
+    config = replace(TINY, dropout=0.0, drop_path=0.0, feature_dropout=0.0)
+    if linear_start:
+        config = replace(config, components=4, start_at_frequencies=True, linear_start=True)
+    model, batch = make_model(config), make_spots().batch()
+    model.prepare(make_spots())
+    losses, gradients = [], []
+    for precise in (True, False):
+        model.zero_grad()
+        with as_it_comes("cpu") if precise else bf16_products("cpu"):
+            loss = model.loss(batch).total
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[1] != losses[0]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    model.eval()
+    made = [model.predict(batch, Decoding("mean", samples=4, bf16=bf16)).layers["log1p_mean"] for bf16 in (False, True)]
+    assert 0 < (made[0] - made[1]).abs().mean() < 0.05
 
 
 def test_scale_weights_weigh_the_scales():

@@ -80,7 +80,7 @@ class _Summed(torch.autograd.Function):
         total = read.new_zeros((), dtype=torch.float32)
         read_grads, head_grad, bias_grad = [], torch.zeros_like(head), torch.zeros_like(bias)
         for rows, *parts in zip(read.split(n_rows), *(t.split(n_rows) for t in targets), strict=True):
-            logits = fn.linear(rows, head).float() + bias
+            logits = fn.linear(rows, head) + bias
             if not any(wanted):
                 total += loss(logits, *parts).sum()
                 continue

@@ -34,6 +34,8 @@ class Decoding:
     """draws are among the fewest classes that hold this share of the probability"""
     steps: int = 0
     """denoising steps of a model that diffuses; 0: as many as it takes by default"""
+    bf16: bool = False
+    """GenAR's blocks compute in bfloat16: faster where the processor has it; the head stays float32"""
     layers: tuple[str, ...] = ("mean", "log1p_mean", "p_zero")
     """what is kept: ``mean``, ``log1p_mean`` (expectation of ln(1 + count)), ``p_zero``, ``sd``, and any quantile as
     ``q05``"""
@@ -74,8 +76,9 @@ def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     A quantile q is the least count whose cumulative probability reaches q.
     """
     counts = torch.arange(p.shape[2], device=p.device, dtype=torch.float32)
-    mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
     layers, cumulative = {}, None
+    if "mean" in names or "sd" in names:
+        mean = (p * counts).sum(dim=2)  # a sum a row, and no matrix product, for the same bits in any batch
     for name in names:
         if name == "mean":
             layers[name] = mean

@@ -15,6 +15,16 @@ _POSITION_WAVES = 64
 _SHORTEST = 1e-12
 
 
+def bf16_products(device: str) -> torch.autocast:
+    """Matrix products in bfloat16."""
+    return torch.autocast(device, torch.bfloat16)
+
+
+def as_it_comes(device: str) -> torch.autocast:
+    """Every product in the numbers that it gets, whatever is set around."""
+    return torch.autocast(device, enabled=False)
+
+
 class Condition(nn.Module):
     """h [B, D] from the feature and the position of a spot (section 3).
 
@@ -54,8 +64,9 @@ class Condition(nn.Module):
         self.feature_map[:, : found.directions.shape[1]] = found.directions * found.shrink(n_spots)
 
     def components(self, batch: Batch) -> Tensor:
-        """Components of B spots [B, C]."""
-        return (batch.features - self.feature_mean) @ self.feature_map
+        """Components of B spots [B, C], never in bfloat16: the linear start multiplies their errors."""
+        with as_it_comes(batch.features.device.type):
+            return (batch.features - self.feature_mean) @ self.feature_map
 
     def forward(self, batch: Batch) -> Tensor:
         """Batch of B spots -> h [B, D]."""
@@ -101,14 +112,14 @@ class Block(nn.Module):
         qk, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).split((2, 1), dim=2)  # [B, L, 2 and 1, H, D / H]
         sharpness = self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()[None, :, :, 0]  # [1, H, 1]
         length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp(min=_SHORTEST)
-        qk = (qk * (torch.cat([sharpness, torch.ones_like(sharpness)]) / length)).to(v.dtype)
+        qk = qk * (torch.cat([sharpness, torch.ones_like(sharpness)]) / length).to(v.dtype)
         q, k = qk.permute(2, 0, 3, 1, 4)  # [B, H, L, D / H] each
         v = v[:, :, 0].transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         runs: list[Cut] = list(cuts)  # pyright: ignore
         seen = [
-            fn.scaled_dot_product_attention(part, join(k, run.keys), join(v, run.keys), attn_mask=run.mask, scale=1.0)
+            attend(part, join(k, run.keys), join(v, run.keys), run.mask)
             for part, run in zip(q.split([run.n_queries for run in runs], dim=2), runs, strict=True)
         ]
         return self.out(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
@@ -119,6 +130,21 @@ class Block(nn.Module):
             return gamma
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
         return gamma * keep / (1 - self.drop_path)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T) v of [B, H, L, D / H] each, over the keys that ``mask`` [L queries, L keys] shows.
+
+    The fused kernel, but for training in bfloat16 on a CPU, where its backward pass takes three times as long as these
+    few products.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        scores = q @ k.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        with as_it_comes("cpu"):  # else autocast would turn the scores into float32
+            return scores.softmax(dim=3) @ v
+    return fn.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 
 class Cut(nn.Module):

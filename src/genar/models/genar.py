@@ -14,6 +14,7 @@ F features, V classes.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
-from genar.models._genar_parts import Block, Cache, Condition, CountTable, Cut, LinearStart
+from genar.models._genar_parts import Block, Cache, Condition, CountTable, Cut, LinearStart, as_it_comes, bf16_products
 from genar.models._linear_start import Components, find_components, fit_curvatures, fit_means
 from genar.models.ridge import folds
 
@@ -154,6 +155,8 @@ class GenAR(Model):
         return x + place
 
     def _trunk(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, caches: list[Cache] | None = None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # else every sum would go back to float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, block in enumerate(self.blocks):
             if self.config.recompute and caches is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, h, cuts, use_reentrant=False)  # pyright: ignore
@@ -184,7 +187,8 @@ class GenAR(Model):
         if known is None:
             return None
         above = parents[:, getattr(self, f"parent_{k}")] if k else known.new_zeros(len(known), self.sizes[0])
-        return self.linear_start, self.linear_start.expected(self._places[k], known, above)
+        with as_it_comes(known.device.type):
+            return self.linear_start, self.linear_start.expected(self._places[k], known, above)
 
     def _known(self, batch: Batch) -> Tensor | None:
         """Components [B, C] that the linear start reads."""
@@ -254,7 +258,8 @@ class GenAR(Model):
             at = slice(self._interpolated_start[k], self._interpolated_start[k + 1])
             read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, tokens[k - 1] if k else x)
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
-            losses.append(loss(self._places[k], read, start, mean) / len(h))
+            with as_it_comes(x.device.type):
+                losses.append(loss(self._places[k], read.float(), start, mean) / len(h))
         per_scale = torch.stack(losses)
         weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
         return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
@@ -304,16 +309,23 @@ class GenAR(Model):
         ``cache=False`` computes every scale from scratch, to check the cache. Raises ``InputError`` where squared error
         (which gives no distribution) is asked for one.
         """
+        arithmetic = bf16_products(batch.features.device.type) if how.bf16 else nullcontext()
         if self.config.final_loss == "squared_error":
-            return self._generate_values(batch, how, cache)
+            with arithmetic:
+                return self._generate_values(batch, how, cache)
         s = how.trajectories
         n_draws = sum(self.sizes) if how.decode == "sample" else sum(self.sizes[:-1])
         drawn = how.decode == "sample" or s > 1
         draws = (
             uniforms(batch.spot_ids, how.seed, s, n_draws).flatten(0, 1).to(batch.features.device) if drawn else None
         )
-        logits = self._last(batch, how, draws, cache)
-        p = logits.softmax(dim=2).unflatten(0, (-1, s)).mean(dim=1)  # [B, G, V]
+        with arithmetic:
+            logits = self._last(batch, how, draws, cache)
+        if how.kept or how.decode not in ("greedy", "sample"):
+            p = logits.softmax(dim=2).unflatten(0, (-1, s))
+            p = p[:, 0] if s == 1 else p.mean(dim=1)  # [B, G, V]
+        else:
+            p = logits[:, :, :0]  # nobody reads it
         if how.decode == "greedy":
             point = logits.argmax(dim=2)
         elif how.decode == "sample":
@@ -348,10 +360,11 @@ class GenAR(Model):
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
             x = self._cached_pass(k, table, tokens, h, caches) if cache else self._full_pass(k, table, made, h)
-            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, tokens))
-            if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
-                return self.head.values(*inputs)[0]
-            logits = self.head.logits(*inputs)
+            inputs = (self._places[k], self._read_out(k, x, h, film).float(), self._start(k, known, tokens))
+            with as_it_comes(x.device.type):
+                if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
+                    return self.head.values(*inputs)[0]
+                logits = self.head.logits(*inputs)
             if k == len(self.sizes) - 1:
                 return logits
             tokens = logits.argmax(dim=2) if draws is None else draw(logits, draws[:, self._places[k]], how)
