@@ -1,0 +1,56 @@
+"""The public names, and the page that shows them, run as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import genar
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+@pytest.mark.parametrize("name", genar.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(genar, name).__doc__
+    assert name in dir(genar)
+
+
+def test_names_are_the_ones_of_their_rooms():
+    from genar.models.genar import GenAR
+
+    assert genar.GenAR is GenAR
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'predict_everything'"):
+        _ = genar.predict_everything
+
+
+def test_types_and_names_agree():
+    """What type checkers see is what there is."""
+    shown = re.search(r"if TYPE_CHECKING:.*?\n\n", Path(genar.__file__).read_text(), re.DOTALL)
+    assert shown
+    lines = re.findall(r"from genar\.(\S+) import (.+)", shown[0])
+    seen = {name: home for home, names in lines for name in names.split(", ")}
+    assert seen == genar._HOMES
+    assert sorted(seen) == sorted(genar.__all__)
+
+
+def test_import_is_light():
+    heavy = ("torch", "openslide", "anndata", "numpy", "pandas")
+    code = f"import genar, sys; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["predicted"].shape == (names["held_out"].n_obs, 40)
+    assert names["scores"].summary["pcc_50"] > 0.1
+    assert len(names["scores"].per_gene) == 40
