@@ -22,6 +22,7 @@ ROOMS = [
     "evaluation",
     "report",
     "assess",
+    "export",
     "recipes",
     "runs",
     "groups",

@@ -362,6 +362,21 @@ def evaluate(
 
 
 @app.command()
+def export(
+    predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
+    out: Out,
+    genes: Annotated[str, typer.Option(help="Only these genes, GENE,GENE; all where not given.")] = "",
+    json: Json = False,
+) -> None:
+    """Write a prediction as GeoJSON for QuPath: a detection per spot, its counts as measurements."""
+    from genar.assess import read_prediction
+    from genar.export import write_geojson
+
+    adata = read_prediction(predicted)
+    _finish(json, {"geojson": write_geojson(adata, out, genes=_ids(genes))}, n_spots=adata.n_obs)
+
+
+@app.command()
 def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that comes with GenAR.")],
     out: Out,

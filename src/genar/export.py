@@ -1,0 +1,60 @@
+"""Predictions in the files that other programs open."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData
+
+from genar.data import contract
+from genar.data.files import write_text
+from genar.errors import InputError
+
+_CORNERS = 24  # of the polygon that stands for a round spot
+_DECIMALS = 4
+
+
+def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
+    """Spots as GeoJSON that QuPath opens: a detection per spot, with the predicted counts as its measurements.
+
+    ``predicted`` [N, G] is a prediction of GenAR, or any section that fulfils the contract. Each spot is a polygon of
+    the spot's diameter in full-resolution px, named by its barcode; its measurements are the counts of ``genes`` (all
+    where none is named) and, where the prediction has them, ``<gene> mean``: the expected counts. The file appears
+    under its name only once it is whole. Raises ``InputError`` where a gene or the positions are missing.
+    """
+    chosen = list(genes) or [str(name) for name in predicted.var_names]
+    if missing := [gene for gene in chosen if gene not in predicted.var_names]:
+        raise InputError(
+            f"genes: {len(missing)} of {len(chosen)} are not in the prediction ({', '.join(missing[:3])}); "
+            f"it has {', '.join(map(str, predicted.var_names[:3]))}, …"
+        )
+    if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
+        raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
+    values = dict(zip(chosen, contract.counts(predicted, chosen).T, strict=True))
+    if "mean" in predicted.layers:
+        means = np.asarray(predicted[:, chosen].layers["mean"], dtype=np.float64).round(_DECIMALS)
+        values |= {f"{gene} mean": column for gene, column in zip(chosen, means.T, strict=True)}
+    measured = {name: column.tolist() for name, column in values.items()}
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {
+                "objectType": "detection",
+                "name": str(barcode),
+                "measurements": {name: column[i] for name, column in measured.items()},
+            },
+        }
+        for i, (barcode, ring) in enumerate(zip(predicted.obs_names, _rings(predicted), strict=True))
+    ]
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+def _rings(section: AnnData) -> list:
+    """The closed outline of each spot, [N][corners + 1][2] px."""
+    diameter_um = float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) or 55.0
+    angle = 2 * np.pi * np.append(np.arange(_CORNERS), 0) / _CORNERS
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) * diameter_um / contract.mpp(section) / 2
+    return (contract.coords_px(section)[:, None] + circle).round(2).tolist()

@@ -1,0 +1,63 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from genar.assess import read_prediction
+from genar.data import contract
+from genar.errors import InputError
+from genar.export import write_geojson
+from test_downstream import write_toy
+
+
+@pytest.fixture(scope="module")
+def prediction(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+def test_every_spot_is_a_detection_at_its_place(prediction, tmp_path):
+    predicted = read_prediction(prediction)
+    made = json.loads(write_geojson(predicted, tmp_path / "spots.geojson").read_text())
+    assert made["type"] == "FeatureCollection"
+    assert [f["properties"]["name"] for f in made["features"]] == list(predicted.obs_names)
+    radius = float(predicted.uns["genar"][contract.SPOT_DIAMETER_UM]) / contract.mpp(predicted) / 2
+    counts = contract.counts(predicted)
+    for feature, xy, row in zip(made["features"], contract.coords_px(predicted), counts, strict=True):
+        assert feature["properties"]["objectType"] == "detection"
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1]
+        assert np.linalg.norm(np.array(ring) - xy, axis=1) == pytest.approx(np.full(len(ring), radius), abs=0.02)
+        measured = feature["properties"]["measurements"]
+        assert [measured[gene] for gene in predicted.var_names] == row.tolist()
+
+
+def test_only_the_genes_asked_for(prediction, tmp_path):
+    predicted = read_prediction(prediction)
+    gene = predicted.var_names[3]
+    predicted.layers["mean"] = np.random.default_rng(0).random(predicted.shape)
+    made = json.loads(write_geojson(predicted, tmp_path / "one.geojson", genes=[gene]).read_text())
+    measured = [feature["properties"]["measurements"] for feature in made["features"]]
+    assert all(set(one) == {gene, f"{gene} mean"} for one in measured)
+    assert [one[f"{gene} mean"] for one in measured] == pytest.approx(predicted.layers["mean"][:, 3], abs=1e-4)
+
+
+def test_missing_genes_and_positions_are_named(prediction, tmp_path):
+    predicted = read_prediction(prediction)
+    with pytest.raises(InputError, match="1 of 2 are not in the prediction \\(NOSUCH\\)"):
+        write_geojson(predicted, tmp_path / "x.geojson", genes=["NOSUCH", predicted.var_names[0]])
+    del predicted.obsm["spatial"]
+    with pytest.raises(InputError, match="no positions"):
+        write_geojson(predicted, tmp_path / "x.geojson")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_it_and_refuses_in_one_line(prediction, tmp_path):
+    command = [sys.executable, "-m", "genar.cli", "export", str(prediction), "--out", str(tmp_path / "spots.geojson")]
+    run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout.splitlines()[-1])["n_spots"] == read_prediction(prediction).n_obs
+    assert (tmp_path / "spots.geojson").exists()
+    run = subprocess.run([*command, "--genes", "NOSUCH"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
