@@ -54,7 +54,6 @@ def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) 
 
 def _rings(section: AnnData) -> list:
     """The closed outline of each spot, [N][corners + 1][2] px."""
-    diameter_um = float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) or 55.0
     angle = 2 * np.pi * np.append(np.arange(_CORNERS), 0) / _CORNERS
-    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) * diameter_um / contract.mpp(section) / 2
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) * contract.spot_diameter_px(section) / 2
     return (contract.coords_px(section)[:, None] + circle).round(2).tolist()

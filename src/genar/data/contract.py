@@ -89,6 +89,11 @@ def mpp(adata: AnnData) -> float:
     return float(adata.uns[GENAR][MPP])
 
 
+def spot_diameter_px(adata: AnnData) -> float:
+    """Diameter of a spot in full-resolution px; 55 um where it is not known (0)."""
+    return (float(adata.uns[GENAR][SPOT_DIAMETER_UM]) or 55.0) / mpp(adata)
+
+
 def coords_px(adata: AnnData) -> np.ndarray:
     """Spot centres, float64 [N, 2], (x, y) in full-resolution px."""
     return np.asarray(adata.obsm[SPATIAL], dtype=np.float64)

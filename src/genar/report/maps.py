@@ -151,8 +151,7 @@ def _draw_tissue(axis, section: AnnData, behind) -> None:
 
 
 def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
-    diameter_um = float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) or 55.0
-    diameter = np.full(section.n_obs, diameter_um / contract.mpp(section))
+    diameter = np.full(section.n_obs, contract.spot_diameter_px(section))
     spots = EllipseCollection(
         diameter, diameter, np.zeros(section.n_obs), units="x", offsets=contract.coords_px(section),
         offset_transform=axis.transData, cmap=_COLOURS, alpha=0.95, linewidths=0,
