@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import genar
-
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+from pages import run_page
 
 
 @pytest.mark.parametrize("name", genar.__all__)
@@ -48,9 +47,7 @@ def test_import_is_light():
 
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), names)
+    names = run_page("python.md")
     assert names["predicted"].shape == (names["held_out"].n_obs, 40)
     assert names["scores"].summary["pcc_50"] > 0.1
     assert len(names["scores"].per_gene) == 40

@@ -1,8 +1,6 @@
 """The code of docs/downstream.md, run as it stands on a toy of the demo's files."""
 
-import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +12,8 @@ from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint
 from genar.prediction import predict_section, write_prediction
 from genar.training import TrainConfig, fit, make_spots
+from pages import run_page
 
-PAGE = Path(__file__).parents[1] / "docs" / "downstream.md"
 SHOWN = ("n_nuclei", "fraction_gland", "fraction_stroma", "fraction_immune", "fraction_fat")
 
 
@@ -42,12 +40,9 @@ def page(tmp_path_factory):
     """The names that the blocks of the page leave behind."""
     folder = tmp_path_factory.mktemp("downstream")
     write_toy(folder / "genar-demo")
-    names = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-            exec(compile(block, str(PAGE), "exec"), names)
-    return names
+        return run_page("downstream.md")
 
 
 def test_domains_agree_more_than_by_chance(page):
