@@ -176,10 +176,10 @@ class GenAR(Model):
         return gamma, beta
 
     def _read_out(self, k: int, x: Tensor, h: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What the head of scale k reads, [B, M_k, D]: AdaLN, then FiLM."""
+        """What the head of scale k reads, float32 [B, M_k, D]: AdaLN, then FiLM."""
         scale, shift = self.head_steer(h)[:, None].chunk(2, dim=2)
         x = self.head_norm(x) * (1 + scale) + shift
-        return x if film is None else x * film[0][self._places[k]] + film[1][self._places[k]]
+        return (x if film is None else x * film[0][self._places[k]] + film[1][self._places[k]]).float()
 
     def _start(self, k: int, known: Tensor | None, parents: Tensor) -> tuple[LinearStart, Tensor] | None:
         """The linear start and the ln(1 + count) [B, M_k] that it expects, from components [B, C] and the tokens of the
@@ -259,7 +259,7 @@ class GenAR(Model):
             read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, tokens[k - 1] if k else x)
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
             with as_it_comes(x.device.type):
-                losses.append(loss(self._places[k], read.float(), start, mean) / len(h))
+                losses.append(loss(self._places[k], read, start, mean) / len(h))
         per_scale = torch.stack(losses)
         weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
         return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
@@ -360,7 +360,7 @@ class GenAR(Model):
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
             x = self._cached_pass(k, table, tokens, h, caches) if cache else self._full_pass(k, table, made, h)
-            inputs = (self._places[k], self._read_out(k, x, h, film).float(), self._start(k, known, tokens))
+            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, tokens))
             with as_it_comes(x.device.type):
                 if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
                     return self.head.values(*inputs)[0]
