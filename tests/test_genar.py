@@ -7,11 +7,12 @@ import torch
 
 from genar.errors import InputError
 from genar.genes import Scales, default_sizes
-from genar.models import Batch, Decoding, Spots
+from genar.models import Batch, Decoding, Spots, _cosine_attention
 from genar.models._base import uniforms
+from genar.models._cosine_attention import as_it_comes, cosine_attention
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
-from genar.models._genar_parts import as_it_comes, attend, bf16_products, count_bumps, position_code
+from genar.models._genar_parts import bf16_products, count_bumps, position_code
 from genar.models.genar import GenAR, auto_max_count, paper, released, small
 
 N_GENES, N_FEATURES = 24, 16
@@ -370,17 +371,30 @@ def test_recomputed_activations_give_the_same_gradient():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_attention_written_out_in_bf16_is_the_fused_one(masked):
-    q, k, v = (torch.randn(2, 3, 7, 8).bfloat16().requires_grad_() for _ in range(3))
-    mask = torch.ones(7, 7, dtype=torch.bool).tril() if masked else None
-    written, fused = attend(q, k, v, mask), attend(q.float(), k.float(), v.float(), mask)
-    assert written.dtype == torch.bfloat16
-    assert (written - fused).abs().max() < 0.05
-    slope = torch.randn(written.shape)
-    theirs = torch.autograd.grad(fused, (q, k, v), slope)
-    for mine, other in zip(torch.autograd.grad(written, (q, k, v), slope.bfloat16()), theirs, strict=True):
-        assert (mine - other).abs().max() < 0.1
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("variant", ["default", "tokens", "causal", "tokens-causal"])
+def test_attention_written_out_is_the_fused_one(variant, keeps, monkeypatch):
+    """Output and gradient, with the weights kept for the backward pass and made again, in chunks of a few heads."""
+    monkeypatch.setattr(_cosine_attention, "_CHUNK_WEIGHTS", 3 * 24 * 24)
+    monkeypatch.setattr(_cosine_attention, "_MOST_KEPT", 1 << 20 if keeps else 0)
+    cuts = make_model(VARIANTS[variant]).cuts
+    length = sum(cut.n_queries for cut in cuts)
+    qkv, sharpness = torch.randn(5, length, 3 * 16).requires_grad_(), torch.tensor([2.0, 9.0]).requires_grad_()
+    written, fused = (
+        _cosine_attention._Attention.apply(qkv, sharpness, list(cuts)),
+        cosine_attention(qkv, sharpness, cuts),
+    )
+    torch.testing.assert_close(written, fused)
+    slope = torch.randn(fused.shape)
+    theirs = torch.autograd.grad(fused, (qkv, sharpness), slope)
+    torch.testing.assert_close(torch.autograd.grad(written, (qkv, sharpness), slope), theirs, rtol=1e-4, atol=1e-5)
+
+    low = qkv.detach().bfloat16().requires_grad_()
+    assert "_Attention" in type(cosine_attention(low, sharpness, cuts).grad_fn).__name__  # what training in bf16 runs
+    mine = torch.autograd.grad(cosine_attention(low, sharpness, cuts), (low, sharpness), slope.bfloat16())
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype in (torch.bfloat16, torch.float32)
+        assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 
 @pytest.mark.parametrize("linear_start", [True, False])

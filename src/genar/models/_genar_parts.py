@@ -1,4 +1,4 @@
-"""The parts that GenAR is built of: the condition, the transformer block and its cache, the tables of count classes."""
+"""The parts that GenAR is built of: the condition, the transformer block, the tables of count classes."""
 
 import math
 
@@ -7,22 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from genar.models._base import Batch
+from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._genar_config import GenARConfig
 from genar.models._linear_start import KNOTS, Components, interpolate
 
 _MAX_LOGIT_SCALE = math.log(100.0)
 _POSITION_WAVES = 64
-_SHORTEST = 1e-12
 
 
 def bf16_products(device: str) -> torch.autocast:
     """Matrix products in bfloat16."""
     return torch.autocast(device, torch.bfloat16)
-
-
-def as_it_comes(device: str) -> torch.autocast:
-    """Every product in the numbers that it gets, whatever is set around."""
-    return torch.autocast(device, enabled=False)
 
 
 class Condition(nn.Module):
@@ -100,7 +95,7 @@ class Block(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, cache: "Cache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, cache: Cache | None = None) -> Tensor:
         """x [B, L, D], h [B, D] -> [B, L, D]; ``cuts`` say which positions see which."""
         gamma1, scale1, shift1, gamma2, scale2, shift2 = self.steer(h)[:, None].chunk(6, dim=2)  # each [B, 1, D]
         y = self._attend(torch.addcmul(shift1, self.norm(x), 1 + scale1), cuts, cache)
@@ -108,21 +103,9 @@ class Block(nn.Module):
         y = self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2))
         return torch.addcmul(x, self._keep(x, gamma2), y)
 
-    def _attend(self, x: Tensor, cuts: nn.ModuleList, cache: "Cache | None") -> Tensor:
-        qk, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).split((2, 1), dim=2)  # [B, L, 2 and 1, H, D / H]
-        sharpness = self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()[None, :, :, 0]  # [1, H, 1]
-        length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp(min=_SHORTEST)
-        qk = qk * (torch.cat([sharpness, torch.ones_like(sharpness)]) / length).to(v.dtype)
-        q, k = qk.permute(2, 0, 3, 1, 4)  # [B, H, L, D / H] each
-        v = v[:, :, 0].transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        runs: list[Cut] = list(cuts)  # pyright: ignore
-        seen = [
-            attend(part, join(k, run.keys), join(v, run.keys), run.mask)
-            for part, run in zip(q.split([run.n_queries for run in runs], dim=2), runs, strict=True)
-        ]
-        return self.out(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
+    def _attend(self, x: Tensor, cuts: nn.ModuleList, cache: Cache | None) -> Tensor:
+        sharpness = self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()[:, 0, 0]
+        return self.out(cosine_attention(self.qkv(x), sharpness, cuts, cache))
 
     def _keep(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Drop-path: gamma [B, 1, D] with zeros for a share of the spots, whose branch is left out."""
@@ -130,60 +113,6 @@ class Block(nn.Module):
             return gamma
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
         return gamma * keep / (1 - self.drop_path)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T) v of [B, H, L, D / H] each, over the keys that ``mask`` [L queries, L keys] shows.
-
-    The fused kernel, but for training in bfloat16 on a CPU, where its backward pass takes three times as long as these
-    few products.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        scores = q @ k.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        with as_it_comes("cpu"):  # else autocast would turn the scores into float32
-            return scores.softmax(dim=3) @ v
-    return fn.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-
-
-class Cut(nn.Module):
-    """A run of queries that attend together: the rows of a mask [queries, keys], True where a key is seen."""
-
-    mask: Tensor | None
-
-    def __init__(self, mask: Tensor):
-        super().__init__()
-        edges = torch.diff(fn.pad(mask.any(dim=0).int(), (1, 1))).nonzero()[:, 0].tolist()
-        self.n_queries = len(mask)
-        self.keys = tuple(slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True))
-        mask = join(mask, self.keys, dim=1)
-        self.register_buffer("mask", None if mask.all() else mask, persistent=False)
-
-
-def join(x: Tensor, runs: tuple[slice, ...], dim: int = 2) -> Tensor:
-    """The ``runs`` of positions of x."""
-    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-class Cache:
-    """Keys and values of one block at the positions that later scales see, preallocated: [B, H, L, D / H] each."""
-
-    def __init__(self, n_positions: int):
-        self.n_positions, self.length, self.n_keep = n_positions, 0, 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values seen by this step: those kept so far and the new ones, of which the first ``n_keep`` stay."""
-        if self.keys is None or self.values is None:
-            shape = (*k.shape[:2], self.n_positions, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        stop = self.length + k.shape[2]
-        self.keys[:, :, self.length : stop], self.values[:, :, self.length : stop] = k, v
-        self.length += self.n_keep  # what lies beyond is overwritten by the next step
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
 class LinearStart(nn.Module):

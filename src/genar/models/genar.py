@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
+from genar.models._cosine_attention import Cache, Cut, as_it_comes
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
-from genar.models._genar_parts import Block, Cache, Condition, CountTable, Cut, LinearStart, as_it_comes, bf16_products
+from genar.models._genar_parts import Block, Condition, CountTable, LinearStart, bf16_products
 from genar.models._linear_start import Components, find_components, fit_curvatures, fit_means
 from genar.models.ridge import folds
 
@@ -109,8 +110,9 @@ class GenAR(Model):
         for m in sizes:
             self._interpolated_start.append(self._interpolated_start[-1] + m)
         self._places = [slice(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))]
-        # the last scale, most of all positions, sees them without a mask or with a narrow one
-        self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split((len(seen) - sizes[-1], sizes[-1])) if len(rows))
+        # the positions of a scale see the same ones and need no mask, unless each sees those before it alone
+        runs = (*n_history, *sizes) if self.config.within == "full" else (len(seen) - sizes[-1], sizes[-1])
+        self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split(runs) if len(rows))
         self.steps = nn.ModuleList()
         for new, old, _ in map(self._step, range(len(sizes))):
             self.steps.append(Cut(seen[new][:, torch.cat([old, new])]))
