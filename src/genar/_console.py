@@ -1,5 +1,7 @@
-"""What commands print: tables and progress bars."""
+"""What commands print: tables, progress bars, and where the results lie."""
 
+import json as json_module
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 _N_SETS = 20
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
 
@@ -97,13 +100,13 @@ def group_tables(found) -> Iterator[Table]:
         yield table
 
 
-def progress_bar(console: Console, quiet: bool, unit: str = "spots"):
+def bar(quiet: bool, unit: str = "spots"):
     """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
     rate = TextColumn("{task.fields[rate]}")
     counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
 
     @contextmanager
-    def bar(label: str, total: int):
+    def one(label: str, total: int):
         if quiet or not console.is_terminal:
             yield lambda done, total: None
             return
@@ -117,4 +120,52 @@ def progress_bar(console: Console, quiet: bool, unit: str = "spots"):
 
             yield tick
 
-    return bar
+    return one
+
+
+def speaker(json: bool):
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
+
+
+def tell_run(result, json: bool, note: str = "") -> None:
+    if not json:
+        for table in score_tables(result, note):
+            console.print(table)
+    finish(json, result.outputs, scores=summaries(result), seconds=result.seconds)
+
+
+def summaries(result) -> dict:
+    return {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
+
+
+def finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:
+    """Say where the results lie; with --json one object, NaN as null."""
+    if json:
+        from genar.data.files import json_ready
+
+        facts = {"status": status, "outputs": {name: str(path) for name, path in outputs.items()}, **figures}
+        print(json_module.dumps(json_ready(facts)))
+        return
+    width = max((len(name) for name in outputs), default=0)
+    for name, path in outputs.items():
+        print(f"{name:<{width}}  {path}")
+
+
+def print_rows(json: bool, rows: list[dict], columns: tuple[str, ...]) -> None:
+    if json:
+        print(json_module.dumps(rows))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(", ".join(row[c]) if isinstance(row[c], list) else str(row[c]) for c in columns))
+    console.print(table)
+
+
+def is_watched(json: bool) -> bool:
+    """Whether somebody looks on as it runs."""
+    return not json and console.is_terminal
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    console.print(table)

@@ -1,19 +1,15 @@
 """The commands. Each parses, calls one function of ``genar.runs`` and says where the result lies; heavy imports wait
 until then."""
 
-import json as json_module
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import genar
-from genar import machine
-from genar._console import check_table, group_tables, interval_tables, progress_bar, score_tables
+from genar import _console, machine
 from genar.errors import InputError
 
 app = typer.Typer(
@@ -23,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
 Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overrides the metadata.")]
 Image = Annotated[
@@ -72,10 +66,10 @@ def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> No
     """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
     from genar import runs
 
-    say = _speaker(json)
+    say = _console.speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
-    _tell_run(
-        runs.demo_run(out, seed=seed, say=say, bar=_bar(json)),
+    _console.tell_run(
+        runs.demo_run(out, seed=seed, say=say, bar=_console.bar(json)),
         json,
         "simulated tissue, not a result on patients",
     )
@@ -106,7 +100,7 @@ def check(
         spacing_um=spacing_um, mpp=mpp,
     )  # fmt: skip
     if not json:
-        console.print(check_table(result))
+        _console.show(_console.check_table(result))
         for row in result.sections:
             if row.note or row.counts_from not in ("", "X"):
                 print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
@@ -117,7 +111,7 @@ def check(
     overlays = {f"overlay {row.section}": row.overlay for row in result.sections if row.overlay}
     rows = [asdict(row) for row in result.sections]
     status = "wrong input" if result.all_faults else "done"
-    _finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
+    _console.finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
     if result.all_faults:
         raise typer.Exit(2)
 
@@ -137,10 +131,10 @@ def fetch(
 
     done = fetch_dataset(
         dataset, out, source=source, sections=_ids(sections), revision=revision, extras=_ids(extras),
-        say=_speaker(json), bar=_bar(json, "bytes"),
+        say=_console.speaker(json), bar=_console.bar(json, "bytes"),
     )  # fmt: skip
     figures = {name: getattr(done, name) for name in ("revision", "n_bytes", "n_files_new", "n_files_kept")}
-    _finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
+    _console.finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
 
 
 @app.command()
@@ -173,14 +167,14 @@ def features(
 
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
     if import_ is not None:
-        return _finish(json, embedding.import_sections(read, import_, encoder, out))
+        return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = _numbers(widths_um, "--widths-um")
     loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
     stores = embedding.embed_widths(
-        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_bar(json),
+        read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_console.bar(json),
         workers=embedding.default_workers(device) if workers is None else workers,
     )  # fmt: skip
-    _finish(json, stores)
+    _console.finish(json, stores)
 
 
 @app.command()
@@ -212,11 +206,11 @@ def panel(
         n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
         selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
-    say = _speaker(json)
+    say = _console.speaker(json)
     say(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
     if not Path(recipe).is_file():
         say(f"note: the choice has seen {', '.join(selected.sections)}: hold none of them out with this panel")
-    _finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
+    _console.finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
 
 
 @app.command()
@@ -233,10 +227,10 @@ def groups(
     from genar.groups import groups_run
 
     found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=_ids(exclude))
-    for table in () if json else group_tables(found):
-        console.print(table)
+    for table in () if json else _console.group_tables(found):
+        _console.show(table)
     sets = [] if found.sets is None else found.sets.to_dict(orient="records")
-    _finish(json, found.outputs, groups=found.groups, sets=sets)
+    _console.finish(json, found.outputs, groups=found.groups, sets=sets)
 
 
 @app.command()
@@ -283,8 +277,10 @@ def train(
         features, mpp, device, settings, image=image, bin_um=bin_um, input=input,
         encoder_precision=encoder_precision,
     )  # fmt: skip
-    result = runs.train_run(plan, say=_speaker(json), bar=_bar(json), progress=not json and console.is_terminal)
-    _tell_run(result, json)
+    result = runs.train_run(
+        plan, say=_console.speaker(json), bar=_console.bar(json), progress=_console.is_watched(json)
+    )
+    _console.tell_run(result, json)
 
 
 @app.command()
@@ -321,11 +317,11 @@ def predict(
         features=features,
         weights=weights,
         how=how,
-        bar=_bar(json),
-        say=_speaker(json),
+        bar=_console.bar(json),
+        say=_console.speaker(json),
     )
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
-    _finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
+    _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 
 @app.command()
@@ -355,10 +351,10 @@ def evaluate(
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if not json:
-        for table in (*score_tables(result), *interval_tables(result)):
-            console.print(table)
+        for table in (*_console.score_tables(result), *_console.interval_tables(result)):
+            _console.show(table)
     more = {"intervals": result.intervals, "differences": result.differences, "notes": result.notes}
-    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds, **more)
+    _console.finish(json, result.outputs, scores=_console.summaries(result), seconds=result.seconds, **more)
 
 
 @app.command()
@@ -373,7 +369,7 @@ def export(
     from genar.export import write_geojson
 
     adata = read_prediction(predicted)
-    _finish(json, {"geojson": write_geojson(adata, out, genes=_ids(genes))}, n_spots=adata.n_obs)
+    _console.finish(json, {"geojson": write_geojson(adata, out, genes=_ids(genes))}, n_spots=adata.n_obs)
 
 
 @app.command()
@@ -389,16 +385,23 @@ def bench(
     """Run a recipe's methods on every fold and write its tables beside the paper's; what is there is not run again."""
     from genar import bench as benching
 
-    say = _speaker(json)
+    say = _console.speaker(json)
     result = benching.bench_run(
-        benching.read_recipe(recipe), data, out, features=features, say=say, bar=_bar(json), dry_run=dry_run, toy=toy
+        benching.read_recipe(recipe),
+        data,
+        out,
+        features=features,
+        say=say,
+        bar=_console.bar(json),
+        dry_run=dry_run,
+        toy=toy,
     )
     if result is None:
-        return _finish(json, {}, "planned")
+        return _console.finish(json, {}, "planned")
     if not json and "table" in result.outputs:
         print(result.outputs["table"].read_text())
     table, differences = (benching.nested(frame) for frame in (result.table, result.differences))
-    _finish(json, result.outputs, table=table, differences=differences)
+    _console.finish(json, result.outputs, table=table, differences=differences)
 
 
 @app.command()
@@ -407,7 +410,7 @@ def encoders(json: Json = False) -> None:
     from genar.encoders import ENCODERS
 
     rows = [row.facts() for row in ENCODERS.values()]
-    _list(json, rows, ("name", "width", "input_px", "mpp", "pooling", "licence", "gated", "hub_id"))
+    _console.print_rows(json, rows, ("name", "width", "input_px", "mpp", "pooling", "licence", "gated", "hub_id"))
 
 
 @app.command()
@@ -426,7 +429,7 @@ def models(
         own = {"unit": cls.unit, "inputs": list(cls.inputs), "training": dict(cls.train_defaults)}
         rows.append({**facts, **own, **(asdict(cls.card) if cls.card else {})})
     if name is None or json:
-        return _list(json, rows, ("name", "decodings", "unit", "inputs", "about"))
+        return _console.print_rows(json, rows, ("name", "decodings", "unit", "inputs", "about"))
     for key, value in rows[0].items():
         parts = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
         if told := ", ".join(parts) if isinstance(parts, list) else parts:
@@ -447,48 +450,6 @@ def _numbers(text: str, option: str) -> list[float]:
 
 def _ids(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _speaker(json: bool):
-    return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
-
-
-def _bar(json: bool, unit: str = "spots"):
-    return progress_bar(console, json, unit)
-
-
-def _tell_run(result, json: bool, note: str = "") -> None:
-    if not json:
-        for table in score_tables(result, note):
-            console.print(table)
-    _finish(json, result.outputs, scores=_summary(result), seconds=result.seconds)
-
-
-def _summary(result) -> dict:
-    return {s: {m: scores.summary for m, scores in methods.items()} for s, methods in result.scores.items()}
-
-
-def _finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:
-    """Say where the results lie; with --json one object, NaN as null."""
-    if json:
-        from genar.data.files import json_ready
-
-        facts = {"status": status, "outputs": {name: str(path) for name, path in outputs.items()}, **figures}
-        print(json_module.dumps(json_ready(facts)))
-        return
-    width = max((len(name) for name in outputs), default=0)
-    for name, path in outputs.items():
-        print(f"{name:<{width}}  {path}")
-
-
-def _list(json: bool, rows: list[dict], columns: tuple[str, ...]) -> None:
-    if json:
-        print(json_module.dumps(rows))
-        return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(", ".join(row[c]) if isinstance(row[c], list) else str(row[c]) for c in columns))
-    console.print(table)
 
 
 if __name__ == "__main__":
