@@ -70,6 +70,12 @@ def test_train_writes_what_it_promises(trained):
         assert name in metrics["B"]["genar"]
     assert told["status"] == "done"
     assert told["scores"] == metrics
+    found = json.loads((out / "intervals.json").read_text())["B"]
+    assert set(found["methods"]) == set(metrics["B"])
+    assert set(found["differences"]) == {"genar_mean minus mean", "genar_mean minus ridge"}
+    value, low, high = found["methods"]["ridge"]["mse"]
+    assert low < value < high
+    assert value == pytest.approx(metrics["B"]["ridge"]["mse"])
 
 
 def test_run_json_tells_how_it_was_made(trained):

@@ -168,33 +168,19 @@ def _intervals(aligned: Mapping[str, Aligned], section: str, resamples: int):
     """Intervals of every method, and of the differences between the prediction and its rival."""
     if not resamples:
         return {}, {}
-    n_spots = len(aligned["prediction"].truth)
-    weights = intervals.resample_weights(n_spots, resamples, seed=intervals.seed_of(section))
-    drawn = {m: intervals.resampled_scores(one.log2, one.truth_log2, weights) for m, one in aligned.items()}
-    pairs = {}
-    if "against" in drawn:
-        pairs["prediction", "against"] = None
-        best = [kind + _MEAN if kind + _MEAN in drawn else kind for kind in ("prediction", "against")]
-        pairs[best[0], best[1]] = None
-    found = {method: intervals.intervals_of(values) for method, values in drawn.items()}
-    return found, {f"{a} minus {b}": intervals.paired_differences(drawn[a], drawn[b]) for a, b in pairs}
+    pairs = []
+    if "against" in aligned:
+        best = [kind + _MEAN if kind + _MEAN in aligned else kind for kind in ("prediction", "against")]
+        pairs = list(dict.fromkeys([("prediction", "against"), (best[0], best[1])]))
+    scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
+    return intervals.compare(scored, pairs, section, resamples)
 
 
 def _write_tables(out: Path, aligned, section: str, found, differences, resamples: int) -> dict[str, Path]:
     """``intervals.csv`` and ``intervals.json``; ``zero_reliability.csv`` for methods with a probability of zero."""
-    outputs = {}
+    outputs: dict[str, Path] = {}
     if found:
-        rows = [
-            {"section": section, "method": method, "metric": metric, "value": value, "low": low, "high": high}
-            for part in (found, differences)
-            for method, values in part.items()
-            for metric, (value, low, high) in values.items()
-        ]
-        table = pd.DataFrame(rows).assign(share=0.95, resamples=resamples)
-        write_text(out / "intervals.csv", table.to_csv(index=False, float_format="%.6g"))
-        facts = {section: {"share": 0.95, "resamples": resamples, "methods": found, "differences": differences}}
-        write_text(out / "intervals.json", json.dumps(json_ready(facts), indent=1) + "\n")
-        outputs = {"intervals": out / "intervals.csv", "intervals (json)": out / "intervals.json"}
+        outputs = write_intervals(out, {section: (found, differences)}, resamples)
     bins = [
         pd.DataFrame(zero_reliability(one.layers[contract.P_ZERO], one.truth)).assign(section=section, method=method)
         for method, one in aligned.items()
@@ -205,3 +191,25 @@ def _write_tables(out: Path, aligned, section: str, found, differences, resample
         write_text(out / "zero_reliability.csv", table.to_csv(index=False, float_format="%.6g"))
         outputs["zero reliability"] = out / "zero_reliability.csv"
     return outputs
+
+
+def write_intervals(
+    out: Path, sections: Mapping[str, tuple[Mapping[str, dict], Mapping[str, dict]]], resamples: int
+) -> dict[str, Path]:
+    """Write ``intervals.csv`` and ``intervals.json``: of each section, the intervals of the methods and of the
+    differences, as ``evaluation.intervals.compare`` finds them."""
+    rows = [
+        {"section": section, "method": method, "metric": metric, "value": value, "low": low, "high": high}
+        for section, parts in sections.items()
+        for part in parts
+        for method, values in part.items()
+        for metric, (value, low, high) in values.items()
+    ]
+    table = pd.DataFrame(rows).assign(share=0.95, resamples=resamples)
+    write_text(out / "intervals.csv", table.to_csv(index=False, float_format="%.6g"))
+    facts = {
+        section: {"share": 0.95, "resamples": resamples, "methods": found, "differences": differences}
+        for section, (found, differences) in sections.items()
+    }
+    write_text(out / "intervals.json", json.dumps(json_ready(facts), indent=1) + "\n")
+    return {"intervals": out / "intervals.csv", "intervals (json)": out / "intervals.json"}

@@ -17,12 +17,14 @@ from torch import Tensor
 
 import genar
 from genar import encoders, machine, pixels
+from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import json_ready, write_text
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
 from genar.errors import InputError
-from genar.evaluation import Scores, score, write_scores
+from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
+from genar.evaluation.scoring import Aligned
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -40,6 +42,7 @@ from genar.settings import Settings
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
+RESAMPLES = 1000  # of the spots, for the intervals of the scores
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def _predict_and_score(
     beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
     rivals = {name: _baseline(name, spots, checkpoint) for name in beside}
     scores: dict[str, dict[str, Scores]] = {}
+    found = {}
     for section in held_out:
         name = contract.name(section)
         with bar(f"predicting {name}", section.n_obs) as tick:
@@ -173,16 +177,20 @@ def _predict_and_score(
                 checkpoint, section, seen.features[name], how, patches=seen.patches.get(name), progress=tick
             )
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
-        scores[name] = _score(plan.model, predicted, section)
+        aligned = _align(plan.model, predicted, section)
+        ours = list(aligned)[-1]
         for rival, fitted in rivals.items():
             expected = predict_section(fitted, section, seen.features[name])
-            scores[name][rival] = score(expected, section, use=contract.LOG1P_MEAN)
+            aligned[rival] = align(expected, section, use=contract.LOG1P_MEAN)
+        scores[name] = {method: score_aligned(one) for method, one in aligned.items()}
+        scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
+        found[name] = intervals.compare(scored, [(ours, rival) for rival in rivals], name, RESAMPLES)
         if plan.maps:
             shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
             maps.write_section_maps(predicted, section, shown, plan.out / "maps")
             outputs["maps"] = plan.out / "maps"
     if held_out:
-        outputs |= write_scores(plan.out, scores)
+        outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
     return scores
 
 
@@ -377,14 +385,14 @@ def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
     return Checkpoint(name, model, beside.panel, beside.features, beside.training)
 
 
-def _score(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Scores]:
-    """The method's own name scores X by its default decoding; ``_mean`` the expectation, where that is another
+def _align(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Aligned]:
+    """The method's own name stands for X by its default decoding; ``_mean`` for the expectation, where that is another
     thing."""
     if contract.LOG1P_MEAN not in predicted.layers:
-        return {method: score(predicted, truth)}
+        return {method: align(predicted, truth)}
     if predicted.uns[contract.GENAR]["prediction"]["decode"] == "mean":
-        return {method: score(predicted, truth, use=contract.LOG1P_MEAN)}
-    return {method: score(predicted, truth), f"{method}_mean": score(predicted, truth, use=contract.LOG1P_MEAN)}
+        return {method: align(predicted, truth, use=contract.LOG1P_MEAN)}
+    return {method: align(predicted, truth), f"{method}_mean": align(predicted, truth, use=contract.LOG1P_MEAN)}
 
 
 def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots, summary: FitSummary) -> dict:

@@ -120,3 +120,21 @@ def across_sections(sections: Sequence[Mapping[str, np.ndarray]], *, seed: int =
         table = np.stack([np.asarray(section[name]) for section in sections])
         resampled[name] = np.concatenate([[table[:, 0].mean()], table[drawn, which].mean(axis=1)])
     return resampled
+
+
+def compare(
+    scored: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    pairs: Sequence[tuple[str, str]],
+    section: str,
+    resamples: int = 1000,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    """Intervals of every method of a section, and of the differences of ``pairs`` of methods, on the same resamples.
+
+    ``scored``: method -> prediction and truth [N, G] in log2 space. Returns method -> metric -> (value, low, high) and
+    "method minus rival" -> the same.
+    """
+    n_spots = len(next(iter(scored.values()))[1])
+    weights = resample_weights(n_spots, resamples, seed=seed_of(section))
+    drawn = {method: resampled_scores(log2, truth, weights) for method, (log2, truth) in scored.items()}
+    found = {method: intervals_of(values) for method, values in drawn.items()}
+    return found, {f"{a} minus {b}": paired_differences(drawn[a], drawn[b]) for a, b in pairs}
