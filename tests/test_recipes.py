@@ -162,8 +162,9 @@ def test_the_papers_values_stand_in_their_cells(toy_out, tmp_path):
     check_latex((toy_out / "scales.tex").read_text())
     assert r"our\_own" in (toy_out / "table.tex").read_text()
     figures = [path for name, path in result.outputs.items() if name.startswith("figure ")]
-    assert [path.name for path in figures] == ["figure_her2st_TOY1.png", "figure_prad_TOY1.png"]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in figures)
+    names = [f"figure_{cohort}_TOY1.{suffix}" for cohort in ("her2st", "prad") for suffix in ("png", "pdf")]
+    assert [path.name for path in figures] == names
+    assert [path.read_bytes()[:4] for path in figures] == [b"\x89PNG", b"%PDF"] * 2
 
 
 def test_a_greedy_method_is_scored_on_its_counts(toy_out, tmp_path):

@@ -358,6 +358,24 @@ def evaluate(
 
 
 @app.command()
+def report(
+    source: Annotated[str, typer.Argument(help="Prediction (.h5ad), training run, or a folder of runs.")],
+    out: Out = Path("report.html"),
+    truth: Annotated[
+        str | None,
+        typer.Option(help="Measured section: its file or folder, or FOLDER:ID [default: the run's]."),
+    ] = None,
+    gene: Annotated[str, typer.Option(help="Of an index: gene of the small maps [default: the best on average].")] = "",
+    json: Json = False,
+) -> None:
+    """Write a page to look at: maps over the H&E, genes, groups, scores, calibration. One file, no network."""
+    from genar.report.index import write_report
+
+    say, bar = _console.speaker(json), _console.bar(json, "pages")
+    _console.finish(json, write_report(source, out, truth=truth, gene=gene, say=say, bar=bar))
+
+
+@app.command()
 def export(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     out: Out,

@@ -38,6 +38,7 @@ from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
+from genar.report.index import write_report
 from genar.settings import Settings
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
@@ -255,7 +256,7 @@ def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
 
 
 def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
-    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other. Offline."""
+    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page."""
     from genar.data.simulate import write_tissue
 
     tissue = out / "simulated_tissue"
@@ -264,6 +265,7 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
     plan = TrainPlan(tissue, ("SIM2",), out / "run", features=out / "features", **DEMO)
     result = train_run(plan, say=say, bar=bar)
     result.outputs["simulated tissue"] = tissue
+    result.outputs |= write_report(out / "run", out / "report.html", say=say)
     return result
 
 

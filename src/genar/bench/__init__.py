@@ -128,9 +128,10 @@ def _write_figures(plan: Plan) -> dict[str, Path]:
             predicted = read_run(run, section)
             predicted.layers[contract.LOG1P_MEAN] = expected_log2(predicted, run) * np.log(2)  # what is scored is shown
             shown[name] = predicted
-        path = plan.out / f"figure_{cohort.name or 'sections'}_{section}.png"
+        stem = f"figure_{cohort.name or 'sections'}_{section}"
         rows = [(gene, "") for gene in figure.genes[cohort.name]]
-        outputs[path.stem.replace("_", " ")] = maps.write_method_maps(
-            plan.refs[cohort.name][section].read(), shown, rows, path
-        )
+        truth = plan.refs[cohort.name][section].read()
+        for suffix, kind in ((".png", ""), (".pdf", " (pdf)")):
+            path = maps.write_method_maps(truth, shown, rows, plan.out / f"{stem}{suffix}")
+            outputs[stem.replace("_", " ") + kind] = path
     return outputs

@@ -84,6 +84,24 @@ def slide_path(adata: AnnData) -> Path | None:
     return Path(slide) if slide else None
 
 
+def picture(adata: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
+    """The largest image within ``uns["spatial"]``, uint8 [h, w, 3], and the full-resolution size (W, H) px that its
+    scale factor gives it; ``None`` where there is none."""
+    found = []
+    for library in adata.uns.get(SPATIAL, {}).values():
+        for kind, image in library.get("images", {}).items():
+            scale = library.get("scalefactors", {}).get(f"tissue_{kind}_scalef")
+            values = np.asarray(image)
+            if scale and values.ndim == 3 and values.shape[2] >= 3:
+                found.append((values[..., :3], (values.shape[1] / float(scale), values.shape[0] / float(scale))))
+    if not found:
+        return None
+    image, size = max(found, key=lambda one: one[0].size)
+    if image.dtype != np.uint8:
+        image = (np.clip(image * (255 if image.max() <= 1 else 1), 0, 255)).round().astype(np.uint8)
+    return np.ascontiguousarray(image), size
+
+
 def mpp(adata: AnnData) -> float:
     """Pixel size of the full-resolution image, um per px."""
     return float(adata.uns[GENAR][MPP])

@@ -18,16 +18,19 @@ _COLOURS = "viridis"  # readable without colour vision, and in grey
 SIMULATED = "simulated tissue"
 
 
-def background(section: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
+def background(section: AnnData, longest_px: int = _BACKGROUND_PX) -> tuple[np.ndarray, tuple[float, float]] | None:
     """The slide at low resolution, uint8 [h, w, 3], and its full-resolution size (W, H) px; ``None`` without an
-    image."""
+    image.
+
+    Where the slide itself is gone, the picture that the section carries in ``uns["spatial"]``.
+    """
     path = contract.slide_path(section)
     if path is not None and path.is_file():
         slide = open_slide(path)
-        image, size = slide.thumbnail(_BACKGROUND_PX), slide.size_px
+        image, size = slide.thumbnail(longest_px), slide.size_px
         slide.close()
         return image, size
-    return None
+    return contract.picture(section)
 
 
 def genes_to_show(per_gene: pd.DataFrame, n: int = 1) -> dict[str, list[str]]:
@@ -71,6 +74,13 @@ def write_method_maps(
     source = SIMULATED if truth.uns[contract.GENAR][contract.SOURCE] == "simulated" else ""
     figure.suptitle(f"section {contract.name(truth)}" + (f" ({source})" if source else ""), fontsize=10)
     return _save(figure, path)
+
+
+def draw_map(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
+    """Spots [N] coloured within ``limits`` on a matplotlib axis, with a scale bar and without the H&E; returns the
+    spots, for a colour bar."""
+    _draw_tissue(axis, section, None)
+    return _draw_spots(axis, section, values, limits)
 
 
 def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFrame, folder: Path) -> None:

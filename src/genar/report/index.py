@@ -1,0 +1,175 @@
+"""From what lies at a path to pages: one of a prediction, or an index of many with a page for each."""
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.figure import Figure
+
+from genar.data import contract
+from genar.data.files import write_text
+from genar.data.progress import Bar, no_bar
+from genar.errors import InputError
+from genar.report import maps
+from genar.report.page import render, write_page
+from genar.report.subject import Subject, is_run, log2_of, subjects
+
+_DEPTH = 3  # folders below the one that is named in which runs are looked for
+_METRICS = {"pcc_200": "PCC-200", "mse": "MSE", "mae": "MAE"}
+
+
+@dataclass
+class _Entry:
+    """What the index keeps of a prediction once its page is written."""
+
+    run: str
+    page: str
+    model: str
+    section: str
+    spots: AnnData
+    """no counts: positions and the size of spots"""
+    log2: dict[str, np.ndarray]
+    genes: list[str]
+    pcc: pd.Series | None
+    scores: dict[str, str]
+
+
+def write_report(
+    source: str | Path,
+    out: Path,
+    *,
+    truth: str | Path | None = None,
+    gene: str = "",
+    say: Callable[[str], None] = print,
+    bar: Bar = no_bar,
+) -> dict[str, Path]:
+    """Write the page of a prediction or of a run; of several predictions an index with small multiples at ``out`` and
+    a page each beside it. Returns name -> path.
+
+    ``gene`` is the one of the small multiples: where it is not given, that of the highest mean PCC over all
+    predictions of a section. Raises ``InputError`` as :func:`subject.subjects` does, or where no prediction has
+    the gene.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out}: expected a name that ends in .html")
+    source = Path(source)
+    runs = _runs(source) if source.is_dir() and not is_run(source) else {}
+    if source.is_dir() and not runs and not is_run(source):
+        raise InputError(f"{source}: no training run in it (no run.json); expected a run, a folder of runs or an .h5ad")
+    if runs and truth is not None:
+        raise InputError("--truth names one section: give it with one prediction, not with a folder of runs")
+    found = {"": subjects(source, truth)} if not runs else {}
+    if len(found.get("", [])) == 1:
+        subject = found[""][0]
+        for note in subject.notes:
+            say(f"note: {note}")
+        return {"report": write_page(subject, out, say=say)}
+    entries: list[_Entry] = []
+    names = runs or {source.name: source}
+    with bar("writing pages", len(names)) as tick:
+        for done, (name, path) in enumerate(names.items(), start=1):
+            for subject in found.get("") or subjects(path):
+                page = out.with_name(f"{out.stem}_{_plain(name)}_{_plain(subject.section)}.html")
+                write_page(subject, page, say=say)
+                entries.append(_entry(subject, name, page))
+            tick(done, len(names))
+    _write_index(entries, out, source.name or str(source), gene)
+    pages = {f"{entry.run} {entry.section}": out.with_name(entry.page) for entry in entries}
+    return {"index": out, **pages}
+
+
+def _runs(folder: Path) -> dict[str, Path]:
+    """Runs with predictions below a folder, by their path in it."""
+    found = {}
+    for depth in range(1, _DEPTH + 1):
+        for path in sorted(folder.glob("/".join(["*"] * depth) + "/run.json")):
+            if any((path.parent / "predictions").glob("*.h5ad")):
+                found[str(path.parent.relative_to(folder))] = path.parent
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "x"
+
+
+def _entry(subject: Subject, run: str, page: Path) -> _Entry:
+    scores = {
+        title: f"{subject.scores[key]:.3f}"
+        for key, title in _METRICS.items()
+        if subject.scores.get(key, np.nan) == subject.scores.get(key, np.nan)
+    }
+    bare = AnnData(obs=pd.DataFrame(index=subject.predicted.obs_names))
+    bare.obsm[contract.SPATIAL] = subject.predicted.obsm[contract.SPATIAL]
+    bare.uns[contract.GENAR] = subject.predicted.uns[contract.GENAR]
+    pcc = None if subject.per_gene is None else pd.Series(subject.per_gene["pcc"])
+    log2 = {name: values.astype(np.float16) for name, values in log2_of(subject).items()}
+    genes = list(map(str, subject.predicted.var_names))
+    return _Entry(run, page.name, subject.model, subject.section, bare, log2, genes, pcc, scores)
+
+
+def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None:
+    sections: dict[str, dict] = {}
+    for section in sorted({entry.section for entry in entries}, key=contract.section_key):
+        here = [entry for entry in entries if entry.section == section]
+        chosen = _gene(here, gene)
+        shown = [entry for entry in here if chosen in entry.genes]
+        top = max(1.0, *(float(_column(e, kind, chosen).max()) for e in shown for kind in e.log2))
+        measured = next((entry for entry in shown if "measured" in entry.log2), None)
+        cards = [
+            {
+                "run": entry.run,
+                "page": entry.page,
+                "model": entry.model,
+                "scores": entry.scores,
+                "image": _thumbnail(entry, "predicted", chosen, top),
+            }
+            for entry in shown
+        ]
+        sections[section] = {
+            "gene": chosen,
+            "cards": cards,
+            "measured": _thumbnail(measured, "measured", chosen, top) if measured else "",
+        }
+    text = render(
+        "index.html",
+        "",
+        title=f"Predictions of {name}",
+        subtitle=f"{len(entries)} predictions of {len(sections)} sections, log2(1 + count), one scale a section.",
+        notes=() if gene else ("the gene shown is the one predicted best on average: it flatters",),
+        sections=sections,
+    )
+    write_text(out, text)
+
+
+def _gene(entries: list[_Entry], asked: str) -> str:
+    """The gene of a section's small multiples."""
+    if asked:
+        if not any(asked in entry.genes for entry in entries):
+            raise InputError(f"--gene {asked}: no prediction of section {entries[0].section} has it")
+        return asked
+    scored = [entry.pcc.fillna(-1) for entry in entries if entry.pcc is not None]
+    if scored:
+        mean = pd.Series(pd.concat(scored, axis=1).mean(axis=1, skipna=False)).dropna()
+        if len(mean):
+            return str(mean.idxmax())
+    return entries[0].genes[0]
+
+
+def _column(entry: _Entry, kind: str, gene: str) -> np.ndarray:
+    return entry.log2[kind][:, entry.genes.index(gene)].astype(np.float64)
+
+
+def _thumbnail(entry: _Entry, kind: str, gene: str, top: float) -> str:
+    """A small map as a data URL."""
+    figure = Figure(figsize=(3.2, 3.0), layout="constrained")
+    maps.draw_map(figure.subplots(), entry.spots, _column(entry, kind, gene), (0, top))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

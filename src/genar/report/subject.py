@@ -1,0 +1,185 @@
+"""What a report is of: a prediction, alone or of a training run, and the truth where it is known."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from genar.data import contract, find_sections, options_for, pick, read_section
+from genar.errors import InputError
+from genar.evaluation import align, intervals, score_aligned
+from genar.genes import Scales
+
+_RESAMPLES = 1000
+
+
+@dataclass
+class Subject:
+    """A prediction [N, G] and what is known of it."""
+
+    predicted: AnnData
+    truth: AnnData | None = None
+    """the section, its spots in the prediction's order"""
+    run: dict = field(default_factory=dict)
+    """``run.json`` of the training run, empty where there is none"""
+    checkpoint: dict = field(default_factory=dict)
+    """``config.json`` of its checkpoint"""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """method -> metric -> value, or (value, low, high)"""
+    differences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """"method minus rival" -> metric -> (value, low, high)"""
+    scores: dict[str, float] = field(default_factory=dict)
+    """of the expectation where the prediction has it, else of X"""
+    per_gene: pd.DataFrame | None = None
+    """a row a gene, of the same"""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The section's id."""
+        return contract.name(self.predicted)
+
+    @property
+    def model(self) -> str:
+        """Name of the model that predicted."""
+        return str(self.predicted.uns[contract.GENAR].get("prediction", {}).get("model", "not recorded"))
+
+    @property
+    def scales(self) -> Scales | None:
+        """The hierarchy of the genes, where the model has one and the checkpoint is known."""
+        facts = self.checkpoint.get("model", {}).get("scales")
+        if facts is None or self.checkpoint["panel"]["genes"] != list(self.predicted.var_names):
+            return None
+        return Scales(tuple(facts["order"]), tuple(facts["sizes"]), tuple(facts.get("clusters", ())))
+
+
+def subjects(source: str | Path, truth: str | Path | None = None) -> list[Subject]:
+    """What lies at ``source``: a prediction ``.h5ad``, or a training run, one subject a held-out section.
+
+    The truth of a run is looked for where the run found it; of a prediction it is ``truth`` (a section, or
+    ``FOLDER:ID``), or the run's where the file lies in one. Raises ``InputError`` where nothing is found there, the
+    prediction is not one, or ``truth`` is of other spots or lacks its genes.
+    """
+    source = Path(source)
+    if is_run(source):
+        files = sorted((source / "predictions").glob("*.h5ad"), key=lambda path: contract.section_key(path.stem))
+        if not files:
+            raise InputError(f"{source}: a run without predictions; train with --test ID, or report on a prediction")
+        if truth is not None and len(files) > 1:
+            raise InputError(
+                f"--truth names one section, {source} holds {len(files)} predictions: report on one of "
+                f"{source / 'predictions'}"
+            )
+        return [_subject(path, truth, source) for path in files]
+    if not source.is_file():
+        raise InputError(f"{source}: expected a prediction (.h5ad), a training run or a folder of runs, found none")
+    home = source.parent.parent
+    return [_subject(source, truth, home if source.parent.name == "predictions" and is_run(home) else None)]
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is the folder of a finished training run."""
+    return (path / "run.json").is_file()
+
+
+def _subject(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
+    predicted = _read(path)
+    subject = Subject(predicted)
+    if home is not None:
+        subject.run = json.loads((home / "run.json").read_text())
+        config = home / "checkpoint" / "config.json"
+        subject.checkpoint = json.loads(config.read_text()) if config.is_file() else {}
+    section = read_section(str(truth)) if truth is not None else _truth_of_run(subject)
+    if section is None:
+        return subject
+    _check_places(predicted, section)
+    expected = contract.LOG1P_MEAN in predicted.layers
+    aligned = {"prediction": align(predicted, section)}
+    if expected:
+        aligned["prediction_mean"] = align(predicted, section, use=contract.LOG1P_MEAN)
+    best = aligned["prediction_mean" if expected else "prediction"]
+    scores = score_aligned(best)
+    if contract.name(section) != subject.section:
+        subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
+    subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
+    subject.methods, subject.differences = _scores_of_run(home, subject.section)
+    if not subject.methods:
+        scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
+        subject.methods, _ = intervals.compare(scored, [], subject.section, _RESAMPLES)
+        subject.notes += ("the baselines mean and ridge are scored by a training run, not by a prediction alone",)
+    return subject
+
+
+def _check_places(predicted: AnnData, truth: AnnData) -> None:
+    """Refuse a truth whose spots lie elsewhere: names such as 3x7 occur on every slide."""
+    both = predicted.obs_names.intersection(truth.obs_names)
+    if not len(both):
+        return  # what is wrong with the names is said where they are aligned
+    apart = np.linalg.norm(contract.coords_um(predicted[both]) - contract.coords_um(truth[both]), axis=1)
+    spot_um = contract.spot_diameter_px(truth) * contract.mpp(truth)
+    if (apart > spot_um).any():
+        raise InputError(
+            f"--truth: spot {both[apart.argmax()]} of {contract.name(truth)} lies {apart.max():.0f} um from where "
+            f"the prediction of {contract.name(predicted)} has it; are both of the same section?"
+        )
+
+
+def _read(path: Path) -> AnnData:
+    try:
+        predicted = anndata.read_h5ad(path)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+    if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
+        raise InputError(f"{path}: not a prediction of GenAR: no obsm['spatial'] or uns['genar']")
+    if not predicted.n_obs or not predicted.n_vars:
+        raise InputError(f"{path}: {predicted.n_obs} spots and {predicted.n_vars} genes; expected at least one of each")
+    return predicted
+
+
+def _truth_of_run(subject: Subject) -> AnnData | None:
+    """The section where the run found it; a note and ``None`` where it is no more, or is of other counts."""
+    plan = subject.run.get("plan")
+    if plan is None:
+        return None
+    folder = Path(plan["sections"])
+    try:
+        refs = pick(find_sections(folder), [subject.section])
+        options = options_for(refs, mpp=plan["mpp"], image=plan["image"], bin_um=plan["bin_um"])
+        section = refs[0].read(options)
+        align(subject.predicted, section)
+    except InputError as error:
+        subject.notes += (f"without the truth, which the run read from {folder} ({error}); name it with --truth",)
+        return None
+    return section
+
+
+def _scores_of_run(home: Path | None, section: str) -> tuple[dict, dict]:
+    """Scores that the run wrote: with their intervals, or without them where it is an older one."""
+    if home is None:
+        return {}, {}
+    for name in ("intervals.json", "metrics.json"):
+        if (home / name).is_file():
+            facts: Mapping = json.loads((home / name).read_text()).get(section, {})
+            if name == "metrics.json":
+                return dict(facts), {}
+            if facts:
+                return facts["methods"], facts["differences"]
+    return {}, {}
+
+
+def log2_of(subject: Subject) -> dict[str, np.ndarray]:
+    """``predicted`` and, where it is known, ``measured`` [N, G] in log2(1 + count) space."""
+    genes = list(subject.predicted.var_names)
+    if contract.LOG1P_MEAN in subject.predicted.layers:
+        values = {"predicted": np.asarray(subject.predicted.layers[contract.LOG1P_MEAN]) / np.log(2)}
+    else:
+        values = {"predicted": np.log2(1 + contract.counts(subject.predicted, genes))}
+    if subject.truth is not None:
+        values["measured"] = np.log2(1 + contract.counts(subject.truth, genes))
+    return values
