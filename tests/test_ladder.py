@@ -9,6 +9,7 @@ SRC = Path(genar.__file__).parent.parent
 ROOMS = [
     "errors",
     "machine",
+    "processes",
     "data",
     "fetch",
     "genes",

@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from genar import processes
+
 _N_SETS = 20
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
@@ -124,6 +126,9 @@ def bar(quiet: bool, unit: str = "spots"):
 
 
 def speaker(json: bool):
+    """A function that prints a line: on standard error beside --json, nowhere for a process that is not the first."""
+    if processes.rank():
+        return lambda line: None
     return (lambda line: print(line, file=sys.stderr, flush=True)) if json else (lambda line: print(line, flush=True))
 
 

@@ -1,6 +1,7 @@
 """The commands. Each parses, calls one function of ``genar.runs`` and says where the result lies; heavy imports wait
 until then."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Annotated
 import typer
 
 import genar
-from genar import _console, machine
-from genar.errors import InputError
+from genar import _console, machine, processes
+from genar.errors import InputError, LostProcessError
 
 app = typer.Typer(
     name="genar",
@@ -38,12 +39,17 @@ def main() -> None:
     """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     machine.keep_freed_memory()
+    if processes.rank():  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         app()
     except InputError as error:
         _stop(str(error))
     except PermissionError as error:
         _stop(f"{error.filename}: no permission to write or read there; choose another place")
+    except LostProcessError as error:
+        print(f"error: {error}; start the same command again to go on", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         sys.exit(130)
@@ -260,6 +266,11 @@ def train(
         list[str] | None, typer.Option("--set", help="KEY=VALUE of model, training, inputs or decoding; repeatable.")
     ] = None,
     device: str = "cpu",
+    devices: Annotated[
+        int | None, typer.Option(help="Processes that share the training [default: those of torchrun or srun, or 1].")
+    ] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Machines that share it [default: as devices].")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches a step: gradients are added [default: 1].")] = None,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
@@ -270,12 +281,12 @@ def train(
     from genar.settings import read_settings
 
     settings = read_settings(config, set_ or [], model)
-    settings.train.update(_given(precision=precision, seed=seed))
+    settings.train.update(_given(precision=precision, seed=seed, accumulate=accumulate))
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
         features, mpp, device, settings, image=image, bin_um=bin_um, input=input,
-        encoder_precision=encoder_precision,
+        encoder_precision=encoder_precision, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     result = runs.train_run(
         plan, say=_console.speaker(json), bar=_console.bar(json), progress=_console.is_watched(json)

@@ -16,7 +16,7 @@ from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, machine, pixels
+from genar import encoders, machine, pixels, processes
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import json_ready, write_text
@@ -82,6 +82,10 @@ class TrainPlan:
     """``features`` of an encoder, or ``patches``: the model end to end on pixels, without one"""
     encoder_precision: str = "fp32"
     """of the encoder's arithmetic: features of another precision are another store"""
+    devices: int | None = None
+    """processes of a machine that share the training; as torchrun or srun started them, else 1"""
+    num_nodes: int | None = None
+    """machines"""
 
     def __post_init__(self):
         encoders.check_name(self.encoder)
@@ -115,6 +119,7 @@ def train_run(
     """
     clock = machine.Clock()
     cls = model_class(plan.model)
+    group, rank = processes.group(plan.devices, plan.num_nodes), processes.rank()
     config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
     how = decoding(cls, plan.settings.decoding)
     model_settings = pixels.input_settings(plan.input, plan.model, plan.preset, plan.settings.model, plan.inputs)
@@ -144,7 +149,9 @@ def train_run(
     say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
     torch.manual_seed(config.seed)
     model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
-    summary = fit(model, spots, config, folder=resume, log=say, progress=progress)
+    summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
+    if rank:
+        return RunResult({}, {}, {})  # the first process writes and scores
     if cost := model.cost(sum(section.n_obs for section in held_out), how):
         say(cost)
     facts = _training_facts(plan, config, training, spots, summary)
@@ -305,7 +312,7 @@ def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
 
 def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], bar: Bar) -> _Seen:
     recipe = pixels.PixelRecipe.of(model_class(plan.model), plan.patch)
-    folder = plan.out / "resume"
+    folder = plan.out / "resume" / (f"process{processes.rank()}" if processes.rank() else "")
     learned, asked = (pixels.read_pixels(part, recipe, folder, bar=bar) for part in (training, held_out))
     features = {contract.name(s): pixels.no_features(s.n_obs) for s in (*training, *held_out)}
     names = [contract.name(section) for section in held_out]

@@ -20,17 +20,21 @@ import pytorch_lightning as pl
 import torch
 from anndata import AnnData
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from genar.data import contract
-from genar.errors import InputError
+from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
+from genar.processes import ALONE, Group
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 RESUME_FILE = "last.ckpt"
+_RANK_SEEDS = 15_485_863  # between the seeds of two processes
 _OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -46,7 +50,9 @@ class TrainConfig:
     max_epochs: int = 6
     """0 leaves the model at its start"""
     batch_size: int = 64
-    """spots a step; a model whose unit is the section takes one section a step"""
+    """spots a step, over all processes; a model whose unit is the section takes one section a step and process"""
+    accumulate: int = 1
+    """batches whose gradients are added before a step"""
     lr: float = 1e-3
     optimizer: str = "adamw"
     """``adamw``, ``adam`` with the decay as an L2 term (paper), or ``sgd`` with momentum 0.9"""
@@ -85,7 +91,7 @@ class TrainConfig:
                 raise InputError(f"train: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
         if self.max_epochs < 0:
             raise InputError(f"train: max_epochs must be at least 0, found {self.max_epochs}")
-        for name in ("batch_size", "validate_every", "patience", "validation_samples"):
+        for name in ("batch_size", "accumulate", "validate_every", "patience", "validation_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train: {name} must be at least 1, found {getattr(self, name)}")
         if not self.memory_gib > 0:
@@ -171,11 +177,15 @@ def fit(
     folder: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: bool = False,
+    group: Group = ALONE,
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
 
-    ``folder`` takes a resume file after every epoch; a call that finds one there goes on from it. The same seed, data
-    and machine give the same weights, bit for bit, on a CPU.
+    The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
+    this function and leaves it with the same weights. ``folder`` takes a resume file after every epoch; a call that
+    finds one there goes on from it. The same seed, data and machine give the same weights, bit for bit, on a CPU.
+    Raises ``InputError`` where the processes are more than the spots of a batch, ``LostProcessError`` where one is
+    gone.
     """
     pl.seed_everything(config.seed, verbose=False)
     if not model.gradient:
@@ -189,7 +199,7 @@ def fit(
     if config.max_epochs == 0:
         model.eval()
         return FitSummary()
-    module = _Module(model, training, validation, config, log)
+    module = _Module(model, training, validation, config, log, group.size)
     if module.n_parts > 1:
         log(f"a batch goes through in {module.n_parts} parts, to stay within {config.memory_gib:g} GiB of activations")
     _quiet_lightning()
@@ -197,7 +207,11 @@ def fit(
     trainer = pl.Trainer(
         max_epochs=config.max_epochs,
         accelerator="auto",
-        devices=1,
+        devices=group.devices,
+        num_nodes=group.num_nodes,
+        strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
+        plugins=[] if group.by else [LightningEnvironment()],
+        use_distributed_sampler=False,  # our loaders share out each batch
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
         accumulate_grad_batches=module.n_parts,
@@ -211,7 +225,14 @@ def fit(
         callbacks=_callbacks(config, folder, progress),
         default_root_dir=folder,
     )
-    trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+    try:
+        trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+    except RuntimeError as error:
+        if group.size > 1 and _is_lost(error):
+            raise LostProcessError(
+                f"one of the {group.size} processes is gone ({str(error).splitlines()[0]})"
+            ) from error
+        raise
     if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=False)["state_dict"])  # our own file
     module.restore_best()
@@ -238,40 +259,58 @@ def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
     return spots.rows(torch.nonzero(~held)[:, 0]), spots.rows(torch.nonzero(held)[:, 0])
 
 
-class _Loader:
-    """Batches in a random order, each in ``n_parts`` parts, each spot in one of its views; order and views follow from
-    seed and epoch, also when resumed."""
+@dataclass
+class _Share:
+    """Part of a batch; ``weight`` makes the mean over all parts and processes that over the batch's spots."""
 
-    def __init__(self, spots: Spots, n_batches: int, n_parts: int, seed: int, epoch: Callable[[], int]):
+    batch: Batch
+    weight: float = 1.0
+
+
+class _Loader:
+    """Batches in a random order, of each the ``n_parts`` parts of one of ``n_ranks`` processes, each spot in one of its
+    views; order and views follow from seed and epoch, also when resumed."""
+
+    def __init__(
+        self, spots: Spots, n_batches: int, n_parts: int, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int
+    ):
         self.spots, self.n_batches, self.n_parts, self.seed, self.epoch = spots, n_batches, n_parts, seed, epoch
+        self.rank, self.n_ranks = rank, n_ranks
 
     def __len__(self) -> int:
         return self.n_batches * self.n_parts
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[_Share]:
         random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
         order = torch.randperm(len(self.spots), generator=random)
         for rows in order.tensor_split(self.n_batches):  # equal parts: no tiny last batch
             view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
-            for part in torch.arange(len(rows)).tensor_split(self.n_parts):
-                yield self.spots.batch(rows[part], view[part])
+            mine = torch.arange(len(rows)).tensor_split(self.n_ranks)[self.rank]
+            for part in mine.tensor_split(self.n_parts):
+                weight = len(part) * self.n_parts * self.n_ranks / len(rows)
+                yield _Share(self.spots.batch(rows[part], view[part]), weight)
 
 
 class _SectionLoader:
-    """The sections in a random order, each whole, each spot in one of its views."""
+    """The sections in a random order, each whole, each spot in one of its views. ``n_ranks`` processes take turns;
+    where the last turn is short of sections, the first ones come twice."""
 
-    def __init__(self, spots: Spots, seed: int, epoch: Callable[[], int]):
-        self.spots, self.seed, self.epoch = spots, seed, epoch
+    def __init__(self, spots: Spots, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int):
+        self.spots, self.seed, self.epoch, self.rank, self.n_ranks = spots, seed, epoch, rank, n_ranks
         self.sections = spots.section.unique()
 
     def __len__(self) -> int:
-        return len(self.sections)
+        return math.ceil(len(self.sections) / self.n_ranks)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[_Share]:
         random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
-        for place in torch.randperm(len(self.sections), generator=random):
+        order = torch.randperm(len(self.sections), generator=random)
+        turns = order.repeat(self.n_ranks)[: len(self) * self.n_ranks]
+        for turn, place in enumerate(turns):
             rows = torch.nonzero(self.spots.section == self.sections[place])[:, 0]
-            yield self.spots.batch(rows, torch.randint(self.spots.features.shape[1], (len(rows),), generator=random))
+            view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
+            if turn % self.n_ranks == self.rank:
+                yield _Share(self.spots.batch(rows, view))
 
 
 def predict_sections(model: Model, batch: Batch, how: Decoding) -> Counts:
@@ -293,49 +332,75 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 class _Module(pl.LightningModule):
     """Joins a model to Lightning's loop."""
 
-    def __init__(self, model: Model, training: Spots, validation: Spots | None, config: TrainConfig, log):
+    def __init__(
+        self, model: Model, training: Spots, validation: Spots | None, config: TrainConfig, log, n_ranks: int = 1
+    ):
         super().__init__()
         self.model, self.config = model, config
         self._training, self._validation, self._say = training, validation, log
         self.summary, self._best, self._losses = FitSummary(), {}, []
-        self.started = False
+        self.started, self.n_ranks = False, n_ranks
         whole = model.unit == "section"
-        self.n_batches = len(training.section.unique()) if whole else math.ceil(len(training) / config.batch_size)
-        n_rows = len(training) // self.n_batches  # of the smallest batch
-        self.n_parts = 1 if whole else count_parts(model, n_rows, config.memory_gib)
+        n_together = n_ranks if whole else config.batch_size * config.accumulate
+        self.n_batches = math.ceil((len(training.section.unique()) if whole else len(training)) / n_together)
+        n_rows = len(training) // self.n_batches // n_ranks  # of the smallest batch
+        if n_rows < 1:
+            raise InputError(
+                f"train: {n_ranks} processes share batches of {n_rows * n_ranks + 1} spots or less; use fewer"
+            )
+        least = min(n_rows, config.accumulate)
+        self.n_parts = 1 if whole else max(least, count_parts(model, n_rows, config.memory_gib))
 
     def train_dataloader(self):
         config = self.config
         if self.model.unit == "section":
-            return _SectionLoader(self._training, config.seed, lambda: self.current_epoch)
-        return _Loader(self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch)
+            return _SectionLoader(
+                self._training, config.seed, lambda: self.current_epoch, self.global_rank, self.n_ranks
+            )
+        return _Loader(
+            self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch, self.global_rank,
+            self.n_ranks,
+        )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
         self.started = True
-        torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch))  # of dropout and token noise
+        # of dropout and token noise: every process its own
+        torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch) + _RANK_SEEDS * self.global_rank)
 
     def val_dataloader(self):
         whole = [] if self._validation is None else [self._validation.batch()]
         return DataLoader(whole, batch_size=None)  # pyright: ignore
 
-    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx):
-        return batch.to(device)
+    def transfer_batch_to_device(self, batch: _Share | Batch, device, dataloader_idx):
+        return _Share(batch.batch.to(device), batch.weight) if isinstance(batch, _Share) else batch.to(device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.model.loss(batch).total
-        self._losses.append(loss.detach())
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch.features))
-        if self.n_parts == 1:
-            return loss
-        # parts may differ by a spot: each spot weighs the same
-        return loss * (len(batch.features) * self.trainer.num_training_batches / len(self._training))
+    def training_step(self, batch: _Share, batch_idx: int) -> Tensor:
+        loss = self.model.loss(batch.batch).total
+        n_spots = len(batch.batch.features)
+        self._losses.append(torch.stack([loss.detach() * n_spots, loss.new_tensor(n_spots)]))
+        self.log("loss", loss, prog_bar=True, batch_size=n_spots)
+        return loss * batch.weight
+
+    def _mean_loss(self) -> float:
+        """Of the spots since the last call, over all processes."""
+        total = torch.stack(self._losses).sum(dim=0) if self._losses else torch.zeros(2, device=self.device)
+        self._losses = []
+        loss, n_spots = self._summed(total).tolist()
+        return loss / max(n_spots, 1)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Over all processes."""
+        return values if self.n_ranks == 1 else self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         how = Decoding(samples=self.config.validation_samples, seed=self.config.seed)
-        predicted = predict_sections(self.model, batch, how)
-        mse, pcc = _log2_scores(predicted.layers["log1p_mean"] / LN2, batch.counts)
-        epoch, loss = self.current_epoch + 1, float(torch.stack(self._losses or [torch.zeros(())]).mean())
-        self._losses = []
+        mine = self._own_rows(batch)
+        assert batch.counts is not None
+        expected = torch.zeros(batch.counts.shape, device=self.device)
+        if len(mine):
+            expected[mine] = predict_sections(self.model, batch.rows(mine), how).layers["log1p_mean"].float()
+        mse, pcc = _log2_scores(self._summed(expected) / LN2, batch.counts)
+        epoch, loss = self.current_epoch + 1, self._mean_loss()
         self.summary.history.append({"epoch": epoch, "train_loss": loss, "val_mse": mse, "val_pcc": pcc})
         best = min(self.summary.history, key=lambda entry: entry["val_mse"])
         if best["epoch"] == epoch:
@@ -347,9 +412,17 @@ class _Module(pl.LightningModule):
             f"epoch {epoch}/{self.config.max_epochs}: loss {loss:.1f} nats, validation mse {mse:.3f} pcc {pcc:.3f}"
         )
 
+    def _own_rows(self, batch: Batch) -> Tensor:
+        """Of the validation spots those that this process predicts: every ``n_ranks``-th spot, or section."""
+        if self.model.unit == "spot":
+            place = torch.arange(len(batch.features), device=batch.features.device)
+        else:
+            place = torch.unique(batch.section, return_inverse=True)[1]
+        return torch.nonzero(place % self.n_ranks == self.global_rank)[:, 0]
+
     def on_train_epoch_end(self) -> None:
         if self._validation is None:
-            loss, self._losses = float(torch.stack(self._losses).mean()), []
+            loss = self._mean_loss()
             self._say(f"epoch {self.current_epoch + 1}/{self.config.max_epochs}: loss {loss:.1f} nats")
 
     def restore_best(self) -> None:
@@ -425,6 +498,12 @@ def cpu_has_bf16() -> bool:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux: nobody can tell
         return True
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether it says that a collective operation found nobody at the other end."""
+    words = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "gloo")
+    return any(word in str(error).lower() for word in words)
 
 
 def _quiet_lightning() -> None:

@@ -1,0 +1,219 @@
+"""Training shared by two processes on this machine (gloo): as one process trains, written once, resumable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genar import processes
+from genar.errors import InputError
+from genar.models import Spots
+from genar.training import TrainConfig, _Loader, _Module, _SectionLoader
+
+SETTINGS = {
+    "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
+    "feature_dropout": 0, "validation_share": 0.2, "validate_every": 1, "batch_size": 16, "ema_decay": 0,
+    "patience": 50,
+}  # fmt: skip
+LAUNCHERS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_ID",
+    "SLURM_NTASKS", "SLURM_NNODES", "NODE_RANK",
+)  # fmt: skip
+SRUN = {
+    "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "train",
+    "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nobody_started_us(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def command(tissue, store, out, *more, max_epochs=3, **settings):
+    words = ["train", tissue, "--test", "SIM2", "--out", out, "--features", store, "--n-genes", "20", "--views", "1"]
+    words += ["--samples", "2", *more]
+    for name, value in {**SETTINGS, "max_epochs": max_epochs, **settings}.items():
+        words += ["--set", f"{name}={value}"]
+    return [sys.executable, "-m", "genar.cli", *map(str, words)]
+
+
+def environment(**more):
+    known = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return {**known, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def alone(tissue, store, tmp_path_factory):
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = subprocess.run(command(tissue, store, out), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def check_same(run, alone):
+    """Weights, history and predictions of a shared run are those of one process but for the order of its sums."""
+    one, two = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (alone, run))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+    histories = [
+        json.loads((f / "checkpoint" / "config.json").read_text())["training"]["history"] for f in (alone, run)
+    ]
+    for mine, theirs in zip(*histories, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    layers = [anndata.read_h5ad(f / "predictions" / "SIM2.h5ad").layers["log1p_mean"] for f in (alone, run)]
+    np.testing.assert_allclose(layers[1], layers[0], atol=1e-3)
+    assert not (run / "resume").exists()
+
+
+def test_two_processes_train_what_one_does(tissue, store, alone, tmp_path):
+    words = command(tissue, store, tmp_path / "run", "--devices", 2, "--json")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1  # one process speaks
+    assert done.stderr.count("epoch 1/3") == 1
+    check_same(tmp_path / "run", alone)
+
+
+def test_processes_started_by_srun_find_each_other(tissue, store, alone, tmp_path):
+    started = [
+        subprocess.Popen(
+            command(tissue, store, tmp_path / "run"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(**SRUN, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert "run.json" in told[0][0]
+    assert told[1][0] == ""
+    check_same(tmp_path / "run", alone)
+
+
+def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, tmp_path):
+    words = command(tissue, store, tmp_path / "run", "--devices", 2, max_epochs=4)
+    process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("no /proc here to find the other process by")
+    other = next(
+        pid for pid in map(int, children.read_text().split()) if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(other, signal.SIGKILL)
+    started = time.monotonic()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "run" / "resume" / "last.ckpt").is_file()
+    assert not (tmp_path / "run" / "run.json").exists()
+    if process.returncode == 1:  # it noticed by itself, before it was stopped
+        assert "start the same command again" in error
+    again = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "epoch 1/4" not in again.stdout
+    undisturbed = tmp_path / "undisturbed"
+    subprocess.run(
+        command(tissue, store, undisturbed, "--devices", 2, max_epochs=4),
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", undisturbed)]
+    assert weights[0] == weights[1]
+
+
+def make_spots(n_spots=53, n_sections=3):
+    random = torch.Generator().manual_seed(0)
+    return Spots(
+        torch.randn(n_spots, 2, 4, generator=random), torch.rand(n_spots, 2), torch.rand(n_spots, 2),
+        torch.arange(n_spots), torch.arange(n_spots) % n_sections, torch.ones(n_spots, 5).long(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_every_spot_is_seen_once_an_epoch(n_ranks, n_parts):
+    loaders = [_Loader(make_spots(), 4, n_parts, 7, lambda: 0, rank, n_ranks) for rank in range(n_ranks)]
+    shares = [list(loader) for loader in loaders]
+    assert {len(part) for part in shares} == {4 * n_parts}
+    ids = torch.cat([share.batch.spot_ids for part in shares for share in part])
+    assert sorted(ids.tolist()) == list(range(53))
+    whole = list(_Loader(make_spots(), 4, 1, 7, lambda: 0, 0, 1))
+    for step, one in enumerate(whole):
+        here = [share for part in shares for share in part[step * n_parts : (step + 1) * n_parts]]
+        found = {int(i): f for s in here for i, f in zip(s.batch.spot_ids, s.batch.features, strict=True)}
+        expected = {int(i): f for i, f in zip(one.batch.spot_ids, one.batch.features, strict=True)}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[i], expected[i]) for i in found)  # the same view of each
+        # the mean over parts and processes is that over the batch's spots
+        mean = sum(s.weight * s.batch.spot_ids.double().mean() for s in here) / (n_parts * n_ranks)
+        assert mean == pytest.approx(float(one.batch.spot_ids.double().mean()))
+
+
+def test_sections_are_shared_in_turns():
+    shares = [list(_SectionLoader(make_spots(), 7, lambda: 0, rank, 2)) for rank in (0, 1)]
+    assert [len(part) for part in shares] == [2, 2]
+    seen = [int(share.batch.section[0]) for part in shares for share in part]
+    assert set(seen) == {0, 1, 2}
+    assert all(len(share.batch.section.unique()) == 1 for part in shares for share in part)
+
+
+def test_accumulated_batches_make_a_larger_step():
+    class Sized(torch.nn.Module):
+        unit, spot_bytes = "spot", 0
+
+    module = _Module(Sized(), make_spots(), None, TrainConfig(batch_size=8, accumulate=3), print)
+    assert (module.n_batches, module.n_parts) == (3, 3)
+    with pytest.raises(InputError, match="use fewer"):
+        _Module(Sized(), make_spots(), None, TrainConfig(batch_size=8), print, n_ranks=60)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected", "rank"),
+    [
+        ({}, processes.Group(), 0),
+        (
+            {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5"},
+            processes.Group(4, 2, "torchrun"),
+            5,
+        ),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"},
+            processes.Group(2, 2, "srun"),
+            3,
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, processes.Group(), 0),  # a batch script
+    ],
+)
+def test_launchers_are_found_by_themselves(environ, expected, rank, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert processes.group() == expected
+    assert processes.rank() == rank
+    if expected.by:
+        with pytest.raises(InputError, match=f"--devices 7: {expected.by} started"):
+            processes.group(devices=7)
+    else:
+        assert processes.group(2, 3).size == 6
+        with pytest.raises(InputError, match="at least 1"):
+            processes.group(0)
