@@ -297,8 +297,9 @@ def train(
 @app.command()
 def predict(
     section: Annotated[str, typer.Argument(help="A bare slide, or one section: its own file or folder, or FOLDER:ID.")],
-    model: Annotated[Path, typer.Option(help="A training run, or its checkpoint folder.")],
+    model: Annotated[str, typer.Option(help="A training run, its checkpoint folder, or ORG/NAME on the hub.")],
     out: Out,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     decode: Annotated[str | None, typer.Option(help="What makes X [default: the model's first decoding].")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the trajectories.")] = None,
@@ -322,17 +323,25 @@ def predict(
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = runs.predict_run(
-        read,
-        model,
-        out,
-        features=features,
-        weights=weights,
-        how=how,
-        bar=_console.bar(json),
+        read, model, out, revision=revision, features=features, weights=weights, how=how, bar=_console.bar(json),
         say=_console.speaker(json),
-    )
+    )  # fmt: skip
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
     _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="A training run, or its checkpoint folder.")],
+    hub_id: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to [default: main].")] = None,
+    json: Json = False,
+) -> None:
+    """Share a checkpoint, with its card, on the Hugging Face hub. Read the card first: it names your sections."""
+    from genar.models.checkpoint import push_checkpoint
+
+    _console.finish(json, {"model": push_checkpoint(model, hub_id, private=private, revision=revision)})
 
 
 @app.command()

@@ -35,7 +35,7 @@ from genar.features import (
 )
 from genar.genes import ORDERS, RECIPES, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
-from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
 from genar.report.index import write_report
@@ -154,7 +154,7 @@ def train_run(
         return RunResult({}, {}, {})  # the first process writes and scores
     if cost := model.cost(sum(section.n_obs for section in held_out), how):
         say(cost)
-    facts = _training_facts(plan, config, training, spots, summary)
+    facts = _training_facts(plan, config, training, held_out, spots, summary)
     checkpoint = Checkpoint(plan.model, model, panel, seen.facts, facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
     clock.lap("training")
@@ -199,26 +199,29 @@ def _predict_and_score(
             outputs["maps"] = plan.out / "maps"
     if held_out:
         outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
+        rewrite_card(plan.out / "checkpoint", {name: _for_card(scores[name], found[name][0]) for name in scores})
     return scores
 
 
 def predict_run(
     section: AnnData,
-    model: Path,
+    model: str | Path,
     out: Path,
     *,
+    revision: str | None = None,
     features: Path | None = None,
     weights: Path | None = None,
     how: Mapping | None = None,
     bar: Bar = no_bar,
     say: Callable[[str], None] = print,
 ) -> AnnData:
-    """Predict one section with a checkpoint, embedding it where its features are not stored, and write the ``.h5ad``.
+    """Predict one section with a checkpoint (of a folder, a run or the hub, there at ``revision``), embedding it where
+    its features are not stored, and write the ``.h5ad``.
 
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
     trained on patches reads them from the slide; then no encoder is loaded.
     """
-    checkpoint = load_checkpoint(model)
+    checkpoint = load_checkpoint(model, revision=revision)
     decode = decoding(checkpoint.model, how or {})
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
@@ -404,11 +407,21 @@ def _align(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Aligned
     return {method: align(predicted, truth), f"{method}_mean": align(predicted, truth, use=contract.LOG1P_MEAN)}
 
 
-def _training_facts(plan: TrainPlan, config: TrainConfig, training, spots: Spots, summary: FitSummary) -> dict:
+def _for_card(scores: dict[str, Scores], found: dict[str, dict]) -> dict[str, dict]:
+    """method -> metric -> (value, low, high), and the coverage, which has no interval."""
+    kept = {name: {m: v for m, v in s.summary.items() if m == "coverage_90"} for name, s in scores.items()}
+    return {name: {**found[name], **kept[name]} for name in scores}
+
+
+def _training_facts(
+    plan: TrainPlan, config: TrainConfig, training, held_out, spots: Spots, summary: FitSummary
+) -> dict:
     assert spots.counts is not None
     counts = spots.counts.double()
     return {
         "sections": [contract.name(s) for s in training],
+        "held_out": [contract.name(s) for s in held_out],
+        "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: counts.mean(dim=0).tolist(),
         contract.TRAINING_VARIANCE: counts.var(dim=0, correction=0).tolist(),

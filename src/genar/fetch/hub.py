@@ -50,7 +50,7 @@ def list_files(sections: Iterable[str], revision: str | None = None, extras: Ite
     revision = revision or DEFAULT_REVISION
     api = HfApi(endpoint=endpoint, library_name="genar", library_version=genar.__version__)
     wanted = {section: _paths(section, extras) for section in sections}
-    with _in_one_line(endpoint, revision):
+    with in_one_line(endpoint, REPOSITORY, revision, TERMS):
         commit = api.dataset_info(REPOSITORY, revision=revision, expand=["sha"]).sha or revision
         paths = [path for needed, more in wanted.values() for path in needed + more]
         entries = api.get_paths_info(REPOSITORY, paths, revision=commit, repo_type="dataset")
@@ -83,21 +83,31 @@ def _paths(section: str, extras: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def _in_one_line(endpoint: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line for the user."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+def in_one_line(endpoint: str, repository: str, revision: str, terms: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line for the user; ``terms`` says how to get access."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     # the base of all errors of the HTTP library underneath, which is another one in other releases of the client
     network = (cast(type[Exception], HfHubHTTPError.__bases__[0]), OSError)
     try:
         yield
     except RevisionNotFoundError as error:
-        raise InputError(f"{REPOSITORY} has no revision {revision!r}; expected a branch, tag or commit") from error
+        raise InputError(f"{repository} has no revision {revision!r}; expected a branch, tag or commit") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{repository} at {revision} was not fetched before, and {endpoint} cannot be reached or is switched off "
+            "(HF_HUB_OFFLINE); fetch it once with a network"
+        ) from error
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
         if code in (401, 403) or isinstance(error, RepositoryNotFoundError):
-            raise InputError(f"{endpoint} refuses access to {REPOSITORY} ({code}); {TERMS}") from error
-        raise InputError(f"{endpoint} answered {code} for {REPOSITORY}; try again later") from error
+            raise InputError(f"{endpoint} refuses access to {repository} ({code}); {terms}") from error
+        raise InputError(f"{endpoint} answered {code} for {repository}; try again later") from error
     except network as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{endpoint} cannot be reached ({reason}); is there a network?") from error

@@ -8,7 +8,8 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from genar.errors import InputError
 from genar.models._decoding import DEFAULT, Decoding
+
+if TYPE_CHECKING:
+    from genar.models.checkpoint import Checkpoint
 
 LN2 = math.log(2.0)
 
@@ -194,6 +198,22 @@ class Model(nn.Module, abc.ABC):
     def cost(self, n_spots: int, how: Decoding) -> str:
         """A line to tell before a prediction that will take long; empty for all others."""
         return ""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
+        """The checkpoint at a folder, in a training run, or of ``organisation/name`` on the Hugging Face hub.
+
+        It holds the model, and the panel and the encoder's recipe that a prediction needs. Raises ``InputError`` as
+        ``checkpoint.load_checkpoint`` does, and where it is another kind of model.
+        """
+        from genar.models.checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(source, revision=revision)
+        if not isinstance(checkpoint.model, cls):
+            raise InputError(
+                f"{source}: holds a model {checkpoint.name}, not {cls.__name__}; genar.load_checkpoint reads any"
+            )
+        return checkpoint
 
     @property
     def spot_bytes(self) -> int:

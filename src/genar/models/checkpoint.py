@@ -3,6 +3,8 @@ pickle."""
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import genar
-from genar.data.files import replacing
+from genar.data.files import replacing, write_text
 from genar.errors import InputError
+from genar.fetch.models import download_model, is_hub_id, upload_model
 from genar.genes import Panel
 from genar.models import Model, model_class
+from genar.models._card import write_card
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -35,6 +39,24 @@ class Checkpoint:
     sha256: str = ""
     """of the weights file"""
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
+        """As :func:`load_checkpoint`."""
+        return load_checkpoint(source, revision=revision)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """As :func:`save_checkpoint`; the card holds no scores, as those are the training run's."""
+        return save_checkpoint(Path(folder), self)
+
+    def push_to_hub(self, hub_id: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Write it to ``hub_id`` (``organisation/name``) of the Hugging Face hub as one commit; returns the address.
+
+        Raises ``InputError`` where the hub is out of reach or refuses.
+        """
+        with tempfile.TemporaryDirectory(prefix="genar-") as scratch:
+            folder = self.save_pretrained(Path(scratch) / "checkpoint")
+            return upload_model(folder, hub_id, private=private, revision=revision)
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write the folder, whole or not at all, and return it; sets ``checkpoint.sha256``."""
@@ -54,19 +76,41 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             "sha256": checkpoint.sha256,
         }
         (temporary / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
-        (temporary / CARD).write_text(_card(checkpoint))
+        (temporary / CARD).write_text(write_card(facts, _n_weights(checkpoint.model), {}))
     return folder
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Load a checkpoint folder (or a training run that holds one), the model in evaluation mode.
+def rewrite_card(folder: Path, scores: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """Write the card of a saved checkpoint anew, with ``scores`` (see ``_card.write_card``)."""
+    facts = _read_config(folder / CONFIG)
+    model = model_class(facts["name"]).from_facts(facts["model"])
+    write_text(folder / CARD, write_card(facts, _n_weights(model), scores))
+
+
+def _n_weights(model: Model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def checkpoint_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: ``source`` itself, the one of a training run, or that of ``organisation/name`` on the
+    Hugging Face hub at ``revision`` (a branch, tag or commit), fetched where it is not yet here. What lies on this
+    machine wins. Raises ``InputError`` as ``fetch.models.download_model`` does."""
+    if is_hub_id(str(source)):
+        return download_model(str(source), revision)
+    if revision is not None:
+        raise InputError(f"--revision {revision}: {source} is not a name on the hub, and has no revisions")
+    folder = Path(source)
+    return folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+
+
+def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Load a checkpoint folder, a training run that holds one, or ``organisation/name`` of the hub (see
+    :func:`checkpoint_folder`), the model in evaluation mode.
 
     Raises ``InputError`` where a file is missing, damaged, of a newer format or altered, or a tensor has the wrong
     shape.
     """
-    folder = Path(folder)
-    if (folder / "checkpoint").is_dir():
-        folder = folder / "checkpoint"
+    folder = checkpoint_folder(source, revision)
     facts = _read_config(folder / CONFIG)
     try:
         model = model_class(facts["name"]).from_facts(facts["model"])
@@ -84,6 +128,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         )
     model.eval()
     return checkpoint
+
+
+def push_checkpoint(source: str | Path, hub_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Write the checkpoint of a folder or run, once it has been read without fault, to ``hub_id`` with its card as it
+    lies there. Returns the address. Raises ``InputError`` as :func:`load_checkpoint` and the hub do."""
+    load_checkpoint(source)
+    return upload_model(checkpoint_folder(source), hub_id, private=private, revision=revision)
 
 
 def _read_config(path: Path) -> dict:
@@ -124,22 +175,3 @@ def _load_weights(path: Path, model: Model) -> None:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _card(checkpoint: Checkpoint) -> str:
-    """A short model card."""
-    training, features = checkpoint.training, checkpoint.features
-    n_weights = sum(p.numel() for p in checkpoint.model.parameters())
-    sections = ", ".join(training.get("sections", ())) or "not recorded"
-    source = f"{features.get('encoder')}, {features.get('views')} views"
-    if features.get("input") == "patches":
-        source = f"none; patches of {features.get('crop_px')} px, end to end"
-    return f"""# {checkpoint.name}: gene counts from H&E
-
-- Model: {checkpoint.name}, {n_weights:,} trained weights, GenAR {genar.__version__}
-- Genes: {len(checkpoint.panel.genes)} (panel recipe {checkpoint.panel.recipe})
-- Trained on: {sections}
-- Features: {source}; patch convention {features.get("patch")}
-
-Load it with `genar predict SECTION --model THIS_FOLDER --out pred.h5ad`. For research; not for clinical decisions.
-"""
