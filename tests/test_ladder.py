@@ -26,6 +26,7 @@ ROOMS = [
     "export",
     "recipes",
     "runs",
+    "lazyslide",
     "groups",
     "bench",
     "_console",

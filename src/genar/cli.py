@@ -307,6 +307,9 @@ def predict(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE of the decoding (temperature, top_k, top_p, layers, …)."),
     ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="h5ad, spatialdata, … (see `genar export`) [default: by the suffix of --out].")
+    ] = None,
     features: Store = None,
     weights: Weights = None,
     image: Image = None,
@@ -323,8 +326,8 @@ def predict(
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = runs.predict_run(
-        read, model, out, revision=revision, features=features, weights=weights, how=how, bar=_console.bar(json),
-        say=_console.speaker(json),
+        read, model, out, revision=revision, kind=format, features=features, weights=weights, how=how,
+        bar=_console.bar(json), say=_console.speaker(json),
     )  # fmt: skip
     outputs = {"prediction": out} | runs.tissue_overlay(read, out)
     _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
@@ -399,15 +402,18 @@ def report(
 def export(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     out: Out,
+    format: Annotated[
+        str | None, typer.Option(help="geojson, spatialdata, tissuumaps or vitessce [default: by the suffix of --out].")
+    ] = None,
     genes: Annotated[str, typer.Option(help="Only these genes, GENE,GENE; all where not given.")] = "",
     json: Json = False,
 ) -> None:
-    """Write a prediction as GeoJSON for QuPath: a detection per spot, its counts as measurements."""
+    """Write a prediction for other programs: QuPath (.geojson), SpatialData (.zarr), TissUUmaps (.tmap), Vitessce."""
     from genar.assess import read_prediction
-    from genar.export import write_geojson
+    from genar.export import write_export
 
     adata = read_prediction(predicted)
-    _console.finish(json, {"geojson": write_geojson(adata, out, genes=_ids(genes))}, n_spots=adata.n_obs)
+    _console.finish(json, write_export(adata, out, format, genes=_ids(genes)), n_spots=adata.n_obs)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
 from genar.evaluation.scoring import Aligned
+from genar.export import format_of, write_export
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -209,6 +210,7 @@ def predict_run(
     out: Path,
     *,
     revision: str | None = None,
+    kind: str | None = None,
     features: Path | None = None,
     weights: Path | None = None,
     how: Mapping | None = None,
@@ -216,11 +218,13 @@ def predict_run(
     say: Callable[[str], None] = print,
 ) -> AnnData:
     """Predict one section with a checkpoint (of a folder, a run or the hub, there at ``revision``), embedding it where
-    its features are not stored, and write the ``.h5ad``.
+    its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
+    of ``genar.export``.
 
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
     trained on patches reads them from the slide; then no encoder is loaded.
     """
+    kind = "h5ad" if (kind is None and out.suffix == ".h5ad") or kind == "h5ad" else format_of(out, kind)
     checkpoint = load_checkpoint(model, revision=revision)
     decode = decoding(checkpoint.model, how or {})
     if cost := checkpoint.model.cost(section.n_obs, decode):
@@ -236,7 +240,10 @@ def predict_run(
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
             predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
-    write_prediction(predicted, out)
+    if kind == "h5ad":
+        write_prediction(predicted, out)
+    else:
+        write_export(predicted, out, kind)
     return predicted
 
 

@@ -1,4 +1,4 @@
-"""Predictions in the files that other programs open."""
+"""GeoJSON for QuPath."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from anndata import AnnData
 
 from genar.data import contract
 from genar.data.files import write_text
-from genar.errors import InputError
+from genar.export._common import cut
 
 _CORNERS = 24  # of the polygon that stands for a round spot
 _DECIMALS = 4
@@ -23,14 +23,8 @@ def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) 
     where none is named) and, where the prediction has them, ``<gene> mean``: the expected counts. The file appears
     under its name only once it is whole. Raises ``InputError`` where a gene or the positions are missing.
     """
-    chosen = list(genes) or [str(name) for name in predicted.var_names]
-    if missing := [gene for gene in chosen if gene not in predicted.var_names]:
-        raise InputError(
-            f"genes: {len(missing)} of {len(chosen)} are not in the prediction ({', '.join(missing[:3])}); "
-            f"it has {', '.join(map(str, predicted.var_names[:3]))}, …"
-        )
-    if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
-        raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
+    predicted = cut(predicted, genes)
+    chosen = [str(name) for name in predicted.var_names]
     values = dict(zip(chosen, contract.counts(predicted, chosen).T, strict=True))
     if "mean" in predicted.layers:
         means = np.asarray(predicted[:, chosen].layers["mean"], dtype=np.float64).round(_DECIMALS)

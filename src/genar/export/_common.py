@@ -1,0 +1,55 @@
+"""What all formats need of a prediction."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from genar.data import contract
+from genar.errors import InputError
+
+IMAGE_PX = 4000
+"""Longest side of the tissue's image in an export."""
+
+
+def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
+    """The prediction with ``genes`` alone (all where none is named). Raises ``InputError`` where one, or the positions,
+    are missing."""
+    if missing := [gene for gene in genes if gene not in predicted.var_names]:
+        raise InputError(
+            f"genes: {len(missing)} of {len(genes)} are not in the prediction ({', '.join(missing[:3])}); "
+            f"it has {', '.join(map(str, predicted.var_names[:3]))}, …"
+        )
+    if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
+        raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
+    return predicted[:, list(genes)].copy() if genes else predicted.copy()
+
+
+def expected(predicted: AnnData) -> np.ndarray:
+    """Expected counts [N, G]; where the prediction has the expectation of ln(1 + count) alone, what that is in counts,
+    and where it has neither, its counts."""
+    if contract.MEAN in predicted.layers:
+        return np.asarray(predicted.layers[contract.MEAN], dtype=np.float64)
+    if contract.LOG1P_MEAN in predicted.layers:
+        return np.expm1(np.asarray(predicted.layers[contract.LOG1P_MEAN], dtype=np.float64))
+    return contract.counts(predicted).astype(np.float64)
+
+
+def plain_table(predicted: AnnData) -> AnnData:
+    """Counts (csr), layers and names, without what other programs cannot write."""
+    table = AnnData(
+        sparse.csr_matrix(predicted.X, dtype=np.float32),
+        obs=pd.DataFrame(index=predicted.obs_names),
+        var=pd.DataFrame(predicted.var),
+        layers={name: np.asarray(values, dtype=np.float32) for name, values in predicted.layers.items()},
+    )
+    table.obsm[contract.SPATIAL] = contract.coords_px(predicted)
+    table.uns[contract.GENAR] = predicted.uns[contract.GENAR]
+    return table
+
+
+def missing(package: str, extra: str) -> InputError:
+    """The error that says which extra to install."""
+    return InputError(f"this format needs {package}; install it with: pip install 'genar[{extra}]'")

@@ -1,0 +1,194 @@
+"""Predictions in the forms of other programs, read back with their own libraries where they are installed."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+import torch
+
+from commands import run
+from genar.assess import read_prediction
+from genar.data import contract, read_section
+from genar.errors import InputError
+from genar.export import format_of, write_export
+from genar.genes import Panel
+from genar.models import Spots, model_class
+from genar.models.checkpoint import Checkpoint, save_checkpoint
+from test_downstream import write_toy
+
+
+@pytest.fixture(scope="module")
+def prediction(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def store(prediction, tmp_path_factory):
+    pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
+    path = tmp_path_factory.mktemp("store") / "SIM2.zarr"
+    return write_export(read_prediction(prediction), path)["spatialdata"]
+
+
+def test_a_spatialdata_store_holds_image_spots_and_table(store, prediction):
+    import spatialdata
+    from spatialdata.transformations import get_transformation
+
+    predicted, found = read_prediction(prediction), spatialdata.read_zarr(store)
+    table = found["table"]
+    np.testing.assert_array_equal(table.X.toarray(), predicted.X.toarray())
+    assert list(table.obs_names) == list(predicted.obs_names)
+    spots = found["spots"]
+    np.testing.assert_allclose(np.stack([spots.geometry.x, spots.geometry.y], axis=1), contract.coords_px(predicted))
+    assert np.allclose(spots["radius"], contract.spot_diameter_px(predicted) / 2)
+    element, joined = spatialdata.match_table_to_element(found, element_name="spots", table_name="table"), table
+    assert len(element) if not hasattr(element, "n_obs") else element.n_obs == joined.n_obs
+    to_px = get_transformation(found["he"], "global").to_affine_matrix(("x", "y"), ("x", "y"))
+    width_px = found["he"]["scale0"]["image"].sizes["x"] * to_px[0, 0]
+    xy = contract.coords_px(predicted)
+    assert xy[:, 0].max() < width_px < 2 * xy[:, 0].max()
+    to_um = get_transformation(spots, "um").to_affine_matrix(("x", "y"), ("x", "y"))
+    assert to_um[0, 0] == pytest.approx(contract.mpp(predicted))
+
+
+def test_our_own_reader_takes_the_store(store, prediction):
+    predicted = read_prediction(prediction)
+    section = read_section(store, mpp=contract.mpp(predicted))
+    np.testing.assert_array_equal(contract.counts(section), contract.counts(predicted))
+
+
+def test_squidpy_takes_a_prediction_as_it_is(prediction, monkeypatch):
+    squidpy = pytest.importorskip("squidpy", reason="squidpy is not installed: it is not tried")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    predicted = read_prediction(prediction)
+    squidpy.gr.spatial_neighbors(predicted, coord_type="generic", n_neighs=6)
+    squidpy.gr.spatial_autocorr(predicted, mode="moran", genes=list(predicted.var_names[:5]), n_jobs=1)
+    assert predicted.uns["moranI"]["I"].notna().any()
+    (kind,) = next(iter(predicted.uns["spatial"].values()))["images"]
+    squidpy.pl.spatial_scatter(predicted, color=predicted.var_names[0], img_res_key=kind)
+
+
+def test_a_tissuumaps_project_names_files_that_are_there(prediction, tmp_path, monkeypatch):
+    assert run(monkeypatch, "export", prediction, "--out", tmp_path / "spots.tmap") == 0
+    predicted = read_prediction(prediction)
+    project = json.loads((tmp_path / "spots.tmap").read_text())
+    (markers,) = project["markerFiles"]
+    table = pd.read_csv(tmp_path / markers["path"])
+    assert len(table) == predicted.n_obs
+    for option in markers["dropdownOptions"]:
+        assert option["expectedHeader.cb_col"] in table.columns
+    assert [option["name"] for option in markers["dropdownOptions"]] == list(predicted.var_names)
+    gene = predicted.var_names[1]
+    expected = np.expm1(predicted[:, gene].layers["log1p_mean"][:, 0])  # ridge has no other
+    np.testing.assert_allclose(table[f"gene {gene}"], expected, rtol=1e-3, atol=1e-3)
+    (layer,) = project["layers"]
+    image = tifffile.imread(tmp_path / layer["tileSource"].removesuffix(".dzi"))
+    assert 0 < table["x"].max() < image.shape[1]
+    assert 0 < table["y"].max() < image.shape[0]
+    shrink = table["x"].max() / contract.coords_px(predicted)[:, 0].max()
+    assert project["mpp"] * shrink == pytest.approx(contract.mpp(predicted), rel=1e-2)
+
+
+def test_a_vitessce_configuration_names_what_the_store_holds(prediction, tmp_path, monkeypatch):
+    pytest.importorskip("vitessce", reason="vitessce is not installed: its configuration is not tried")
+    assert run(monkeypatch, "export", prediction, "--out", tmp_path / "view", "--format", "vitessce") == 0
+    from vitessce import VitessceConfig
+
+    facts = json.loads((tmp_path / "view" / "vitessce.json").read_text())
+    assert VitessceConfig.from_dict(facts).to_dict() == facts  # it knows every part
+    (file,) = facts["datasets"][0]["files"]
+    store = tmp_path / "view" / file["url"].rpartition("/")[2]
+    options = file["options"]
+    for part in (options["image"], options["obsSpots"], options["obsFeatureMatrix"]):
+        assert (store / part["path"]).exists(), part
+
+
+def test_lazyslide_predicts_with_a_registered_checkpoint(prediction, tmp_path):
+    """A slide tiled by LazySlide, features in its table, our model by name: counts in another table."""
+    lazyslide = pytest.importorskip("lazyslide", reason="lazyslide is not installed: the adapter is not tried")
+    from wsidata import open_wsi
+    from wsidata.io import add_features
+
+    from genar.lazyslide import register_model
+
+    slide = contract.slide_path(read_prediction(prediction))
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 1, 8, generator=random)
+    counts = torch.poisson(features[:, 0, :4].exp() * 3).long()
+    xy = torch.rand(60, 2)
+    spots = Spots(features, xy, xy, torch.arange(60), torch.zeros(60, dtype=torch.long), counts)
+    model = model_class("ridge").create(8, spots, "", {})
+    model.prepare(spots)
+    facts = {"encoder": "efficientnet_lite0", "views": 1, "patch": "hest"}
+    save_checkpoint(tmp_path / "model", Checkpoint("ridge", model.eval(), Panel(tuple("ABCD"), "named"), facts))
+    register_model(tmp_path / "model", "genar-test")
+    wsi = open_wsi(str(slide), store=str(tmp_path / "wsi.zarr"))
+    lazyslide.pp.find_tissues(wsi)
+    lazyslide.pp.tile_tissues(wsi, 64, mpp=wsi.properties.mpp or None)
+    n_tiles = len(wsi.shapes["tiles"])
+    assert n_tiles > 3
+    given = torch.randn(n_tiles, 8, generator=random)
+    add_features(wsi, key="ours_tiles", tile_key="tiles", features=given.numpy())
+    lazyslide.tl.feature_prediction(wsi, "genar-test", feature_key="ours", batch_size=5, key_added="counts", pbar=False)
+    table = wsi.tables["counts"]
+    assert list(table.var_names) == list("ABCD")
+    from genar.models import Batch, Decoding
+
+    batch = Batch(given, torch.zeros(n_tiles, 2), torch.zeros(n_tiles, 2), torch.arange(n_tiles))
+    expected = model.predict(batch, Decoding("mean", layers=("log1p_mean",))).layers["log1p_mean"].expm1().numpy()
+    np.testing.assert_allclose(np.asarray(table.X), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="mean or counts"):
+        register_model(tmp_path / "model", values="magic")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "says"), [("a.txt", None, "was not given"), ("a.zarr", "pdf", "--format pdf")]
+)
+def test_an_unknown_format_is_refused(name, asked, says, prediction, tmp_path, monkeypatch, capsys):
+    words = ["export", prediction, "--out", tmp_path / name, *(["--format", asked] if asked else [])]
+    assert run(monkeypatch, *words) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+def test_without_the_slide_there_is_no_image(prediction, tmp_path):
+    pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
+    predicted = read_prediction(prediction)
+    predicted.uns[contract.GENAR][contract.SLIDE] = ""
+    del predicted.uns["spatial"]
+    write_export(predicted, tmp_path / "bare.zarr")
+    write_export(predicted, tmp_path / "bare.tmap")
+    assert json.loads((tmp_path / "bare.tmap").read_text())["layers"] == []
+    assert not (tmp_path / "bare.zarr" / "images" / "he").exists()
+    assert format_of(tmp_path / "bare.zarr") == "spatialdata"
+
+
+def test_predict_writes_spatialdata_at_once(tissue, tmp_path, monkeypatch):
+    """And refuses a format that it does not know before it predicts."""
+    pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
+    import spatialdata
+
+    from genar.data import read_sections
+    from genar.encoders import load_encoder
+    from genar.features import embed, read_features, recipe_of
+
+    section, encoder = read_sections(tissue)[0], load_encoder("efficientnet_lite0")
+    recipe = recipe_of(encoder, views=1)
+    features = torch.from_numpy(read_features(embed(section, encoder, recipe, tmp_path / "store"), section))
+    xy = torch.rand(section.n_obs, 2)
+    genes = Panel(tuple(section.var_names[:5]), "named")
+    counts = torch.from_numpy(contract.counts(section, list(genes.genes))).long()
+    spots = Spots(features, xy, xy, torch.arange(len(xy)), torch.zeros(len(xy), dtype=torch.long), counts)
+    model = model_class("ridge").create(features.shape[2], spots, "", {})
+    model.prepare(spots)
+    facts = {**vars(recipe), "widths_um": [], "context_spots": []}
+    save_checkpoint(tmp_path / "model", Checkpoint("ridge", model, genes, facts))
+    words = ["predict", f"{tissue}:SIM1", "--model", tmp_path / "model", "--features", tmp_path / "store", "--out"]
+    assert run(monkeypatch, *words, tmp_path / "pred.zarr") == 0
+    assert spatialdata.read_zarr(tmp_path / "pred.zarr")["table"].shape == (section.n_obs, 5)
+    assert run(monkeypatch, *words, tmp_path / "pred.h5ad") == 0
+    assert read_prediction(tmp_path / "pred.h5ad").shape == (section.n_obs, 5)
+    assert run(monkeypatch, *words, tmp_path / "pred.csv") == 2
