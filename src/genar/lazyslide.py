@@ -31,9 +31,9 @@ def register_model(
     differs.
     """
     try:
-        from lazyslide_models import MODEL_REGISTRY
-        from lazyslide_models._model_registry import register
-        from lazyslide_models.base import FeaturePredictionModel, ModelTask
+        from lazyslide_models import MODEL_REGISTRY  # pyright: ignore
+        from lazyslide_models._model_registry import register  # pyright: ignore
+        from lazyslide_models.base import FeaturePredictionModel, ModelTask  # pyright: ignore
     except ImportError as error:
         raise InputError("LazySlide is not installed; pip install 'genar[lazyslide]'") from error
     if values not in ("mean", "counts"):

@@ -23,8 +23,8 @@ def write_vitessce(predicted: AnnData, path: Path, *, genes: Sequence[str] = ())
     Raises ``InputError`` as ``write_export`` does.
     """
     try:
-        from vitessce import SpatialDataWrapper, VitessceConfig, hconcat, vconcat
-        from vitessce import ViewType as View
+        from vitessce import SpatialDataWrapper, VitessceConfig, hconcat, vconcat  # pyright: ignore
+        from vitessce import ViewType as View  # pyright: ignore
     except ImportError as error:
         raise missing("vitessce", "vitessce") from error
     chosen = cut(predicted, genes)
