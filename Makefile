@@ -1,11 +1,12 @@
 # make demo   sets everything up and runs the main job on simulated tissue
 # make test   sets everything up and passes the tests
 # make lint   ruff and pyright
+# make docs   builds the pages into docs/_build/html; a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) genar-demo

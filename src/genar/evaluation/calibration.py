@@ -134,7 +134,7 @@ def zero_reliability(p_zero: np.ndarray, truth: np.ndarray, n_bins: int = 10) ->
 
 
 def zero_scores(p_zero: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Brier score of the probability of zero, and its calibration error: |predicted - observed| of the ten bins of
+    """Brier score of the probability of zero, and its calibration error: ``|predicted - observed|`` of the ten bins of
     :func:`zero_reliability`, weighted by their size; [N, G] each.
 
     >>> zero_scores(np.array([[0.25, 0.25]]), np.array([[0, 2]]))

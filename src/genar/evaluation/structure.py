@@ -94,8 +94,9 @@ def structure(
     """``gene_gene_pcc``, and with ``coords`` [N, 2] ``moran_pcc``, the correlation over genes of Moran's I; [N, G] each
     in one space -> metric -> value, and ``moran_predicted``, ``moran_truth`` of genes [G].
 
-    ``moran_mae`` is the mean |difference| of Moran's I: a prediction that is too smooth keeps the order of genes, not
-    the values. All leave out genes undefined in either, and are NaN where fewer than two remain (``moran_mae``: none).
+    ``moran_mae`` is the mean absolute difference of Moran's I: a prediction that is too smooth keeps the order of
+    genes, not the values. All leave out genes undefined in either, and are NaN where fewer than two remain
+    (``moran_mae``: none).
     """
     summary = {"gene_gene_pcc": gene_gene_pcc(predicted, truth)}
     if coords is None:

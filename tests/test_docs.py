@@ -1,0 +1,84 @@
+"""The pages: every command of theirs is one that the command line knows, and the tutorials run as they stand."""
+
+import glob
+import re
+import shlex
+
+import click
+import pytest
+import typer
+
+from commands import run
+from genar.cli import app
+from pages import DOCS, run_page
+
+ROOT = DOCS.parent
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+WALKED = [
+    "tutorials/train.md",
+    "tutorials/bare_slide.md",
+    "tutorials/compare.md",
+    "tutorials/uncertainty.md",
+    "howto/own_model.md",
+    "howto/own_encoder.md",
+]
+
+
+def commands():
+    """(page, line) of every `genar …` in the pages' shell blocks, and of those inline that name a command."""
+    for page in PAGES:
+        if "_build" in page.parts:
+            continue
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for start in ("genar", "genar.cli"):
+                    if start in words[:6]:
+                        yield page.relative_to(ROOT), words[words.index(start) + 1 :]
+
+
+def test_there_are_commands_to_check():
+    assert len(list(commands())) > 40
+
+
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_every_command_of_the_pages_parses(page, words):
+    words = words[: words.index(">")] if ">" in words else words
+    group = typer.main.get_command(app)
+    try:
+        command = group.commands[words[0]]
+        command.make_context(words[0], list(words[1:]))
+    except click.exceptions.Exit:  # --help
+        pass
+    except (KeyError, click.exceptions.ClickException) as error:
+        raise AssertionError(f"{page}: genar {' '.join(words)}: {error!r}") from error
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def shell(block):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = [found for word in shlex.split(line, comments=True) for found in glob.glob(word) or [word]]
+            assert words[0] == "genar"
+            assert run(monkeypatch, *words[1:]) == 0, line
+
+    run_page(name, shell)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        if "_build" in page.parts:
+            continue
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_page_is_in_the_contents():
+    contents = (DOCS / "index.md").read_text()
+    for page in DOCS.rglob("*.md"):
+        name = str(page.relative_to(DOCS).with_suffix(""))
+        if name != "index" and "_build" not in page.parts:
+            assert re.search(rf"^{re.escape(name)}$", contents, re.MULTILINE), f"{name} is not in docs/index.md"
