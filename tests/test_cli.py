@@ -2,7 +2,8 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -15,7 +16,8 @@ from genar.data.simulate import TissueConfig, write_tissue
 from genar.features import Inputs
 from genar.models import Decoding
 from genar.models.genar import GenARConfig
-from genar.settings import read_settings
+from genar.runs import TrainPlan
+from genar.settings import Settings, read_settings
 from genar.training import TrainConfig
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
@@ -295,6 +297,14 @@ def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeyp
     assert_one_line(capsys, "width")
 
 
+def test_genar_sees_a_wide_patch_and_neighbours_where_patches_of_any_width_are_shown():
+    plan = TrainPlan(Path("sections"), (), Path("run"))
+    assert plan.inputs == Inputs((112.0, 309.0), (6,))
+    assert replace(plan, settings=Settings(inputs={"context_spots": ()})).inputs == Inputs((112.0, 309.0))
+    for other in ({"preset": "paper"}, {"model": "ridge"}, {"patch": "genar"}, {"encoder": "import:mine"}):
+        assert replace(plan, **other).inputs == Inputs()
+
+
 def test_train_takes_gene_sets_context_and_another_output(tissue, store, tmp_path, monkeypatch):
     section = read_section(f"{tissue}:A")
     genes = [str(gene) for gene in section.var_names[:20]]
@@ -302,7 +312,8 @@ def test_train_takes_gene_sets_context_and_another_output(tissue, store, tmp_pat
     (tmp_path / "sets.gmt").write_text("one\tx\t" + "\t".join(genes[::-1]))
     words = ["train", tissue, "--test", "B", "--out", tmp_path / "run", "--features", store, *SMALL, *SET]
     words += ["--panel", tmp_path / "panel.txt"]
-    more = [f"order={tmp_path / 'sets.gmt'}", "context_spots=[3]", "output=continuous", "final_loss=squared_error"]
+    more = [f"order={tmp_path / 'sets.gmt'}", "output=continuous", "final_loss=squared_error"]
+    more += ["widths_um=[112]", "context_spots=[3]"]
     assert run(monkeypatch, *words, *(word for setting in more for word in ("--set", setting))) == 0
     config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
     assert config["model"]["scales"]["order"] == list(range(20))[::-1]

@@ -375,7 +375,7 @@ def test_inputs_are_widths_and_neighbours_means(section, encoder, tmp_path):
     np.testing.assert_array_equal(seen[:, :, 8:16], wide)
     distance = np.linalg.norm(section.obsm["spatial"][5] - section.obsm["spatial"], axis=1)
     nearest = np.argsort(distance)[1:7]
-    np.testing.assert_allclose(seen[5, :, 24:], own[nearest].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(seen[5, :, 24:], wide[nearest].mean(axis=0), rtol=1e-5)
 
 
 def test_a_lone_spot_is_its_own_neighbour(section, encoder, tmp_path):

@@ -197,7 +197,7 @@ def test_samples_average_distributions():
     caches = [_cache(model) for _ in model.blocks]
     first = model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
     known = model._known(batch)
-    inputs = (model._places[0], model._read_out(0, first, h, model._film()), model._start(0, known, h))
+    inputs = (model._places[0], model._read_out(0, first, h, model._film()), model._start(0, known, []))
     p = model.head.logits(*inputs).softmax(dim=2)[:, 0]
     expected = torch.zeros(4, N_GENES)
     for token in range(32):
@@ -205,7 +205,7 @@ def test_samples_average_distributions():
         model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
         parents = torch.full((4, 1), token)
         x = model._cached_pass(1, table, parents, h, caches)
-        start = model._start(1, known, parents)
+        start = model._start(1, known, [parents])
         logits = model.head.logits(model._places[1], model._read_out(1, x, h, model._film()), start)
         expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
     torch.testing.assert_close(many, expected.detach()[:, model.inverse], atol=0.15, rtol=0.05)

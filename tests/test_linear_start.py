@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from genar.genes import Scales
 from genar.models import Decoding, Spots
 from genar.models._genar_heads import log_frequencies
-from genar.models._linear_start import find_components, fit_curvatures, interpolate
+from genar.models._linear_start import find_components, fit_curvatures, fit_followers, interpolate, level
 from genar.models.genar import GenAR, auto_max_count, small
 
 
@@ -19,12 +21,23 @@ def linear_spots(n=300, n_genes=8, views=8, seed=0):
     return Spots(features, xy, xy / 2000, torch.arange(n), torch.arange(n) % 3, torch.poisson(rate, generator=g).long())
 
 
+def share_of_signal(spots):
+    """How much of the two strongest components the two features are that tell of the counts."""
+    weight = find_components(spots, 2).directions.abs() * spots.features.mean(dim=1).std(dim=0)[:, None]
+    return float(weight[:2].sum() / weight.sum())
+
+
 def test_components_leave_out_what_turns_with_the_patch():
-    found = find_components(linear_spots(), 2)
-    assert found.ratio > 0
-    weight = found.directions.abs() * linear_spots().features.mean(dim=1).std(dim=0)[:, None]
-    assert float(weight[:2].sum() / weight.sum()) > 0.9
-    assert find_components(linear_spots(views=1), 2).ratio == 0  # one view tells nothing of turning
+    assert share_of_signal(linear_spots()) > 0.9
+    assert share_of_signal(linear_spots(views=1)) < 0.7  # one view tells nothing of turning
+
+
+def test_views_of_a_block_are_noise_of_that_block_alone():
+    spots = linear_spots()
+    twice = replace(spots, features=spots.features.repeat(1, 1, 2))
+    whole, apart = (find_components(replace(twice, n_blocks=n), 2).directions for n in (1, 2))
+    torch.testing.assert_close(apart[:6], apart[6:], atol=1e-4, rtol=1e-3)  # the same block twice
+    assert not torch.allclose(whole, apart, atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(8,), (1, 2, 8)])
@@ -54,3 +67,37 @@ def test_curvature_and_tilt_give_the_wanted_moments():
     variance = (p * levels**2).sum(dim=2) - mean**2
     torch.testing.assert_close(mean, expected, atol=5e-3, rtol=0)
     torch.testing.assert_close(variance.mean(dim=0), torch.tensor([0.05, 0.2]).double(), atol=5e-3, rtol=0)
+
+
+def test_a_level_between_two_counts_is_that_of_a_draw_among_them():
+    means = torch.tensor([0.0, 0.3, 4.75, 100.5])
+    draws = means.floor() + (torch.rand(200_000, 4, generator=torch.Generator().manual_seed(0)) < means - means.floor())
+    torch.testing.assert_close(level(means), torch.log1p(draws).mean(dim=0), atol=2e-3, rtol=0)
+    torch.testing.assert_close(level(means.round()), torch.log1p(means.round()))
+
+
+def test_genes_follow_all_coarser_groups():
+    """Genes that go with another group than their own are told by it: all that is seen of the tokens counts."""
+    g = torch.Generator().manual_seed(1)
+    groups = torch.rand(400, 3, generator=g) * 2
+    genes = groups @ torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    follow, told = fit_followers(groups.double(), genes.double(), torch.arange(400) % 4)
+    assert float((told - genes).square().mean()) < 1e-3
+    torch.testing.assert_close(follow[:, 3], torch.tensor([-1.0, 0.0, 1.0]).double(), atol=0.05, rtol=0)
+
+
+def test_generation_keeps_the_expectations_of_the_regressions():
+    """Through sampled tokens the genes' mean level is what it is through expected ones: nothing drifts on the way."""
+    spots = linear_spots()
+    torch.manual_seed(0)
+    config = small(n_features=6, width=16, depth=1, heads=2, components=4, max_count=auto_max_count(spots.counts))
+    model = GenAR(config, Scales(tuple(range(8)), (1, 2, 4, 8)))
+    model.prepare(spots)
+    known, start, levels = model.condition.components(spots.batch()), model.linear_start, []
+    for first, stop in ((0, 1), (1, 3), (3, 7), (7, 15)):
+        place = slice(first, stop)
+        expected = known @ start.slope[:, place] + start.offset[place]
+        levels.append(expected + (torch.cat(levels, dim=1) @ start.follow[:first, place] if levels else 0))
+    made = model.eval().predict(spots.batch(), Decoding(samples=64)).layers["log1p_mean"]
+    assert float((made - levels[-1]).mean().abs()) < 0.01
+    assert float((made - levels[-1]).square().mean().sqrt()) < 0.06

@@ -95,8 +95,11 @@ class TrainPlan:
 
     @property
     def inputs(self) -> Inputs:
-        """What the model sees of a spot."""
-        return Inputs(**self.settings.inputs)
+        """What the model sees of a spot: as the settings say, else its own default where patches of any width can be
+        shown to the encoder."""
+        shown = self.input == "features" and self.patch == "hest" and not self.encoder.startswith(encoders.IMPORTED)
+        own = model_class(self.model).input_defaults.get(self.preset, {}) if shown else {}
+        return Inputs(**{**own, **self.settings.inputs})
 
 
 @dataclass

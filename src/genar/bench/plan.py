@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from genar.data import SectionRef, find_sections
 from genar.data.files import json_ready
 from genar.errors import InputError
 from genar.evaluation.protocol import Fold, folds
-from genar.features import default_store
+from genar.features import Inputs, default_store
 from genar.runs import TrainPlan
 from genar.settings import Settings
 
@@ -125,17 +125,19 @@ def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed
     own = method.settings
     settings = Settings(own.model, {**own.train, "seed": seed}, {"decode": "mean", **own.decoding}, own.inputs)
     others = tuple(s for s in cohort.sections if s not in fold.test)
-    folder = out / "runs" / _folder(recipe, cohort, method) / f"{_slug(fold.name)}-{seed}"
-    return TrainPlan(
-        folder_of(cohort, data), fold.test, folder, method.model, method.preset, method.recipe, cohort.panel,
+    plan = TrainPlan(
+        folder_of(cohort, data), fold.test, out, method.model, method.preset, method.recipe, cohort.panel,
         recipe.n_genes, method.encoder, features=features, settings=settings, beside=(), maps=False,
         only=(*others, *fold.test), input=own.model.get("input", "features"),
     )  # fmt: skip
+    folder = _folder(recipe, cohort, method, plan.inputs)
+    return replace(plan, out=out / "runs" / folder / f"{_slug(fold.name)}-{seed}")
 
 
-def _folder(recipe: Recipe, cohort: Cohort, method: Method) -> str:
+def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs) -> str:
     """Name of the folder of a method's runs: what changes a run changes it, and nothing else (no method's name)."""
     facts = {key: value for key, value in asdict(method).items() if key not in ("name", "held_out")}
+    facts["inputs"] = asdict(inputs)
     panel = Path(cohort.panel)
     genes = hashlib.sha256(panel.read_bytes()).hexdigest() if panel.is_file() else [cohort.panel, recipe.n_genes]
     made_of = json_ready({**facts, "panel": genes, "sections": sorted(cohort.sections)})

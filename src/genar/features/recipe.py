@@ -61,7 +61,7 @@ class Inputs:
     widths_um: tuple[float, ...] = ()
     """widths of the patches of a spot, the first the recipe's own; empty: that one alone"""
     context_spots: tuple[int, ...] = ()
-    """for each number, the mean feature of so many nearest spots joins the spot's own"""
+    """for each number, the mean feature (of the last width) of so many nearest spots joins the spot's own"""
 
     def __post_init__(self):
         if any(width <= 0 for width in self.widths_um) or any(n < 1 for n in self.context_spots):

@@ -36,13 +36,13 @@ def read_features(path: Path, section: AnnData) -> np.ndarray:
 
 
 def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.ndarray:
-    """Features float32 [N, views, blocks F]: each patch width's, then the neighbours' means of the first width.
+    """Features float32 [N, views, blocks F]: each patch width's, then the neighbours' means of the last width.
 
     The neighbours' mean is taken view by view. A section of fewer spots takes those there are; a lone spot itself.
     """
     parts = [read_features(path, section) for path in paths]
     if inputs.context_spots:
-        coords, own = contract.coords_um(section), parts[0]
+        coords, own = contract.coords_um(section), parts[-1]
         n_most = min(max(inputs.context_spots), len(coords) - 1)
         nearest = KDTree(coords).query(coords, k=n_most + 1)[1].reshape(len(coords), -1)
         others = _without_self(nearest)

@@ -186,6 +186,8 @@ class Model(nn.Module, abc.ABC):
     """settings of preset ``small`` that differ where it is trained on patches: pixels take more memory"""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """its own training recipe: fields of ``TrainConfig`` that differ from the default"""
+    input_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """by preset, what it sees of a spot beyond one patch: fields of ``features.Inputs``"""
     decoding_defaults: ClassVar[Mapping[str, Any]] = {}
     """fields of ``Decoding`` that differ from the default of a prediction"""
     card: ClassVar[Card | None] = None
@@ -214,6 +216,10 @@ class Model(nn.Module, abc.ABC):
                 f"{source}: holds a model {checkpoint.name}, not {cls.__name__}; genar.load_checkpoint reads any"
             )
         return checkpoint
+
+    def upgraded(self, state: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+        """Tensors of a checkpoint of format ``version`` as this release names and shapes them."""
+        return state
 
     @property
     def spot_bytes(self) -> int:

@@ -55,7 +55,7 @@ class GenARConfig:
     sigma_base: float = 0.5
     sigma_slope: float = 0.1
     """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
-    components: int = 64
+    components: int = 128
     """> 0: features are standardised and reduced to so many components, weighted as ridge weights them (see
     ``Condition``); 0 feeds the features themselves through a layer norm (paper)"""
     feature_dropout: float = 0.3

@@ -9,7 +9,7 @@ from torch.nn import functional as fn
 from genar.models._base import Batch
 from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._genar_config import GenARConfig
-from genar.models._linear_start import KNOTS, Components, interpolate
+from genar.models._linear_start import KNOTS, Components, interpolate, level
 
 _MAX_LOGIT_SCALE = math.log(100.0)
 _POSITION_WAVES = 64
@@ -118,29 +118,36 @@ class Block(nn.Module):
 class LinearStart(nn.Module):
     """Part of the logits that is known before training.
 
-    What ridge expects of l = ln(1 + count) of a group from the image, moved by how far the parent's token lies from
-    what ridge expected of the parent, becomes the mean of a distribution: the group's training frequencies f(v) times
-    exp(a l - b l^2 / 2), with a from a table that gives p this mean, and b once a group (see ``fit_curvatures``).
+    A linear model's expectation of l = ln(1 + count) of a group, from the tokens of the coarser scales and from the
+    image, becomes the mean of a distribution: the group's training frequencies f(v) times exp(a l - b l^2 / 2), with a
+    from a table that gives p this mean, and b once a group (see ``fit_curvatures``).
     """
 
     slope: Tensor
-    parent_slope: Tensor
+    follow: Tensor
     offset: Tensor
     curvature: Tensor
     means: Tensor
     tilts: Tensor
 
-    def __init__(self, n_components: int, n_groups: int):
+    def __init__(self, n_components: int, n_groups: int, n_followed: int):
         super().__init__()
-        for name, shape in (("slope", (n_components, n_groups)), ("parent_slope", (n_groups,)),
+        for name, shape in (("slope", (n_components, n_groups)), ("follow", (n_followed, n_groups)),
                             ("offset", (n_groups,)), ("curvature", (n_groups,)),
                             ("means", (n_groups, KNOTS)), ("tilts", (n_groups, KNOTS))):  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
 
-    def expected(self, place: slice, components: Tensor, parents: Tensor) -> Tensor:
-        """Mean l [B, M] of the groups of one scale from components [B, C] and the parents' counts [B, M]."""
+    def followed(self, counts: list[Tensor]) -> Tensor:
+        """l of the groups of coarser scales that are looked at [B, n], from the tokens or means [B, M] of each."""
+        return level(torch.cat(counts, dim=1)[:, : len(self.follow)].float())
+
+    def expected(self, place: slice, components: Tensor, counts: list[Tensor]) -> Tensor:
+        """Mean l [B, M] of the groups of one scale from components [B, C] and the counts of every coarser scale."""
         known = components @ self.slope[:, place] + self.offset[place]
-        return known + self.parent_slope[place] * torch.log1p(parents)
+        if not counts or not len(self.follow):
+            return known
+        seen = self.followed(counts)
+        return known + seen @ self.follow[: seen.shape[1], place]
 
     def tilt(self, place: slice, expected: Tensor) -> Tensor:
         """a [B, M], from the ``expected`` l [B, M]."""

@@ -3,7 +3,7 @@ group of every scale the regression of ln(1 + count) on them and on the group's 
 
 A few hundred spots cannot tell a thousand features apart. Here they are weighted as ridge regression would weight them,
 with one thing more: what changes when a patch is flipped or turned says nothing of the tissue, so that the penalty is
-the identity plus ``ratio`` times the covariance of the views of one spot. Penalties are chosen by leaving out training
+the identity plus ``RATIO`` times the covariance of the views of one spot. Penalties are chosen by leaving out training
 sections in turn (of a single one: strips).
 """
 
@@ -15,14 +15,17 @@ from torch import Tensor
 from genar.models._base import Spots, log2p1
 from genar.models.ridge import folds, mean_and_scale
 
-RATIOS = (0.0, 1.0, 3.0, 10.0)
+RATIO = 3.0
 PENALTIES = tuple(10 ** (2 + i / 4) for i in range(13))  # 100 to 100,000
-FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
+FOLLOW_PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 # What errs no more than this beyond the least is as good; of those the stiffest is taken, as in the one-standard-error
 # rule: left-out sections are few, and those to come differ more.
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 # Directions of the features that are looked at: all, for up to so many spots.
 _MOST_DIRECTIONS = 512
+# Groups of coarser scales that a finer one is regressed on: whole scales, from the coarsest on.
+_MOST_FOLLOWED = 1024
 _BISECTIONS = 25
 KNOTS = 128
 # Tilts go so far beyond those that put the mode at the first and the last level.
@@ -40,7 +43,6 @@ class Components:
     strength: Tensor
     """float32 [C]: sum of squares over the training spots"""
     penalty: float
-    ratio: float
 
     def shrink(self, n_spots: int) -> Tensor:
         """[C]: factors after which strong components have variance one and weak ones vanish, as in ridge."""
@@ -48,44 +50,39 @@ class Components:
 
 
 def find_components(spots: Spots, n: int) -> Components:
-    """The ``n`` strongest components, under the penalty and ratio of fewest degrees of freedom whose squared error in
-    log2(1 + count) on left-out folds is as good as the least."""
+    """The ``n`` strongest components, under the stiffest penalty whose squared error in log2(1 + count) on left-out
+    folds is about as little as any."""
     assert spots.counts is not None
     x, y, fold = spots.features.mean(dim=1).double(), log2p1(spots.counts).double(), folds(spots)
     mean, scale = mean_and_scale(x)
-    x = (x - mean) / scale
-    basis = torch.linalg.svd(x, full_matrices=False)[2][:_MOST_DIRECTIONS].T  # [F, Q]
-    x = x @ basis
-    between_views = _view_covariance(spots, mean, basis / scale[:, None])
-    ratios = RATIOS if spots.features.shape[1] > 1 else RATIOS[:1]
-    errors, freedom = {}, {}
-    for ratio in ratios:
-        whitened = x @ _whitener(between_views, ratio)
-        strength = torch.linalg.svdvals(whitened).square()
-        for penalty, error in zip(PENALTIES, _left_out_errors(whitened, y, fold), strict=True):
-            errors[ratio, penalty] = error
-            freedom[ratio, penalty] = float((strength / (strength + penalty)).sum())
-    as_good = [at for at, error in errors.items() if error <= (1 + TOLERANCE) * min(errors.values())]
-    ratio, penalty = min(as_good, key=lambda at: freedom[at])
-    whitener = _whitener(between_views, ratio)
-    _, s, vh = torch.linalg.svd(x @ whitener, full_matrices=False)
-    directions = (basis @ whitener @ vh[:n].T) / scale[:, None]
-    return Components(mean.float(), directions.float(), s[:n].square().float(), penalty, ratio)
+    whiteners = [_whitener(noise) for noise in _view_covariances(spots, scale)]
+    parts = ((x - mean) / scale).split(len(whiteners[0]), dim=1)
+    x = torch.cat([part @ whitener for part, whitener in zip(parts, whiteners, strict=True)], dim=1)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    penalty = PENALTIES[stiffest(_left_out_errors((u * s)[:, :_MOST_DIRECTIONS], y, fold))]
+    parts = vh[:n].split(len(whiteners[0]), dim=1)
+    directions = torch.cat([whitener @ part.T for part, whitener in zip(parts, whiteners, strict=True)])
+    return Components(mean.float(), (directions / scale[:, None]).float(), s[:n].square().float(), penalty)
 
 
-def _view_covariance(spots: Spots, mean: Tensor, to_basis: Tensor) -> Tensor:
-    """[Q, Q]: covariance of the views of a spot around their mean."""
-    total = to_basis.new_zeros(to_basis.shape[1], to_basis.shape[1])
+def _view_covariances(spots: Spots, scale: Tensor) -> list[Tensor]:
+    """[F, F] for each block of the features: covariance of the views of a spot around their mean, in units of
+    ``scale``. Blocks are taken each by itself: shared by a patch and a wider one, noise would hide what they differ
+    in."""
+    mean = spots.features.mean(dim=1)
+    n_block = spots.features.shape[2] // spots.n_blocks
+    total = [scale.new_zeros(n_block, n_block) for _ in range(spots.n_blocks)]
     for views in spots.features.unbind(1):  # one view at a time bounds the memory
-        deviation = (views - spots.features.mean(dim=1)).double() @ to_basis
-        total += deviation.T @ deviation
-    return total / (len(spots) * spots.features.shape[1])
+        deviation = (views - mean).double() / scale
+        for block, part in zip(total, deviation.split(n_block, dim=1), strict=True):
+            block += part.T @ part
+    return [block / (len(spots) * spots.features.shape[1]) for block in total]
 
 
-def _whitener(between_views: Tensor, ratio: float) -> Tensor:
-    """[Q, Q]: maps rows to where the penalty I + ratio * covariance is the identity."""
-    eye = torch.eye(len(between_views), dtype=between_views.dtype)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(eye + ratio * between_views), eye, upper=False).T
+def _whitener(noise: Tensor) -> Tensor:
+    """[F, F]: maps rows to where the penalty I + RATIO * covariance is the identity."""
+    eye = torch.eye(len(noise), dtype=noise.dtype)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(eye + RATIO * noise), eye, upper=False).T
 
 
 def _left_out_errors(x: Tensor, y: Tensor, fold: Tensor) -> list[float]:
@@ -104,20 +101,61 @@ def _left_out_errors(x: Tensor, y: Tensor, fold: Tensor) -> list[float]:
     return errors
 
 
+def level(counts: Tensor) -> Tensor:
+    """l = ln(1 + count); of a mean between two counts the expectation of l, where one of both is drawn in its place.
+
+    >>> torch.allclose(level(torch.tensor([3.0, 0.25])), torch.tensor([4.0, 2.0]).log() * torch.tensor([1.0, 0.25]))
+    True
+    """
+    below = counts.floor()
+    return torch.log1p(below) + (counts - below) * torch.log1p(1 / (1 + below))
+
+
+def count_followed(sizes: tuple[int, ...]) -> int:
+    """How many groups of the scales before the last a finer scale is regressed on.
+
+    >>> count_followed((1, 4, 8, 40, 100, 200)), count_followed((1, 4, 200, 1000, 2500, 5000))
+    (153, 205)
+    """
+    n = 0
+    for size in sizes[:-1]:
+        if n + size > _MOST_FOLLOWED:
+            break
+        n += size
+    return n
+
+
+def fit_followers(seen: Tensor, y: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
+    """Ridge of the columns of y [N, M] on l of the groups of coarser scales, ``seen`` [N, n]: slopes [n, M], and
+    predictions [N, M] of spots whose fold was left out, under the one of ``FOLLOW_PENALTIES`` that errs least there."""
+    predicted = [_left_out(seen, y, fold, penalty) for penalty in FOLLOW_PENALTIES]
+    errors = [float((left_out - y).square().sum()) for left_out in predicted]
+    best = errors.index(min(errors))
+    return _ridge(seen, y, FOLLOW_PENALTIES[best]), predicted[best]
+
+
+def _left_out(x: Tensor, y: Tensor, fold: Tensor, penalty: float) -> Tensor:
+    """Predictions of ridge [N, M] for the spots of each fold, fitted to the others."""
+    predicted = torch.zeros_like(y)
+    for left_out in fold.unique():
+        inside, outside = fold != left_out, fold == left_out
+        centre, slope = x[inside].mean(dim=0), _ridge(x[inside], y[inside], penalty)
+        predicted[outside] = (x[outside] - centre) @ slope + y[inside].mean(dim=0)
+    return predicted
+
+
 def fit_means(x: Tensor, y: Tensor, fold: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Ridge of the columns of y [N, M] on components x [N, C]: slopes [C, M], and predictions [N, M] of spots whose
-    fold was left out. The factor of ``FACTORS`` on ``penalty`` whose predictions err least is taken."""
-    best, at_best, chosen = float("inf"), y, 0.0
-    for factor in FACTORS:
-        predicted = torch.zeros_like(y)
-        for left_out in fold.unique():
-            inside, outside = fold != left_out, fold == left_out
-            centre, slope = x[inside].mean(dim=0), _ridge(x[inside], y[inside], factor * penalty)
-            predicted[outside] = (x[outside] - centre) @ slope + y[inside].mean(dim=0)
-        error = float((predicted - y).square().sum())
-        if error < best:
-            best, at_best, chosen = error, predicted, factor * penalty
-    return _ridge(x, y, chosen), at_best
+    fold was left out, under the stiffest of ``FACTORS`` times ``penalty`` that errs about as little as any."""
+    predicted = [_left_out(x, y, fold, factor * penalty) for factor in FACTORS]
+    errors = [float((left_out - y).square().sum()) for left_out in predicted]
+    best = stiffest(errors)
+    return _ridge(x, y, FACTORS[best] * penalty), predicted[best]
+
+
+def stiffest(errors: list[float]) -> int:
+    """The last of the penalties, from soft to stiff, whose error is as good as the least."""
+    return max(i for i, error in enumerate(errors) if error <= (1 + TOLERANCE) * min(errors))
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:

@@ -19,7 +19,7 @@ from genar.genes import Panel
 from genar.models import Model, model_class
 from genar.models._card import write_card
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -119,7 +119,7 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / CONFIG}: not a GenAR checkpoint: {error!r} is missing or malformed") from error
-    _load_weights(folder / WEIGHTS, model)
+    _load_weights(folder / WEIGHTS, model, facts["format"])
     found = _hash(folder / WEIGHTS)
     if found != checkpoint.sha256:
         raise InputError(
@@ -153,13 +153,13 @@ def _read_config(path: Path) -> dict:
     return facts
 
 
-def _load_weights(path: Path, model: Model) -> None:
+def _load_weights(path: Path, model: Model, version: int) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); copy the checkpoint again") from error
-    own = model.state_dict()
+    own, state = model.state_dict(), model.upgraded(state, version)
     if set(own) != set(state):
         odd = sorted(set(own) ^ set(state))
         raise InputError(f"{path}: {len(odd)} tensors do not belong to the model of {CONFIG} (first: {odd[0]})")

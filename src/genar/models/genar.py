@@ -16,7 +16,7 @@ F features, V classes.
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,15 @@ from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile,
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
 from genar.models._genar_parts import Block, Condition, CountTable, LinearStart, bf16_products
-from genar.models._linear_start import Components, find_components, fit_curvatures, fit_means
+from genar.models._linear_start import (
+    Components,
+    count_followed,
+    find_components,
+    fit_curvatures,
+    fit_followers,
+    fit_means,
+    level,
+)
 from genar.models.ridge import folds
 
 __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
@@ -46,6 +54,7 @@ class GenAR(Model):
     """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2)."""
 
     decodings = DECODINGS
+    input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
     order: Tensor
     inverse: Tensor
     first_gene: Tensor
@@ -74,7 +83,7 @@ class GenAR(Model):
         self.head_steer = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = (CountHead if config.output == "counts" else ValueHead)(config, n_groups)
         if config.linear_start:
-            self.linear_start = LinearStart(config.components, n_groups)
+            self.linear_start = LinearStart(config.components, n_groups, count_followed(scales.sizes))
         if config.gene_identity:
             self.identity = nn.Parameter(torch.randn(scales.n_genes, width) * 0.02)
             self.group_identity = nn.Sequential(
@@ -183,14 +192,13 @@ class GenAR(Model):
         x = self.head_norm(x) * (1 + scale) + shift
         return (x if film is None else x * film[0][self._places[k]] + film[1][self._places[k]]).float()
 
-    def _start(self, k: int, known: Tensor | None, parents: Tensor) -> tuple[LinearStart, Tensor] | None:
-        """The linear start and the ln(1 + count) [B, M_k] that it expects, from components [B, C] and the tokens of the
-        scale above [B, M_{k-1}]."""
+    def _start(self, k: int, known: Tensor | None, counts: list[Tensor]) -> tuple[LinearStart, Tensor] | None:
+        """The linear start and the ln(1 + count) [B, M_k] that it expects, from components [B, C] and the tokens (or
+        mean counts) of all coarser scales."""
         if known is None:
             return None
-        above = parents[:, getattr(self, f"parent_{k}")] if k else known.new_zeros(len(known), self.sizes[0])
         with as_it_comes(known.device.type):
-            return self.linear_start, self.linear_start.expected(self._places[k], known, above)
+            return self.linear_start, self.linear_start.expected(self._places[k], known, counts)
 
     def _known(self, batch: Batch) -> Tensor | None:
         """Components [B, C] that the linear start reads."""
@@ -219,22 +227,17 @@ class GenAR(Model):
                 self._fit_linear_start(spots, means, found)
 
     def _fit_linear_start(self, spots: Spots, means: list[Tensor], found: Components) -> None:
-        """Fit the log-linear model of every group, scale by scale; the parents' tokens are the true ones."""
+        """Fit the log-linear model of every group, scale by scale: first to the true tokens of the coarser scales, then
+        what these leave over to the image."""
         x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
         shrink, fold, start = found.shrink(len(spots)).double()[:, None], folds(spots), self.linear_start
-        above: tuple[Tensor, Tensor, Tensor] | None = None
         for k, mean in enumerate(means):
-            y, place = torch.log1p(mean).double(), self._places[k]
-            slope, expected = fit_means(x, y, fold, found.penalty)
-            intercept = y.mean(dim=0) - x.mean(dim=0) @ slope
-            own = (slope, intercept, torch.log1p(mean.round()).double() - expected)
-            if above is not None:
-                slope_above, intercept_above, surprise = (part[..., getattr(self, f"parent_{k}")] for part in above)
-                follow = (surprise * own[2]).sum(dim=0) / surprise.square().sum(dim=0).clamp(min=1e-9)
-                expected = expected + follow * surprise
-                slope, intercept = slope - follow * slope_above, intercept - follow * intercept_above
-                start.parent_slope[place] = follow.float()
-            above = own
+            y, place = level(mean).double(), self._places[k]
+            seen = start.followed(means[:k]).double() if k else x[:, :0]
+            follow, told = fit_followers(seen, y, fold)
+            rest = y - y.mean(dim=0) - (seen - seen.mean(dim=0)) @ follow
+            slope, more = fit_means(x, rest, fold, found.penalty)
+            expected = told + more
             if isinstance(self.head, CountHead):
                 variance = (y - expected).square().mean(dim=0).clamp(min=1e-4)
                 base = self.head.group_bias[place].double()
@@ -242,7 +245,8 @@ class GenAR(Model):
                 start.curvature[place] = curvature.float()
                 start.means[place], start.tilts[place] = knots.float(), tilts.float()
             start.slope[: len(slope), place] = (slope / shrink).float()
-            start.offset[place] = intercept.float()
+            start.follow[: len(follow), place] = follow.float()
+            start.offset[place] = (y.mean(dim=0) - seen.mean(dim=0) @ follow - x.mean(dim=0) @ slope).float()
 
     def loss(self, batch: Batch) -> LossOutput:
         """One teacher-forced pass; each scale's loss summed over its positions, averaged over spots (nats), the K
@@ -252,13 +256,14 @@ class GenAR(Model):
         """
         assert batch.counts is not None
         means = self.pool(batch.counts.clamp(max=self.config.max_count))
-        tokens = [mean.round().long() for mean in self._noisy(means[:-1])]
+        given = self._noisy(means[:-1])
+        tokens = [mean.round().long() for mean in given]
         h, known, table, film = self.condition(batch), self._known(batch), self.embed.rows(), self._film()
         x = self._trunk(self._sequence(table, tokens, len(h)), h, self.cuts)
         losses = []
         for k, mean in enumerate(means):
             at = slice(self._interpolated_start[k], self._interpolated_start[k + 1])
-            read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, tokens[k - 1] if k else x)
+            read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, given[:k])
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
             with as_it_comes(x.device.type):
                 losses.append(loss(self._places[k], read, start, mean) / len(h))
@@ -362,7 +367,7 @@ class GenAR(Model):
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
             x = self._cached_pass(k, table, tokens, h, caches) if cache else self._full_pass(k, table, made, h)
-            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, tokens))
+            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, made))
             with as_it_comes(x.device.type):
                 if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
                     return self.head.values(*inputs)[0]
@@ -425,6 +430,20 @@ class GenAR(Model):
     def facts(self) -> dict:
         """Configuration and scales."""
         return {"config": asdict(self.config), "scales": self.scales.to_dict()}
+
+    def upgraded(self, state: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+        """In format 1 a group followed its parent alone."""
+        if version > 1 or "linear_start.parent_slope" not in state:
+            return state
+        slope = state["linear_start.parent_slope"]
+        follow = torch.zeros_like(self.linear_start.follow)
+        for k in range(1, len(self.sizes)):
+            parents = self._places[k - 1].start + getattr(self, f"parent_{k}")
+            if int(parents.max()) >= len(follow):
+                raise InputError("a checkpoint of format 1 with so many groups cannot be read any more; train it again")
+            follow[parents, torch.arange(self._places[k].start, self._places[k].stop)] = slope[self._places[k]]
+        kept = {name: tensor for name, tensor in state.items() if name != "linear_start.parent_slope"}
+        return {**kept, "linear_start.follow": follow}
 
     @classmethod
     def from_facts(cls, facts: dict) -> "GenAR":
