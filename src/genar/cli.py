@@ -11,7 +11,7 @@ import typer
 
 import genar
 from genar import _console, machine, processes
-from genar.errors import InputError, LostProcessError
+from genar.errors import InputError, LostProcessError, StoppedError
 
 app = typer.Typer(
     name="genar",
@@ -50,6 +50,9 @@ def main() -> None:
     except LostProcessError as error:
         print(f"error: {error}; start the same command again to go on", file=sys.stderr)
         sys.exit(1)
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -40,8 +40,9 @@ from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, s
 from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
 from genar.report.index import write_report
+from genar.resume import RESUME_FILE
 from genar.settings import Settings
-from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
+from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
