@@ -62,7 +62,6 @@ def _shares(n_moments: int, wanted: list[str]) -> list[tuple[harness.Command, in
     shares = {name: n_moments // len(wanted) + (i < n_moments % len(wanted)) for i, name in enumerate(wanted)}
     makers = {command.out: command for command in harness.COMMANDS}
     needed = [makers[name].name for command in harness.COMMANDS if command.name in wanted for name in command.bring]
-    needed += [harness.COMMANDS[0].name] * ("run" in {n for c in harness.COMMANDS if c.name in wanted for n in c.bring})
     return [(c, shares.get(c.name, 0)) for c in harness.COMMANDS if c.name in shares or c.name in needed]
 
 

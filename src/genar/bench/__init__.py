@@ -4,6 +4,7 @@ A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not m
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,9 @@ def _bench(recipe: Recipe, data, out: Path, features, say, bar: Bar, dry_run: bo
         return None
     if missing:
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+    for run in plan.runs:
+        if run.plan.out not in plan.waiting:  # finished, and killed before it tidied up
+            shutil.rmtree(run.plan.out / "resume", ignore_errors=True)
     for encoder in plan.downloads():
         say(f"downloading the weights of {encoder}")
         encoders.load_encoder(encoder)
