@@ -29,6 +29,7 @@ SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_und
 @contextmanager
 def one_line():
     """Ends the process by what was raised within: one line on standard error, and the exit code that belongs to it."""
+    sys.unraisablehook = _tell_unless_refused
     try:
         yield
     except InputError as error:
@@ -47,6 +48,14 @@ def one_line():
         _stop(str(error), error.exit_code)
     except KeyboardInterrupt:
         _stop("interrupted; start the same command again to go on", 130)
+
+
+def _tell_unless_refused(unraisable) -> None:
+    """Closing a file on a full disk fails again, and again when it is forgotten; that was told already."""
+    from genar.data.files import refusal
+
+    if unraisable.exc_value is None or refusal(unraisable.exc_value, "") is None:
+        sys.__unraisablehook__(unraisable)
 
 
 def _stop(line: str, exit_code: int = 2) -> NoReturn:

@@ -99,10 +99,14 @@ def make_folder(folder: Path) -> None:
 
 def refusal(error: BaseException, path: object) -> InputError | None:
     """What to tell the user where the system has no room for ``path``, or lets nobody write there; ``None`` where
-    ``error`` says something else. Libraries often put the system's words into an error of their own."""
-    for number, advice in _REFUSALS.items():
-        if getattr(error, "errno", None) == number or os.strerror(number).lower() in str(error).lower():
-            return InputError(f"{path}: cannot be written: {advice}")
+    ``error`` says something else. Libraries put the system's words into an error of their own, or raise another one
+    over it."""
+    over: BaseException | None = error
+    while over is not None:
+        for number, advice in _REFUSALS.items():
+            if getattr(over, "errno", None) == number or os.strerror(number).lower() in str(over).lower():
+                return InputError(f"{path}: cannot be written: {advice}")
+        over = over.__cause__ or over.__context__
     return None
 
 
