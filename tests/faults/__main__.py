@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(command.name for command in harness.COMMANDS))
+    parser.add_argument("--side", type=int, default=8, help="spots along a side of the tissue")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -36,7 +37,7 @@ def main() -> int:
 
 def _check(options: argparse.Namespace, base: Path) -> int:
     _be_small(base)
-    server_pid = _serve(base)
+    server_pid = _serve(base, options.side)
     try:
         _import_all()
         found = {}
@@ -75,11 +76,11 @@ def _be_small(base: Path) -> None:
         os.environ.pop(name, None)
 
 
-def _serve(base: Path) -> int:
+def _serve(base: Path, side: int) -> int:
     """Simulate the tissue and serve it from a process of its own, as threads and forks do not go together."""
     from genar.data.simulate import TissueConfig, write_tissue
 
-    write_tissue(base / "tissue", ("SIM1", "SIM2"), config=TissueConfig(n_rows=8, n_cols=8, n_genes=120))
+    write_tissue(base / "tissue", ("SIM1", "SIM2"), config=TissueConfig(n_rows=side, n_cols=side, n_genes=120))
     server = source.make_server(source.files(base / "tissue"))
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
     pid = os.fork()
