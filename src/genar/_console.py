@@ -29,7 +29,8 @@ SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_und
 @contextmanager
 def one_line():
     """Ends the process by what was raised within: one line on standard error, and the exit code that belongs to it."""
-    sys.unraisablehook = _tell_unless_refused
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_unless_refused
     try:
         yield
     except InputError as error:

@@ -388,18 +388,23 @@ class _Module(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Of all processes, as each has losses of its own."""
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, 2, device=self.device)
+        losses = torch.zeros(self.n_ranks, 0, 2)
+        if self._losses:
+            gathered: Tensor = self.all_gather(torch.stack(self._losses))  # pyright: ignore
+            losses = gathered.reshape(self.n_ranks, len(self._losses), 2)
         checkpoint["genar"] = {
             "best": self._best,
             "best_epoch": self.summary.best_epoch,
             "history": self.summary.history,
-            "losses": self.all_gather(losses).reshape(self.n_ranks, len(losses), 2),  # pyright: ignore
+            "losses": losses,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         kept = checkpoint["genar"]
         self._best, self.summary = kept["best"], FitSummary(kept["best_epoch"], kept["history"])
-        self._losses = list(kept["losses"][self.global_rank].to(self.device))
+        losses = kept["losses"].to(self.device)
+        known = self.global_rank < len(losses)  # torchrun may have started more this time
+        self._losses = list(losses[self.global_rank] if known else torch.zeros_like(losses[0]))
         self.trainer.should_stop = self._is_patience_over()  # it may have been killed between that and its end
 
     def configure_optimizers(self):  # pyright: ignore

@@ -88,13 +88,14 @@ def _bench(recipe: Recipe, data, out: Path, features, say, bar: Bar, dry_run: bo
         return None
     if missing:
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+    waiting = plan.waiting
     for run in plan.runs:
-        if run.plan.out not in plan.waiting:  # finished, and killed before it tidied up
+        if run.plan.out not in waiting:  # finished, and killed before it tidied up
             shutil.rmtree(run.plan.out / "resume", ignore_errors=True)
     for encoder in plan.downloads():
         say(f"downloading the weights of {encoder}")
         encoders.load_encoder(encoder)
-    for number, run in enumerate(list(plan.waiting.values()), 1):
+    for number, run in enumerate(waiting.values(), 1):
         say(f"[{number}] {run.label}")
         train_run(run.plan, say=lambda line: None, bar=bar)
     return _write(plan)

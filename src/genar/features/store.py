@@ -58,7 +58,8 @@ def embed(
         with contextlib.closing(_open_image(section, encoder)) as slide, _locked(path, wait):
             if not path.is_dir():  # else made by another process meanwhile
                 _fill(path, slide, section, encoder, recipe, readers, batch_size, progress)
-    path.with_suffix(".lock").unlink(missing_ok=True)  # of one that was killed when all was done
+    with contextlib.suppress(OSError):  # of one that was killed when all was done; the store may be another's
+        path.with_suffix(".lock").unlink(missing_ok=True)
     progress(section.n_obs, section.n_obs)
     return path
 
