@@ -46,7 +46,7 @@ def one_line():
     except LostProcessError as error:
         _stop(f"error: {error}; start the same command again to go on", 1)
     except StoppedError as error:
-        _stop(str(error), error.exit_code)
+        _stop("" if processes.rank() else str(error), error.exit_code)
     except KeyboardInterrupt:
         _stop("interrupted; start the same command again to go on", 130)
 
@@ -60,7 +60,8 @@ def _tell_unless_refused(unraisable) -> None:
 
 
 def _stop(line: str, exit_code: int = 2) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    if line:
+        print(" ".join(line.split()), file=sys.stderr)
     sys.exit(exit_code)
 
 

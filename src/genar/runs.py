@@ -19,7 +19,7 @@ import genar
 from genar import encoders, machine, pixels, processes
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
-from genar.data.files import alone, json_ready, scratch_beside, write_text
+from genar.data.files import LOCK, alone, json_ready, scratch_beside, write_text
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
 from genar.errors import InputError
@@ -134,7 +134,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     model_settings, sets = _gene_sets(model_settings)
     cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
-        shutil.rmtree(plan.out / "resume", ignore_errors=True)  # it may have been killed before it did so itself
+        tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
     panel = _panel(plan, training, held_out, say)
@@ -177,6 +177,13 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a run that was killed between its last file and its end left beside it."""
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def _predict_and_score(

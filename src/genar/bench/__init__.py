@@ -4,7 +4,6 @@ A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not m
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from genar.data.files import alone
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.report import maps
-from genar.runs import train_run
+from genar.runs import tidy, train_run
 
 __all__ = [
     "PAPER_METRICS",
@@ -90,8 +89,8 @@ def _bench(recipe: Recipe, data, out: Path, features, say, bar: Bar, dry_run: bo
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
     waiting = plan.waiting
     for run in plan.runs:
-        if run.plan.out not in waiting:  # finished, and killed before it tidied up
-            shutil.rmtree(run.plan.out / "resume", ignore_errors=True)
+        if run.plan.out not in waiting:
+            tidy(run.plan.out)
     for encoder in plan.downloads():
         say(f"downloading the weights of {encoder}")
         encoders.load_encoder(encoder)

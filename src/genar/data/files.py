@@ -14,7 +14,7 @@ from pathlib import Path
 
 from genar.errors import InputError
 
-_LOCK = ".lock"
+LOCK = ".lock"
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the quota is used up; free some space",
@@ -67,7 +67,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
     is_new = not folder.exists()
     make_folder(folder)
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -79,7 +79,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / _LOCK).unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         lock.release()
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
