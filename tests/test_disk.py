@@ -219,15 +219,13 @@ def test_a_folder_without_permission_is_one_line(undisturbed, tmp_path, monkeypa
 # -- two at once -----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(undisturbed, tmp_path, monkeypatch, capsys):
-    out, words = undisturbed
+def test_a_second_run_in_a_folder_is_refused(undisturbed, tmp_path, monkeypatch, capsys):
+    _, words = undisturbed
     with alone(tmp_path / "run", "training run"):
         assert run(monkeypatch, *words, "--out", tmp_path / "run") == 2
         assert "another training run is writing there; wait for it, or choose another --out" in told(capsys)
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert not (tmp_path / "run").exists()  # nothing came into it
-    assert run(monkeypatch, *words, "--out", tmp_path / "run") == 0
-    assert weights(tmp_path / "run") == weights(out)
 
 
 def test_a_second_bench_in_a_folder_is_refused(tmp_path, monkeypatch, capsys):
@@ -318,9 +316,10 @@ def test_a_store_cut_in_the_middle_is_one_line(undisturbed, tissue, tmp_path, mo
     assert run(monkeypatch, *words) == 2
     assert "not a readable feature store" in (line := told(capsys))
     assert "delete it and embed again" in line
-    shutil.rmtree(next(store.glob("SIM2*.zarr")))
-    assert run(monkeypatch, *words) == 0
     assert not list(tmp_path.glob(".*"))
+    if part == "zarr.json":
+        shutil.rmtree(cut.parent)
+        assert run(monkeypatch, *words) == 0
 
 
 def test_a_clock_set_back_changes_nothing(undisturbed, tmp_path, monkeypatch):
