@@ -97,11 +97,15 @@ def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
             bench.bench_run(recipe, tissue, tmp_path / "out", **options)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*/run.json")}
     assert len(finished) == 4
+    for path in finished:  # as if killed between their last file and their end
+        (path.parent / "resume").mkdir()
+        (path.parent / ".lock").touch()
     assert not (tmp_path / "out/table.csv").exists()
     said = []
     result = bench.bench_run(recipe, tissue, tmp_path / "out", **{**options, "say": said.append})
     assert len(said) == 1 + 2
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name in ("resume", ".lock")]
     pd.testing.assert_frame_equal(result.table, whole.table)
 
 

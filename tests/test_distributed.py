@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from genar import processes
+from genar.batches import SectionLoader, SpotLoader
 from genar.errors import InputError
 from genar.models import Spots
-from genar.training import TrainConfig, _Loader, _Module, _SectionLoader
+from genar.training import TrainConfig, _Module
 
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
@@ -107,7 +108,7 @@ def test_processes_started_by_srun_find_each_other(tissue, store, alone, tmp_pat
 
 
 def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, tmp_path):
-    words = command(tissue, store, tmp_path / "run", "--devices", 2, max_epochs=4)
+    words = command(tissue, store, tmp_path / "run", "--devices", 2, max_epochs=4, checkpoint_every_s=0)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     for line in process.stdout:
         if line.startswith("epoch 2/"):
@@ -131,6 +132,7 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, tmp_pa
     again = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "epoch 1/4" not in again.stdout
+    assert "going on after step" in again.stdout
     undisturbed = tmp_path / "undisturbed"
     subprocess.run(
         command(tissue, store, undisturbed, "--devices", 2, max_epochs=4),
@@ -153,12 +155,12 @@ def make_spots(n_spots=53, n_sections=3):
 @pytest.mark.parametrize("n_ranks", [1, 2, 3])
 @pytest.mark.parametrize("n_parts", [1, 2])
 def test_every_spot_is_seen_once_an_epoch(n_ranks, n_parts):
-    loaders = [_Loader(make_spots(), 4, n_parts, 7, lambda: 0, rank, n_ranks) for rank in range(n_ranks)]
+    loaders = [SpotLoader(make_spots(), 4, n_parts, 7, lambda: 0, rank, n_ranks) for rank in range(n_ranks)]
     shares = [list(loader) for loader in loaders]
     assert {len(part) for part in shares} == {4 * n_parts}
     ids = torch.cat([share.batch.spot_ids for part in shares for share in part])
     assert sorted(ids.tolist()) == list(range(53))
-    whole = list(_Loader(make_spots(), 4, 1, 7, lambda: 0, 0, 1))
+    whole = list(SpotLoader(make_spots(), 4, 1, 7, lambda: 0, 0, 1))
     for step, one in enumerate(whole):
         here = [share for part in shares for share in part[step * n_parts : (step + 1) * n_parts]]
         found = {int(i): f for s in here for i, f in zip(s.batch.spot_ids, s.batch.features, strict=True)}
@@ -171,7 +173,7 @@ def test_every_spot_is_seen_once_an_epoch(n_ranks, n_parts):
 
 
 def test_sections_are_shared_in_turns():
-    shares = [list(_SectionLoader(make_spots(), 7, lambda: 0, rank, 2)) for rank in (0, 1)]
+    shares = [list(SectionLoader(make_spots(), 7, lambda: 0, rank, 2)) for rank in (0, 1)]
     assert [len(part) for part in shares] == [2, 2]
     seen = [int(share.batch.section[0]) for part in shares for share in part]
     assert set(seen) == {0, 1, 2}

@@ -16,6 +16,8 @@ ROOMS = [
     "encoders",
     "features",
     "models",
+    "batches",
+    "resume",
     "training",
     "settings",
     "prediction",

@@ -4,6 +4,7 @@ import json as json_module
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -18,10 +19,50 @@ from rich.progress import (
 from rich.table import Table
 
 from genar import processes
+from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
+
+
+@contextmanager
+def one_line():
+    """Ends the process by what was raised within: one line on standard error, and the exit code that belongs to it."""
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_unless_refused
+    try:
+        yield
+    except InputError as error:
+        _stop(f"error: {error}")
+    except PermissionError as error:
+        _stop(f"error: {error.filename}: no permission to write or read there; choose another place")
+    except OSError as error:
+        from genar.data.files import refusal
+
+        if (told := refusal(error, error.filename or "output")) is None:
+            raise
+        _stop(f"error: {told}")
+    except LostProcessError as error:
+        _stop(f"error: {error}; start the same command again to go on", 1)
+    except StoppedError as error:
+        _stop("" if processes.rank() else str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("interrupted; start the same command again to go on", 130)
+
+
+def _tell_unless_refused(unraisable) -> None:
+    """Closing a file on a full disk fails again, and again when it is forgotten; that was told already."""
+    from genar.data.files import refusal
+
+    if unraisable.exc_value is None or refusal(unraisable.exc_value, "") is None:
+        sys.__unraisablehook__(unraisable)
+
+
+def _stop(line: str, exit_code: int = 2) -> NoReturn:
+    if line:
+        print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def score_tables(result, note: str = "") -> Iterator[Table]:

@@ -11,7 +11,7 @@ import typer
 
 import genar
 from genar import _console, machine, processes
-from genar.errors import InputError, LostProcessError
+from genar.errors import InputError
 
 app = typer.Typer(
     name="genar",
@@ -36,28 +36,14 @@ OneSection = Annotated[str, typer.Argument(help="One section: its own file or fo
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours."""
+    """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours, 128 + N
+    stopped by signal N."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     machine.keep_freed_memory()
     if processes.rank():  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
+    with _console.one_line():
         app()
-    except InputError as error:
-        _stop(str(error))
-    except PermissionError as error:
-        _stop(f"{error.filename}: no permission to write or read there; choose another place")
-    except LostProcessError as error:
-        print(f"error: {error}; start the same command again to go on", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-def _stop(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,5 +1,7 @@
 """What a command tells its user in one line."""
 
+import signal
+
 
 class InputError(ValueError):
     """Bad input: the message is one line that says what was expected, what was found, where, and what to do."""
@@ -7,3 +9,11 @@ class InputError(ValueError):
 
 class LostProcessError(RuntimeError):
     """One of the processes of a run is gone; the others have stopped, and the run can be gone on with."""
+
+
+class StoppedError(RuntimeError):
+    """Somebody asked a run to stop by a signal; all that the next start needs is written."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; start the same command again to go on")
+        self.exit_code = 128 + signum

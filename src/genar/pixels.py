@@ -3,6 +3,7 @@ an encoder's features."""
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -159,7 +160,12 @@ def _room_for(n_spots: int, recipe: PixelRecipe, folder: Path, name: str) -> np.
             f"{folder}: the patches of {n_spots:,} spots take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             "free; choose another --out, or fewer sections"
         )
-    return np.memmap(folder / f"patches-{name}.u8", np.uint8, mode="w+", shape=shape)
+    file = folder / f"patches-{name}.u8"
+    patches = np.memmap(file, np.uint8, mode="w+", shape=shape)
+    if hasattr(os, "posix_fallocate"):  # else a disk that fills up meanwhile would end the process without a word
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, needed)
+    return patches
 
 
 def no_features(n_spots: int) -> np.ndarray:

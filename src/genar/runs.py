@@ -1,11 +1,11 @@
 """Whole runs: from a folder of sections to a scored prediction. One function a command; the command line only calls
 them."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import genar
 from genar import encoders, machine, pixels, processes
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
-from genar.data.files import json_ready, write_text
+from genar.data.files import LOCK, alone, json_ready, scratch_beside, write_text
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
 from genar.errors import InputError
@@ -40,8 +40,9 @@ from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, s
 from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
 from genar.report.index import write_report
+from genar.resume import RESUME_FILE
 from genar.settings import Settings
-from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
+from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
@@ -118,9 +119,15 @@ def train_run(
     draw maps.
 
     Nothing of a held-out section reaches the panel, the gene order, a constant or the choice of an epoch. A run that
-    was interrupted goes on from its last epoch when it is started again with the same plan. Raises ``InputError`` for
-    bad input, before the long work starts where that can be known.
+    was interrupted goes on from its last resume file when it is started again with the same plan, and ends in the same
+    bits. Raises ``InputError`` for bad input, before the long work starts where that can be known, and where another
+    run is at work in ``plan.out``; ``StoppedError`` as ``training.fit`` does.
     """
+    with contextlib.nullcontext() if processes.rank() else alone(plan.out, "training run"):
+        return _train(plan, say, bar, progress)
+
+
+def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool) -> RunResult:
     clock = machine.Clock()
     cls = model_class(plan.model)
     group, rank = processes.group(plan.devices, plan.num_nodes), processes.rank()
@@ -130,6 +137,7 @@ def train_run(
     model_settings, sets = _gene_sets(model_settings)
     cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
+        tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out = _read(plan, say)
     panel = _panel(plan, training, held_out, say)
@@ -172,6 +180,13 @@ def train_run(
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a run that was killed between its last file and its end left beside it."""
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def _predict_and_score(
@@ -232,11 +247,10 @@ def predict_run(
     decode = decoding(checkpoint.model, how or {})
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="genar-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
+    with scratch_beside(out) as scratch:
         if pixels.takes_patches(checkpoint.features):
             recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
-            patches = pixels.read_pixels([section], recipe, Path(scratch), bar=bar)
+            patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
             values = pixels.no_features(section.n_obs)
         else:
             values, patches = _features_for(checkpoint, section, features or default_store(), weights, bar), None

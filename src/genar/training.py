@@ -9,7 +9,7 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,22 +19,22 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from anndata import AnnData
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, RichProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from genar.batches import Loader, SectionLoader, Share, SpotLoader, step_seed
 from genar.data import contract
 from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 from genar.processes import ALONE, Group
+from genar.resume import RESUME_FILE, Saver, WholeFiles, check_whole
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
-RESUME_FILE = "last.ckpt"
-_RANK_SEEDS = 15_485_863  # between the seeds of two processes
 _OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -79,6 +79,9 @@ class TrainConfig:
     memory_gib: float = 4.0
     """what the activations of a step may take, by estimate; a batch of more goes through in parts whose gradients are
     added"""
+    checkpoint_every_s: float = 60.0
+    """seconds between resume files, beside the one after every epoch; 0: after every step. Where writing one takes
+    long they are further apart, so that it takes at most a twentieth of the time"""
     seed: int = 2021
 
     def __post_init__(self):
@@ -94,6 +97,8 @@ class TrainConfig:
         for name in ("batch_size", "accumulate", "validate_every", "patience", "validation_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train: {name} must be at least 1, found {getattr(self, name)}")
+        if not self.checkpoint_every_s >= 0:
+            raise InputError(f"train: checkpoint_every_s must be at least 0, found {self.checkpoint_every_s}")
         if not self.memory_gib > 0:
             raise InputError(f"train: memory_gib must be > 0, found {self.memory_gib}")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
@@ -182,10 +187,11 @@ def fit(
     """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
 
     The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
-    this function and leaves it with the same weights. ``folder`` takes a resume file after every epoch; a call that
-    finds one there goes on from it. The same seed, data and machine give the same weights, bit for bit, on a CPU.
-    Raises ``InputError`` where the processes are more than the spots of a batch, ``LostProcessError`` where one is
-    gone.
+    this function and leaves it with the same weights. ``folder`` takes a resume file after every epoch and every
+    ``checkpoint_every_s``; a call that finds one there goes on from that very step. The same seed, data and machine
+    give the same weights, bit for bit, on a CPU, however often the run was stopped. Raises ``InputError`` where the
+    processes are more than the spots of a batch or the resume file is damaged, ``LostProcessError`` where a process is
+    gone, ``StoppedError`` where SIGTERM or SIGINT came, once the resume file is written.
     """
     pl.seed_everything(config.seed, verbose=False)
     if not model.gradient:
@@ -204,13 +210,15 @@ def fit(
         log(f"a batch goes through in {module.n_parts} parts, to stay within {config.memory_gib:g} GiB of activations")
     _quiet_lightning()
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
+    if resume:
+        check_whole(resume)
     trainer = pl.Trainer(
         max_epochs=config.max_epochs,
         accelerator="auto",
         devices=group.devices,
         num_nodes=group.num_nodes,
         strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
-        plugins=[] if group.by else [LightningEnvironment()],
+        plugins=[WholeFiles(), *([] if group.by else [LightningEnvironment()])],
         use_distributed_sampler=False,  # our loaders share out each batch
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
@@ -259,60 +267,6 @@ def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
     return spots.rows(torch.nonzero(~held)[:, 0]), spots.rows(torch.nonzero(held)[:, 0])
 
 
-@dataclass
-class _Share:
-    """Part of a batch; ``weight`` makes the mean over all parts and processes that over the batch's spots."""
-
-    batch: Batch
-    weight: float = 1.0
-
-
-class _Loader:
-    """Batches in a random order, of each the ``n_parts`` parts of one of ``n_ranks`` processes, each spot in one of its
-    views; order and views follow from seed and epoch, also when resumed."""
-
-    def __init__(
-        self, spots: Spots, n_batches: int, n_parts: int, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int
-    ):
-        self.spots, self.n_batches, self.n_parts, self.seed, self.epoch = spots, n_batches, n_parts, seed, epoch
-        self.rank, self.n_ranks = rank, n_ranks
-
-    def __len__(self) -> int:
-        return self.n_batches * self.n_parts
-
-    def __iter__(self) -> Iterator[_Share]:
-        random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
-        order = torch.randperm(len(self.spots), generator=random)
-        for rows in order.tensor_split(self.n_batches):  # equal parts: no tiny last batch
-            view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
-            mine = torch.arange(len(rows)).tensor_split(self.n_ranks)[self.rank]
-            for part in mine.tensor_split(self.n_parts):
-                weight = len(part) * self.n_parts * self.n_ranks / len(rows)
-                yield _Share(self.spots.batch(rows[part], view[part]), weight)
-
-
-class _SectionLoader:
-    """The sections in a random order, each whole, each spot in one of its views. ``n_ranks`` processes take turns;
-    where the last turn is short of sections, the first ones come twice."""
-
-    def __init__(self, spots: Spots, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int):
-        self.spots, self.seed, self.epoch, self.rank, self.n_ranks = spots, seed, epoch, rank, n_ranks
-        self.sections = spots.section.unique()
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.sections) / self.n_ranks)
-
-    def __iter__(self) -> Iterator[_Share]:
-        random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
-        order = torch.randperm(len(self.sections), generator=random)
-        turns = order.repeat(self.n_ranks)[: len(self) * self.n_ranks]
-        for turn, place in enumerate(turns):
-            rows = torch.nonzero(self.spots.section == self.sections[place])[:, 0]
-            view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
-            if turn % self.n_ranks == self.rank:
-                yield _Share(self.spots.batch(rows, view))
-
-
 def predict_sections(model: Model, batch: Batch, how: Decoding) -> Counts:
     """Counts of spots of one or more sections, each section by itself where that is the model's unit."""
     if model.unit == "spot":
@@ -323,10 +277,6 @@ def predict_sections(model: Model, batch: Batch, how: Decoding) -> Counts:
 def count_parts(model: Model, n_spots: int, memory_gib: float) -> int:
     """Into how many parts a batch of ``n_spots`` goes so that a part's activations take at most ``memory_gib``."""
     return min(n_spots, max(1, math.ceil(model.spot_bytes * n_spots / (memory_gib * 2**30))))
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return seed * 100_003 + epoch
 
 
 class _Module(pl.LightningModule):
@@ -351,30 +301,31 @@ class _Module(pl.LightningModule):
         least = min(n_rows, config.accumulate)
         self.n_parts = 1 if whole else max(least, count_parts(model, n_rows, config.memory_gib))
 
-    def train_dataloader(self):
-        config = self.config
+    def train_dataloader(self) -> Loader:
+        config, rank = self.config, self.global_rank
         if self.model.unit == "section":
-            return _SectionLoader(
-                self._training, config.seed, lambda: self.current_epoch, self.global_rank, self.n_ranks
-            )
-        return _Loader(
-            self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch, self.global_rank,
-            self.n_ranks,
-        )  # fmt: skip
+            return SectionLoader(self._training, config.seed, lambda: self.current_epoch, rank, self.n_ranks)
+        return SpotLoader(
+            self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch, rank, self.n_ranks
+        )
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_start(self) -> None:
+        if self.trainer.global_step:
+            self._say(f"going on after step {self.trainer.global_step} of {self.config.max_epochs * self.n_batches}")
+
+    def on_train_batch_start(self, batch: Share, batch_idx: int) -> None:
         self.started = True
-        # of dropout and token noise: every process its own
-        torch.manual_seed(_epoch_seed(self.config.seed, self.current_epoch) + _RANK_SEEDS * self.global_rank)
+        # of dropout and token noise: every step its own, so that a resumed run draws what an undisturbed one draws
+        torch.manual_seed(step_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def val_dataloader(self):
         whole = [] if self._validation is None else [self._validation.batch()]
         return DataLoader(whole, batch_size=None)  # pyright: ignore
 
-    def transfer_batch_to_device(self, batch: _Share | Batch, device, dataloader_idx):
-        return _Share(batch.batch.to(device), batch.weight) if isinstance(batch, _Share) else batch.to(device)
+    def transfer_batch_to_device(self, batch: Share | Batch, device, dataloader_idx):
+        return Share(batch.batch.to(device), batch.weight) if isinstance(batch, Share) else batch.to(device)
 
-    def training_step(self, batch: _Share, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Share, batch_idx: int) -> Tensor:
         loss = self.model.loss(batch.batch).total
         n_spots = len(batch.batch.features)
         self._losses.append(torch.stack([loss.detach() * n_spots, loss.new_tensor(n_spots)]))
@@ -406,11 +357,14 @@ class _Module(pl.LightningModule):
         if best["epoch"] == epoch:
             self.summary.best_epoch = epoch
             self._best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        elif len(self.summary.history) - 1 - self.summary.history.index(best) >= self.config.patience:
-            self.trainer.should_stop = True
+        self.trainer.should_stop = self._is_patience_over()
         self._say(
             f"epoch {epoch}/{self.config.max_epochs}: loss {loss:.1f} nats, validation mse {mse:.3f} pcc {pcc:.3f}"
         )
+
+    def _is_patience_over(self) -> bool:
+        scores = [entry["val_mse"] for entry in self.summary.history]
+        return bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= self.config.patience
 
     def _own_rows(self, batch: Batch) -> Tensor:
         """Of the validation spots those that this process predicts: every ``n_ranks``-th spot, or section."""
@@ -433,15 +387,25 @@ class _Module(pl.LightningModule):
             self.summary.best_epoch = self.config.max_epochs
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Of all processes, as each has losses of its own."""
+        losses = torch.zeros(self.n_ranks, 0, 2)
+        if self._losses:
+            gathered: Tensor = self.all_gather(torch.stack(self._losses))  # pyright: ignore
+            losses = gathered.reshape(self.n_ranks, len(self._losses), 2)
         checkpoint["genar"] = {
             "best": self._best,
             "best_epoch": self.summary.best_epoch,
             "history": self.summary.history,
+            "losses": losses,
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         kept = checkpoint["genar"]
         self._best, self.summary = kept["best"], FitSummary(kept["best_epoch"], kept["history"])
+        losses = kept["losses"].to(self.device)
+        known = self.global_rank < len(losses)  # torchrun may have started more this time
+        self._losses = list(losses[self.global_rank] if known else torch.zeros_like(losses[0]))
+        self.trainer.should_stop = self._is_patience_over()  # it may have been killed between that and its end
 
     def configure_optimizers(self):  # pyright: ignore
         config = self.config
@@ -484,11 +448,8 @@ def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list
                 use_buffers=False,  # they are constants
             )
         )
-    if folder is not None:  # the last epoch alone, under one name
-        name = RESUME_FILE.removesuffix(".ckpt")
-        callbacks.append(
-            ModelCheckpoint(folder, filename=name, save_on_train_epoch_end=True, enable_version_counter=False)
-        )
+    if folder is not None:
+        callbacks.append(Saver(folder, config.checkpoint_every_s))
     return callbacks
 
 

@@ -3,6 +3,7 @@
 A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not made again; an interrupted one goes on.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from genar.bench.scores import expected_log2, read_run, score_runs
 from genar.bench.tables import PAPER_METRICS, frame, gain_lines, nested, paper_results, table_lines, write_tables
 from genar.bench.toy import make_toy, toy_method
 from genar.data import contract
+from genar.data.files import alone
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.report import maps
-from genar.runs import train_run
+from genar.runs import tidy, train_run
 
 __all__ = [
     "PAPER_METRICS",
@@ -69,8 +71,13 @@ def bench_run(
 
     ``data`` holds a folder per data set, or the sections themselves; with ``toy`` the same plan runs on simulated
     sections instead. Raises ``InputError`` naming all that is missing (sections, images, weights), before anything
-    runs.
+    runs, and where another bench is at work in ``out``.
     """
+    with contextlib.nullcontext() if dry_run else alone(out, "bench"):
+        return _bench(recipe, data, out, features, say, bar, dry_run, toy)
+
+
+def _bench(recipe: Recipe, data, out: Path, features, say, bar: Bar, dry_run: bool, toy: bool) -> BenchResult | None:
     if toy and not dry_run:
         recipe, data, features = make_toy(recipe, out / "toy")
     plan = plan_runs(recipe, data, out, features)
@@ -80,10 +87,14 @@ def bench_run(
         return None
     if missing:
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+    waiting = plan.waiting
+    for run in plan.runs:
+        if run.plan.out not in waiting:
+            tidy(run.plan.out)
     for encoder in plan.downloads():
         say(f"downloading the weights of {encoder}")
         encoders.load_encoder(encoder)
-    for number, run in enumerate(list(plan.waiting.values()), 1):
+    for number, run in enumerate(waiting.values(), 1):
         say(f"[{number}] {run.label}")
         train_run(run.plan, say=lambda line: None, bar=bar)
     return _write(plan)

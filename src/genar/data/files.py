@@ -1,31 +1,164 @@
-"""Write whole files or none: everything goes to a temporary name beside its place and is renamed into it."""
+"""Write whole files or none: everything goes to a temporary name beside its place and is renamed into it. What a
+killed process left under such a name goes when the file is written again."""
 
 import contextlib
+import errno
 import os
+import platform
+import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from genar.errors import InputError
+
+LOCK = ".lock"
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the quota is used up; free some space",
+    errno.EFBIG: "the file may not grow so large here; raise the limit (ulimit -f), or choose another place",
+    errno.EROFS: "it is read-only there; choose another place",
+}
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` (a file or a folder); on success it becomes ``path``, otherwise it goes.
 
-    The suffix is kept, as writers choose a format by it.
+    The suffix is kept, as writers choose a format by it. Raises ``InputError`` where a file stands where the folder
+    should be, the disk is full, or nothing may be written there; what ``path`` held before is then still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = _name_beside(path)
     try:
+        _make_room(path)
         yield temporary
-        if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _move(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if told := refusal(error, path):
+            raise told from error
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A new folder on the disk of ``path``, gone at the end. Raises ``InputError`` as :func:`replacing`."""
+    folder = _name_beside(path)
+    _make_room(path)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Keep a second process out of ``folder``, which is made, and goes again where nothing came into it. The lock ends
+    with the process, however that ends.
+
+    Raises ``InputError`` where ``what`` (a run, a bench) is at work there.
+    """
+    from filelock import FileLock, Timeout
+
+    is_new = not folder.exists()
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder}: another {what} is writing there; wait for it, or choose another --out") from None
+    except OSError as error:
+        if told := refusal(error, folder):
+            raise told from error
+        raise
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def make_folder(folder: Path) -> None:
+    """Make it with those above it. Raises ``InputError`` where a file is in the way, or the disk refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{folder}: expected a folder, found a file in its place; choose another place") from error
+    except OSError as error:
+        if told := refusal(error, folder):
+            raise told from error
+        raise
+
+
+def refusal(error: BaseException, path: object) -> InputError | None:
+    """What to tell the user where the system has no room for ``path``, or lets nobody write there; ``None`` where
+    ``error`` says something else. Libraries put the system's words into an error of their own, or raise another one
+    over it."""
+    over: BaseException | None = error
+    while over is not None:
+        for number, advice in _REFUSALS.items():
+            if getattr(over, "errno", None) == number or os.strerror(number).lower() in str(over).lower():
+                return InputError(f"{path}: cannot be written: {advice}")
+        over = over.__cause__ or over.__context__
+    return None
+
+
+def _make_room(path: Path) -> None:
+    """Its folder, without what killed processes of this machine left there of ``path``."""
+    make_folder(path.parent)
+    if os.name != "posix":  # elsewhere one cannot ask whether a process lives without ending it
+        return
+    pattern = re.compile(rf"\.{re.escape(path.stem)}\.{_machine()}-(\d+)-\w+(\.old)?{re.escape(path.suffix)}")
+    with os.scandir(path.parent) as entries:
+        left = [(entry, found) for entry in entries if (found := pattern.fullmatch(entry.name))]
+    for entry, found in left:
+        if _is_alive(int(found[1])):
+            continue
+        if found[2] and not path.exists():  # killed between taking the old folder away and putting the new one there
+            os.replace(entry.path, path)
+        else:
+            _remove(Path(entry.path))
+
+
+def _move(temporary: Path, path: Path) -> None:
+    if not (path.is_dir() and temporary.is_dir()):
+        os.replace(temporary, path)
+        return
+    old = path.with_name(f"{temporary.name.removesuffix(path.suffix)}.old{path.suffix}")
+    os.replace(path, old)  # no system puts a folder in the place of one that is not empty
+    os.replace(temporary, path)
+    shutil.rmtree(old)
+
+
+def _name_beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:6]}{path.suffix}")
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

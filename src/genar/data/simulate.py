@@ -10,10 +10,8 @@ the seed and the section's name. Lengths are um unless a name ends in ``_px``.
 """
 
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.files import replacing
 from genar.data.pyramid import write_pyramid
 
 KINDS = ("gland", "stroma", "immune", "fat")
@@ -439,25 +438,13 @@ def write_tissue(
         raise ValueError(f"sections must be names fit for a file, at least one and each once, found {list(sections)}")
     for section in sections:
         adata, image = simulate_section(section, seed, config)
-        with _whole(out / "wsis" / f"{section}.tif") as path:
+        with replacing(out / "wsis" / f"{section}.tif") as path:
             write_pyramid(path, image, config.mpp)
-        with _whole(out / "st" / f"{section}.h5ad") as path:
+        with replacing(out / "st" / f"{section}.h5ad") as path:
             adata.write_h5ad(path, compression="gzip")
-        with _whole(out / "metadata" / f"{section}.json") as path:
+        with replacing(out / "metadata" / f"{section}.json") as path:
             path.write_text(json.dumps(_metadata(adata, image, config), indent=2) + "\n", encoding="utf-8")
     return out
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, renamed to it when the block ends well and removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _metadata(adata: AnnData, image: np.ndarray, config: TissueConfig) -> dict:

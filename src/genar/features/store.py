@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 import genar
 from genar.data import contract
+from genar.data.files import make_folder
 from genar.data.patches import CHUNK, Readers
 from genar.data.slide import Slide, open_slide
 from genar.encoders import Encoder, ImportedFeatures
@@ -57,6 +58,8 @@ def embed(
         with contextlib.closing(_open_image(section, encoder)) as slide, _locked(path, wait):
             if not path.is_dir():  # else made by another process meanwhile
                 _fill(path, slide, section, encoder, recipe, readers, batch_size, progress)
+    with contextlib.suppress(OSError):  # of one that was killed when all was done; the store may be another's
+        path.with_suffix(".lock").unlink(missing_ok=True)
     progress(section.n_obs, section.n_obs)
     return path
 
@@ -80,7 +83,7 @@ def _open_image(section: AnnData, encoder: Encoder) -> Slide:
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[None]:
     """Hold the store's lock. Its file goes when the store is whole: whoever still waits for it then finds the store."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=-1 if wait else 0, poll_interval=0.2)
@@ -118,6 +121,8 @@ def _open_partial(path: Path, section: AnnData, encoder: Encoder, recipe: Featur
     anew."""
     import zarr
 
+    for cut in path.rglob("*.partial"):  # Zarr's own, of a process that was killed
+        cut.unlink()
     if path.is_dir():
         with contextlib.suppress(KeyError, ValueError, OSError):
             group = zarr.open_group(path, mode="r+")

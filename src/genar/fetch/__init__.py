@@ -14,7 +14,7 @@ from pathlib import Path
 
 import genar
 from genar.data.datasets import Dataset, dataset
-from genar.data.files import write_text
+from genar.data.files import make_folder, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.fetch import her2st, hub
@@ -260,7 +260,7 @@ def _alone(out: Path):
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: expected a folder to fetch into, found a file")
     parts, is_new = out / _PARTS, not out.exists()
-    parts.mkdir(parents=True, exist_ok=True)
+    make_folder(parts)
     lock = FileLock(parts / "lock")
     try:
         lock.acquire(timeout=0)

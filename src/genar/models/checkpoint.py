@@ -63,7 +63,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     with replacing(folder) as temporary:
         temporary.mkdir()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS)
+        try:
+            save_file(state, temporary / WEIGHTS)
+        except SafetensorError as error:  # the system's refusal in words of its own
+            raise OSError(str(error)) from error
         checkpoint.sha256 = _hash(temporary / WEIGHTS)
         facts = {
             "format": FORMAT,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._blocks import in_blocks
 from genar.models._decoding import DEFAULT, Decoding
 
 PENALTIES = tuple(np.logspace(1, 6, 21))
@@ -50,7 +51,10 @@ class Ridge(ClosedForm):
             buffer.copy_(value)
 
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
-        """The regression's value."""
+        """The regression's value; spots go through in blocks of one shape."""
+        return in_blocks(self._predict_block, batch)
+
+    def _predict_block(self, batch: Batch) -> Counts:
         x = (batch.features - self.feature_mean) / self.feature_scale
         return Counts.from_log2(x @ self.weight + self.intercept)
 
