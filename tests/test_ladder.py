@@ -16,6 +16,7 @@ ROOMS = [
     "encoders",
     "features",
     "models",
+    "streaming",
     "training",
     "settings",
     "prediction",

@@ -3,20 +3,23 @@ them."""
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+import anndata
 import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, machine, pixels, processes
+from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import json_ready, write_text
@@ -29,21 +32,23 @@ from genar.export import format_of, write_export
 from genar.features import (
     FeatureRecipe,
     Inputs,
+    StoredInputs,
     default_store,
     embed_sections,
-    read_inputs,
     recipe_of,
 )
 from genar.genes import ORDERS, RECIPES, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
-from genar.prediction import decoding, predict_section, write_prediction
+from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
 from genar.report import maps
 from genar.report.index import write_report
 from genar.settings import Settings
+from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
 from genar.training import RESUME_FILE, FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
+STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
 
 
@@ -144,12 +149,11 @@ def train_run(
     seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
     clock.lap(plan.input)
 
-    n_blocks = plan.inputs.n_blocks
-    parts = [make_spots(s, seen.features[contract.name(s)], panel.genes, n_blocks=n_blocks) for s in training]
-    spots = replace(Spots.join(parts), patches=seen.training_patches)
-    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
+    spots = _training_spots(plan, training, seen, panel, resume)
+    streamed = ", streamed from the feature stores" if isinstance(spots, StoredSpots) else ""
+    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
-    model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
+    model = cls.create(spots.n_features, look_at(cls, spots), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
     if rank:
         return RunResult({}, {}, {})  # the first process writes and scores
@@ -171,8 +175,23 @@ def train_run(
     return RunResult(outputs, scores, clock.seconds)
 
 
+def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, folder: Path) -> AnySpots:
+    """All in memory where they fit or the model needs them so, else left in their files; counts then go to
+    ``folder``."""
+    n_blocks, stored = plan.inputs.n_blocks, [seen.features[contract.name(section)] for section in training]
+    n_bytes = 4 * sum(math.prod(part.shape) for part in stored)
+    if n_bytes <= streaming.IN_MEMORY_BYTES or not model_class(plan.model).sampled:
+        parts = [make_spots(s, f[:], panel.genes, n_blocks=n_blocks) for s, f in zip(training, stored, strict=True)]
+        return replace(Spots.join(parts), patches=seen.training_patches)
+    for part in stored:
+        part.check()  # damage shows before the long work
+    places = Spots.join([make_spots(s, pixels.no_features(s.n_obs), n_blocks=n_blocks) for s in training])
+    path = folder / (f"process{processes.rank()}" if processes.rank() else "") / "counts.i32"
+    return StoredSpots(places, stored, CountFile.write(path, training, panel.genes))
+
+
 def _predict_and_score(
-    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: Spots, held_out, seen: "_Seen", outputs, bar: Bar
+    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: AnySpots, held_out, seen: "_Seen", outputs, bar: Bar
 ) -> dict[str, dict[str, Scores]]:
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
     beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
@@ -221,6 +240,9 @@ def predict_run(
     its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
     of ``genar.export``.
 
+    A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
+    backed mode); the other formats are made in memory.
+
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
     trained on patches reads them from the slide; then no encoder is loaded.
     """
@@ -238,6 +260,9 @@ def predict_run(
         else:
             values, patches = _features_for(checkpoint, section, features or default_store(), weights, bar), None
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
+            if kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
+                predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
+                return anndata.read_h5ad(out, backed="r")
             predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
     if kind == "h5ad":
@@ -247,7 +272,9 @@ def predict_run(
     return predicted
 
 
-def _features_for(checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar) -> np.ndarray:
+def _features_for(
+    checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar
+) -> StoredInputs:
     """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
     encoder = encoders.load_encoder(recipe.encoder, weights=weights, precision=recipe.precision)
@@ -258,7 +285,7 @@ def _features_for(checkpoint: Checkpoint, section: AnnData, store: Path, weights
         )
     name = contract.name(section)
     paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
-    return read_inputs(paths, section, inputs)
+    return StoredInputs(paths, section, inputs)
 
 
 def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
@@ -299,7 +326,8 @@ class _Seen:
 
     facts: dict
     """for the checkpoint"""
-    features: dict[str, np.ndarray]
+    features: dict[str, Any]
+    """float32 [N, views, F], in memory or as :class:`~genar.features.StoredInputs`"""
     stores: list[dict[str, Path]] = field(default_factory=list)
     """section -> feature store, one for each patch width"""
     patches: dict[str, Tensor] = field(default_factory=dict)
@@ -316,7 +344,7 @@ def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
     inputs, store = plan.inputs, plan.features or default_store()
     stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
     named = {contract.name(section): section for section in sections}
-    features = {n: read_inputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
+    features = {n: StoredInputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
     return _Seen(asdict(recipe) | asdict(inputs), features, stores)
 
 
@@ -397,9 +425,10 @@ def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
     return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
 
 
-def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
+def _baseline(name: str, spots: AnySpots, beside: Checkpoint) -> Checkpoint:
     """A closed-form model fitted on the same spots, panel and features."""
-    model = model_class(name).create(spots.features.shape[2], spots, "", {})
+    cls = model_class(name)
+    model = cls.create(spots.n_features, look_at(cls, spots), "", {})
     fit(model, spots, TrainConfig())
     return Checkpoint(name, model, beside.panel, beside.features, beside.training)
 
@@ -421,17 +450,16 @@ def _for_card(scores: dict[str, Scores], found: dict[str, dict]) -> dict[str, di
 
 
 def _training_facts(
-    plan: TrainPlan, config: TrainConfig, training, held_out, spots: Spots, summary: FitSummary
+    plan: TrainPlan, config: TrainConfig, training, held_out, spots: AnySpots, summary: FitSummary
 ) -> dict:
-    assert spots.counts is not None
-    counts = spots.counts.double()
+    mean, variance = count_moments(spots)
     return {
         "sections": [contract.name(s) for s in training],
         "held_out": [contract.name(s) for s in held_out],
         "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
         "n_spots": len(spots),
-        contract.TRAINING_MEAN: counts.mean(dim=0).tolist(),
-        contract.TRAINING_VARIANCE: counts.var(dim=0, correction=0).tolist(),
+        contract.TRAINING_MEAN: mean.tolist(),
+        contract.TRAINING_VARIANCE: variance.tolist(),
         "preset": plan.preset,
         "config": asdict(config),
         "best_epoch": summary.best_epoch,

@@ -31,6 +31,8 @@ from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 from genar.processes import ALONE, Group
+from genar.streaming import AnySpots, StoredSpots, StreamedLoader, look_at
+from genar.streaming import Share as _Share
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 RESUME_FILE = "last.ckpt"
@@ -171,7 +173,7 @@ class FitSummary:
 
 def fit(
     model: Model,
-    spots: Spots,
+    spots: AnySpots,
     config: TrainConfig,
     *,
     folder: Path | None = None,
@@ -181,6 +183,9 @@ def fit(
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
 
+    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.sampled``)
+    takes them all into memory.
+
     The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
     this function and leaves it with the same weights. ``folder`` takes a resume file after every epoch; a call that
     finds one there goes on from it. The same seed, data and machine give the same weights, bit for bit, on a CPU.
@@ -188,14 +193,17 @@ def fit(
     gone.
     """
     pl.seed_everything(config.seed, verbose=False)
+    if isinstance(spots, StoredSpots) and not model.sampled:
+        spots = spots.in_memory()
     if not model.gradient:
-        model.prepare(spots)
+        model.prepare(look_at(model, spots))
         model.eval()
         return FitSummary()
     if config.precision == "bf16" and not torch.cuda.is_available() and not cpu_has_bf16():
         warnings.warn("this CPU has no bf16 instructions: bf16 will be much slower than fp32 here", stacklevel=2)
     training, validation = split_validation(spots, config.validation_share)
-    model.prepare(training)  # the validation strip must not be known from here either
+    model.prepare(look_at(model, training))  # the validation strip must not be known from here either
+    validation = None if validation is None else look_at(model, validation)
     if config.max_epochs == 0:
         model.eval()
         return FitSummary()
@@ -240,7 +248,7 @@ def fit(
     return module.summary
 
 
-def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
+def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots | None]:
     """Training spots, and of each section one strip of ``share`` of its spots (``None`` at share 0).
 
     A strip and not scattered spots: neighbours look alike, and scattered ones would be half known.
@@ -257,14 +265,6 @@ def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
     if not held.any():
         return spots, None
     return spots.rows(torch.nonzero(~held)[:, 0]), spots.rows(torch.nonzero(held)[:, 0])
-
-
-@dataclass
-class _Share:
-    """Part of a batch; ``weight`` makes the mean over all parts and processes that over the batch's spots."""
-
-    batch: Batch
-    weight: float = 1.0
 
 
 class _Loader:
@@ -333,7 +333,13 @@ class _Module(pl.LightningModule):
     """Joins a model to Lightning's loop."""
 
     def __init__(
-        self, model: Model, training: Spots, validation: Spots | None, config: TrainConfig, log, n_ranks: int = 1
+        self,
+        model: Model,
+        training: AnySpots,
+        validation: Spots | None,
+        config: TrainConfig,
+        log,
+        n_ranks: int = 1,
     ):
         super().__init__()
         self.model, self.config = model, config
@@ -353,6 +359,11 @@ class _Module(pl.LightningModule):
 
     def train_dataloader(self):
         config = self.config
+        if isinstance(self._training, StoredSpots):
+            return StreamedLoader(
+                self._training, self.n_batches, self.n_parts, lambda: _epoch_seed(config.seed, self.current_epoch),
+                self.global_rank, self.n_ranks,
+            )  # fmt: skip
         if self.model.unit == "section":
             return _SectionLoader(
                 self._training, config.seed, lambda: self.current_epoch, self.global_rank, self.n_ranks

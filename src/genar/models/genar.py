@@ -46,6 +46,7 @@ class GenAR(Model):
     """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2)."""
 
     decodings = DECODINGS
+    sampled = True
     order: Tensor
     inverse: Tensor
     first_gene: Tensor
@@ -419,7 +420,7 @@ class GenAR(Model):
         own = {name: value for name, value in settings.items() if name not in STRUCTURE}
         config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.counts))
+            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
         return cls(config, scales)
 
     def facts(self) -> dict:
