@@ -1,5 +1,7 @@
 """Spots that stay in files are the spots that memory would hold, and train what those would train."""
 
+from dataclasses import replace
+
 import anndata
 import h5py
 import numpy as np
@@ -19,7 +21,7 @@ from genar.streaming import CountFile, StoredSpots, StreamedLoader, count_moment
 from genar.training import TrainConfig, fit, make_spots, split_validation
 
 N_FEATURES, VIEWS, N_BATCHES = 6, 8, 7
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4}
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 ONE_EPOCH = TrainConfig(max_epochs=1, batch_size=16, warmup_steps=0, ema_decay=0)
 SAMPLED = [name for name in model_names() if model_class(name).sampled]
 WHOLE = Inputs(context_spots=(3, 6))
@@ -236,7 +238,8 @@ def test_of_many_spots_sums_are_of_all(kind, stored, held, monkeypatch):
     assert whole.weight.shape == ridge.weight.shape
     monkeypatch.setattr(streaming, "PREPARED_SPOTS", 40)
     torch.testing.assert_close(fitted("mean", spots).gene_mean, torch.log2(1 + held.counts.float()).mean(dim=0))
-    assert fitted("genar", spots).config.max_count > held.counts.max() - 1
+    wide = model_class("genar").create(N_FEATURES, look_at(ridge, spots), "small", {**TINY, "max_count": 0})
+    assert wide.config.max_count >= held.counts.max()  # also of a count that the sample lacks
 
 
 def test_validation_spots_are_no_training_spots(stored, held):
@@ -260,7 +263,7 @@ def plan(tissue, tissue_sections, tmp_path, monkeypatch):
     def made(out, **settings):
         train = {"max_epochs": 1, "batch_size": 16}
         own = {"encoder": "import:made", "features": tmp_path / "store", "n_genes": 20, "maps": False}
-        settings = Settings(model={**TINY, "max_count": 63}, train=train, decoding={"samples": 2}, **settings)
+        settings = Settings(model=TINY, train=train, decoding={"samples": 2}, **settings)
         return runs.TrainPlan(tissue, ("SIM2",), tmp_path / out, settings=settings, **own)
 
     return made
@@ -308,12 +311,13 @@ def contents(path):
 
 @pytest.mark.parametrize("name", ["genar", "ridge", "mean", "histogene"])
 def test_a_file_written_in_blocks_reads_as_one_written_whole(name, held, stores, panel, tissue_sections, tmp_path):
-    checkpoint = Checkpoint(name, fitted(name, held), panel, {}, {contract.TRAINING_MEAN: [1.0] * 20})
+    model = fitted(name, held, TrainConfig(max_epochs=0))
+    checkpoint = Checkpoint(name, model, panel, {}, {contract.TRAINING_MEAN: [1.0] * 20})
     section = tissue_sections[1]
     how = Decoding(checkpoint.model.decodings[0], samples=2, layers=("mean", "sd", "log1p_mean"))
     section.uns["spatial"] = {"SIM": {"images": {}, "scalefactors": {"spot_diameter_fullres": 4.0}}}
     features, whole, blocks = stored_of(section, stores), tmp_path / "whole.h5ad", tmp_path / "blocks.h5ad"
-    prediction.write_prediction(prediction.predict_section(checkpoint, section, features[:], how, batch_size=4), whole)
+    prediction.write_prediction(prediction.predict_section(checkpoint, section, features[:], how, batch_size=12), whole)
     seen = []
     prediction.predict_to_file(
         checkpoint,
@@ -359,3 +363,27 @@ def test_a_large_prediction_is_streamed_by_the_command(plan, tissue_sections, mo
         assert predicted.isbacked == (name == "blocks")
         made[name] = contents(path)
     assert made["whole"] == made["blocks"]
+
+
+# -- sections as training keeps them --------------------------------------------------------------------------------
+
+
+def test_training_keeps_of_a_section_what_it_needs(tissue_sections):
+    section = tissue_sections[0]
+    genes = list(section.var_names[5:9])
+    cut = contract.cut(section, genes)
+    np.testing.assert_array_equal(contract.counts(cut, genes), contract.counts(section, genes))
+    np.testing.assert_array_equal(contract.coords_px(cut), contract.coords_px(section))
+    assert contract.name(cut) == contract.name(section)
+    assert "spatial" in section.uns
+    assert list(cut.uns) == ["genar"]
+    assert contract.cut(cut, genes) is cut
+    with pytest.raises(InputError, match="1 of 2 panel genes missing"):
+        contract.cut(section, [genes[0], "NOSUCH"])
+
+
+def test_a_panel_from_a_file_leaves_nothing_else_in_memory(plan, tissue_sections, tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("\n".join(tissue_sections[0].var_names[:20]))
+    training, held_out, digests = runs._read(replace(plan("run"), panel=str(tmp_path / "list.txt")), lambda line: None)
+    assert [section.n_vars for section in (*training, *held_out)] == [20, 120]
+    assert digests == {contract.name(section): contract.digest(section) for section in tissue_sections}

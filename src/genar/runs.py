@@ -1,7 +1,6 @@
 """Whole runs: from a folder of sections to a scored prediction. One function a command; the command line only calls
 them."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import numpy as np
 import torch
 from anndata import AnnData
 from torch import Tensor
@@ -133,8 +131,9 @@ def train_run(
     cls.check_settings(plan.preset, model_settings)
     if (plan.out / "run.json").exists():
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
-    training, held_out = _read(plan, say)
+    training, held_out, digests = _read(plan, say)
     panel = _panel(plan, training, held_out, say)
+    training = [contract.cut(section, list(panel.genes)) for section in training]  # nobody looks at other genes now
     if sets is not None:
         model_settings["order"] = order_by_sets(panel.genes, sets)
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
@@ -169,7 +168,7 @@ def train_run(
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, how, checkpoint, sections, seen.stores, clock)
+    _write_run(plan, config, how, checkpoint, digests, seen.stores, clock)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
@@ -371,7 +370,9 @@ def _claim_resume(plan: TrainPlan) -> Path:
     return folder
 
 
-def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
+def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData], dict[str, str]]:
+    """Training and held-out sections, and the digest of each; of a training section the genes of the panel alone where
+    that is known already, so that memory never holds all genes of all."""
     refs = find_sections(plan.sections)
     refs = pick(refs, plan.only) if plan.only else refs
     held = pick(refs, plan.test)
@@ -381,19 +382,26 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
     train_ids, held_ids = (", ".join(ref.id for ref in part) or "none" for part in (kept, held))
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
     options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
-    training, held_out = ([ref.read(options) for ref in part] for part in (kept, held))
-    for section in (*training, *held_out):
+    genes = list(read_panel(plan.panel).genes) if Path(plan.panel).is_file() else None
+    training, held_out, digests = [], [], {}
+    for ref in (*kept, *held):
+        section = ref.read(options)
         if section.n_vars == 0:
             raise InputError(
                 f"section {contract.name(section)}: a slide without counts; train on sections that have them, and give "
                 "slides to `genar predict`"
             )
+        digests[contract.name(section)] = contract.digest(section)
+        if ref in held:
+            held_out.append(section)
+        else:
+            training.append(section if genes is None else contract.cut(section, genes))
     patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
     shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
     if shared:
         who = ", ".join(shared)
         say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
-    return training, held_out
+    return training, held_out, digests
 
 
 def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:
@@ -467,7 +475,7 @@ def _training_facts(
     }
 
 
-def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, clock) -> None:
+def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, digests, stores, clock) -> None:
     facts = {
         "command": " ".join(sys.argv),
         "genar_version": genar.__version__,
@@ -476,7 +484,7 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "train": asdict(config),
         "decoding": asdict(how),
         "seeds": {"training": config.seed, "prediction": how.seed},
-        "data": {contract.name(s): _hash_counts(s) for s in sections},
+        "data": digests,
         "panel_sha256": checkpoint.panel.sha256,
         "input": plan.input,
         "features": {name: [made[name].name for made in stores] for name in (stores[0] if stores else ())},
@@ -487,12 +495,3 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "peak_rss_mib": clock.peak_rss_mib(),
     }
     write_text(plan.out / "run.json", json.dumps(facts, indent=1) + "\n")
-
-
-def _hash_counts(section: AnnData) -> str:
-    """sha256 of names, coordinates and counts."""
-    digest = hashlib.sha256("\n".join((*section.obs_names, *section.var_names)).encode())
-    digest.update(contract.coords_px(section).tobytes())
-    for part in (section.X.indptr, section.X.indices, section.X.data):  # pyright: ignore
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()

@@ -58,7 +58,7 @@ class CountFile:
         self.path, self.n_genes = path, n_genes
 
     @classmethod
-    def write(cls, path: Path, sections: Sequence[AnnData], genes: Sequence[str]) -> "CountFile":
+    def write(cls, path: Path, sections: Iterable[AnnData], genes: Sequence[str]) -> "CountFile":
         """Of the ``genes`` of all sections, one after the other."""
         with replacing(path) as temporary, temporary.open("wb") as file:
             for section in sections:
