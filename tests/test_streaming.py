@@ -282,14 +282,16 @@ def test_a_streamed_run_scores_as_one_in_memory(plan, monkeypatch):
     assert not (streamed.outputs["checkpoint"].parent / "resume").exists()
 
 
-def test_a_damaged_store_is_refused_before_training(plan, monkeypatch, tmp_path):
+@pytest.mark.parametrize("section", ["SIM1", "SIM2"])
+def test_a_damaged_store_is_refused_before_training(plan, section, tmp_path):
     import zarr
 
-    (path,) = (tmp_path / "store").glob("SIM1-*.zarr")
+    (path,) = (tmp_path / "store").glob(f"{section}-*.zarr")
     zarr.open_group(path)["features"][7] = np.nan
-    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)
+    said = []
     with pytest.raises(InputError, match="NaN"):
-        runs.train_run(plan("run"), say=lambda line: None)
+        runs.train_run(plan("run"), say=said.append)
+    assert not any(line.startswith("training") for line in said)
 
 
 def contents(path):

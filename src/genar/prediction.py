@@ -46,12 +46,12 @@ def predict_section(
 ) -> AnnData:
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
-    ``features`` [N, views, F] are averaged over the views; a model that was trained on pixels takes ``patches`` uint8
-    [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy`` for GenAR by
-    default); ``layers`` (as far as the model has them) are of the distribution averaged over ``how.samples``
-    trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the checkpoint knows
-    them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
-    made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
+    ``features`` float32 [N, views, F], an array or ``StoredInputs``, are averaged over the views; a model that was
+    trained on pixels takes ``patches`` uint8 [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy``
+    for GenAR by default); ``layers`` (as far as the model has them) are of the distribution averaged over
+    ``how.samples`` trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the
+    checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how
+    it was made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
     """
     how = _checked(checkpoint, section, features, how)
     made = zip(*_blocks(checkpoint, section, features, how, patches, batch_size, progress), strict=True)

@@ -182,8 +182,6 @@ def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, fold
     if n_bytes <= streaming.IN_MEMORY_BYTES or not model_class(plan.model).sampled:
         parts = [make_spots(s, f[:], panel.genes, n_blocks=n_blocks) for s, f in zip(training, stored, strict=True)]
         return replace(Spots.join(parts), patches=seen.training_patches)
-    for part in stored:
-        part.check()  # damage shows before the long work
     places = Spots.join([make_spots(s, pixels.no_features(s.n_obs), n_blocks=n_blocks) for s in training])
     path = folder / (f"process{processes.rank()}" if processes.rank() else "") / "counts.i32"
     return StoredSpots(places, stored, CountFile.write(path, training, panel.genes))
@@ -344,6 +342,8 @@ def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
     stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
     named = {contract.name(section): section for section in sections}
     features = {n: StoredInputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
+    for one in features.values():
+        one.check()  # damage shows before the long work
     return _Seen(asdict(recipe) | asdict(inputs), features, stores)
 
 
