@@ -18,6 +18,7 @@ ROOMS = [
     "models",
     "batches",
     "resume",
+    "streaming",
     "training",
     "settings",
     "prediction",

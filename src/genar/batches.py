@@ -45,7 +45,7 @@ class Loader(abc.ABC):
     def __iter__(self) -> Iterator[Share]:
         start, self._start = self._start, 0
         self._n_given = start
-        random = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch()))
+        random = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch()))
         for number, (rows, view, weight) in enumerate(self._picks(random)):
             if number >= start:
                 self._n_given += 1
@@ -104,8 +104,9 @@ class SectionLoader(Loader):
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """Seed of what a process draws within one step of training; the first of an epoch is the epoch's."""
-    return (_epoch_seed(seed, epoch) + _STEP_SEEDS * step + _RANK_SEEDS * rank) % _N_SEEDS
+    return (epoch_seed(seed, epoch) + _STEP_SEEDS * step + _RANK_SEEDS * rank) % _N_SEEDS
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Seed of the order and the views of an epoch."""
     return seed * 100_003 + epoch

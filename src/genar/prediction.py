@@ -1,6 +1,6 @@
 """Checkpoint and section in, AnnData of counts out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,14 +14,17 @@ from torch import Tensor
 import genar
 from genar.data import contract
 from genar.data.files import replacing
+from genar.data.row_blocks import write_rows
 from genar.errors import InputError
 from genar.models import Counts, Decoding, Model
 from genar.models.checkpoint import Checkpoint
+from genar.streaming import Rows
 from genar.training import make_spots
 
 SAMPLES = 16
 LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95")
 _SPOTS_AT_ONCE = 64
+_BLOCK = 4096  # spots whose features are read, and whose counts are written, in one go
 
 
 def decoding(model: Model | type[Model], facts: Mapping) -> Decoding:
@@ -34,7 +37,7 @@ def decoding(model: Model | type[Model], facts: Mapping) -> Decoding:
 def predict_section(
     checkpoint: Checkpoint,
     section: AnnData,
-    features: np.ndarray,
+    features: Rows,
     how: Decoding | None = None,
     *,
     patches: Tensor | None = None,
@@ -43,49 +46,105 @@ def predict_section(
 ) -> AnnData:
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
-    ``features`` [N, views, F] are averaged over the views; a model that was trained on pixels takes ``patches`` uint8
-    [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy`` for GenAR by
-    default); ``layers`` (as far as the model has them) are of the distribution averaged over ``how.samples``
-    trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the checkpoint knows
-    them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how it was
-    made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
+    ``features`` float32 [N, views, F], an array or ``StoredInputs``, are averaged over the views; a model that was
+    trained on pixels takes ``patches`` uint8 [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy``
+    for GenAR by default); ``layers`` (as far as the model has them) are of the distribution averaged over
+    ``how.samples`` trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the
+    checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how
+    it was made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
     """
+    how = _checked(checkpoint, section, features, how)
+    made = zip(*_blocks(checkpoint, section, features, how, patches, batch_size, progress), strict=True)
+    x, layers = _as_written(*(Counts.join(parts) for parts in made))
+    predicted = _without_counts(checkpoint, section, how)
+    predicted.X = x
+    for name, values in layers.items():
+        predicted.layers[name] = values
+    return predicted
+
+
+def predict_to_file(
+    checkpoint: Checkpoint,
+    section: AnnData,
+    features: Rows,
+    path: Path,
+    how: Decoding | None = None,
+    *,
+    patches: Tensor | None = None,
+    batch_size: int = _SPOTS_AT_ONCE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """What :func:`predict_section` gives, written to an ``.h5ad`` block by block, whole or not at all: memory holds
+    ``_BLOCK`` spots of it. A model that takes a whole section at a time still needs its features and counts at once.
+    """
+    how = _checked(checkpoint, section, features, how)
+    blocks = _blocks(checkpoint, section, features, how, patches, batch_size, progress)
+    with replacing(path) as temporary:
+        write_rows(temporary, _without_counts(checkpoint, section, how), (_as_written(*block) for block in blocks))
+    return path
+
+
+def held_bytes(checkpoint: Checkpoint, section: AnnData, how: Decoding) -> int:
+    """What the prediction of a section takes in memory, about."""
+    return 4 * section.n_obs * len(checkpoint.panel.genes) * (1 + len(how.kept))
+
+
+def _checked(checkpoint: Checkpoint, section: AnnData, features: Rows, how: Decoding | None) -> Decoding:
     model = checkpoint.model
     how = how or decoding(model, {})
     if how.decode not in model.decodings:
         raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
+    if features.shape[0] != section.n_obs:
+        raise InputError(
+            f"section {contract.name(section)}: features of {features.shape[0]} spots, {section.n_obs} expected; embed "
+            "this very section"
+        )
+    return how
+
+
+def _blocks(
+    checkpoint: Checkpoint, section: AnnData, features: Rows, how: Decoding, patches: Tensor | None, size: int, progress
+) -> Iterator[tuple[Counts, Counts]]:
+    """Point counts and expectations of about ``_BLOCK`` spots after the other, predicted ``size`` at a time; of all at
+    once where the model's unit is the section."""
+    model, n_spots = checkpoint.model, section.n_obs
     expected = how if how.trajectories == how.samples else replace(how, decode="mean")
-    spots = make_spots(section, features, patches=patches)
-    if model.unit == "section":
-        batch_size = max(1, len(spots))
-    points, layers = [], []
-    for start in range(0, len(spots), batch_size):
-        batch = spots.batch(slice(start, start + batch_size))
-        with torch.inference_mode():
-            layers.append(model.predict(batch, expected))
-            points.append(layers[-1] if expected == how else model.predict(batch, replace(how, layers=())))
-        progress(min(start + batch_size, len(spots)), len(spots))
+    places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)
+    size = max(1, n_spots) if model.unit == "section" else size
+    per_block = -(-_BLOCK // size) * size
+    for first in range(0, n_spots, per_block):
+        rows = torch.arange(first, min(first + per_block, n_spots))
+        held = replace(places.rows(rows), features=torch.from_numpy(features[first : first + per_block]))
+        points, layers = [], []
+        for start in range(0, len(rows), size):
+            batch = held.batch(slice(start, start + size))
+            with torch.inference_mode():
+                layers.append(model.predict(batch, expected))
+                points.append(layers[-1] if expected == how else model.predict(batch, replace(how, layers=())))
+            progress(first + min(start + size, len(rows)), n_spots)
+        yield Counts.join(points), Counts.join(layers)
+
+
+def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:
+    """X and the layers of a prediction."""
+    layers = {name: values.float().numpy() for name, values in expected.layers.items()}
+    return sparse.csr_matrix(point.point.numpy().astype(np.int32)), layers
+
+
+def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding) -> AnnData:
+    """All of a prediction but X and layers."""
     made = {"model": checkpoint.name, **asdict(how), "layers": list(how.kept)}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
-    predicted = _as_anndata(section, checkpoint.panel.genes, Counts.join(points), Counts.join(layers), made)
-    for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
-        if column in checkpoint.training:
-            predicted.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)
-    return predicted
-
-
-def _as_anndata(section: AnnData, genes: tuple[str, ...], point: Counts, expected: Counts, made: dict) -> AnnData:
-    adata = AnnData(
-        sparse.csr_matrix(point.point.numpy().astype(np.int32)),
-        obs=pd.DataFrame(index=section.obs_names.copy()),
-        layers={name: values.float().numpy() for name, values in expected.layers.items()},
-    )
-    adata.var_names = list(genes)
+    var = pd.DataFrame(index=pd.Index(list(checkpoint.panel.genes)))
+    adata = AnnData(obs=pd.DataFrame(index=section.obs_names.copy()), var=var)
     adata.obsm[contract.SPATIAL] = contract.coords_px(section).copy()
     if "spatial" in section.uns:
         adata.uns["spatial"] = section.uns["spatial"]
     adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], "prediction": made}
+    for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
+        if column in checkpoint.training:
+            adata.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)
     return adata
 
 

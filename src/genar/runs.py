@@ -2,21 +2,22 @@
 them."""
 
 import contextlib
-import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import anndata
 import torch
 from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, machine, pixels, processes
+from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import LOCK, alone, json_ready, scratch_beside, write_text
@@ -29,22 +30,24 @@ from genar.export import format_of, write_export
 from genar.features import (
     FeatureRecipe,
     Inputs,
+    StoredInputs,
     default_store,
     embed_sections,
-    read_inputs,
     recipe_of,
 )
 from genar.genes import ORDERS, RECIPES, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
-from genar.prediction import decoding, predict_section, write_prediction
+from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
 from genar.report import maps
 from genar.report.index import write_report
 from genar.resume import RESUME_FILE
 from genar.settings import Settings
+from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
 from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
+STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
 
 
@@ -139,8 +142,9 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
-    training, held_out = _read(plan, say)
+    training, held_out, digests = _read(plan, say)
     panel = _panel(plan, training, held_out, say)
+    training = [contract.cut(section, list(panel.genes)) for section in training]  # nobody looks at other genes now
     if sets is not None:
         model_settings["order"] = order_by_sets(panel.genes, sets)
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
@@ -155,12 +159,11 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
     clock.lap(plan.input)
 
-    n_blocks = plan.inputs.n_blocks
-    parts = [make_spots(s, seen.features[contract.name(s)], panel.genes, n_blocks=n_blocks) for s in training]
-    spots = replace(Spots.join(parts), patches=seen.training_patches)
-    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes")
+    spots = _training_spots(plan, training, seen, panel, resume)
+    streamed = ", streamed from the feature stores" if isinstance(spots, StoredSpots) else ""
+    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
-    model = cls.create(spots.features.shape[2], spots, plan.preset, model_settings)
+    model = cls.create(spots.n_features, look_at(cls, spots), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
     if rank:
         return RunResult({}, {}, {})  # the first process writes and scores
@@ -176,7 +179,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
-    _write_run(plan, config, how, checkpoint, sections, seen.stores, clock)
+    _write_run(plan, config, how, checkpoint, digests, seen.stores, clock)
     shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
@@ -189,8 +192,21 @@ def tidy(out: Path) -> None:
         (out / LOCK).unlink(missing_ok=True)
 
 
+def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, folder: Path) -> AnySpots:
+    """All in memory where they fit or the model needs them so, else left in their files; counts then go to
+    ``folder``."""
+    n_blocks, stored = plan.inputs.n_blocks, [seen.features[contract.name(section)] for section in training]
+    n_bytes = 4 * sum(math.prod(part.shape) for part in stored)
+    if n_bytes <= streaming.IN_MEMORY_BYTES or not model_class(plan.model).sampled:
+        parts = [make_spots(s, f[:], panel.genes, n_blocks=n_blocks) for s, f in zip(training, stored, strict=True)]
+        return replace(Spots.join(parts), patches=seen.training_patches)
+    places = Spots.join([make_spots(s, pixels.no_features(s.n_obs), n_blocks=n_blocks) for s in training])
+    path = folder / (f"process{processes.rank()}" if processes.rank() else "") / "counts.i32"
+    return StoredSpots(places, stored, CountFile.write(path, training, panel.genes))
+
+
 def _predict_and_score(
-    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: Spots, held_out, seen: "_Seen", outputs, bar: Bar
+    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: AnySpots, held_out, seen: "_Seen", outputs, bar: Bar
 ) -> dict[str, dict[str, Scores]]:
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
     beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
@@ -239,6 +255,9 @@ def predict_run(
     its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
     of ``genar.export``.
 
+    A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
+    backed mode); the other formats are made in memory.
+
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
     trained on patches reads them from the slide; then no encoder is loaded.
     """
@@ -255,6 +274,9 @@ def predict_run(
         else:
             values, patches = _features_for(checkpoint, section, features or default_store(), weights, bar), None
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
+            if kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
+                predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
+                return anndata.read_h5ad(out, backed="r")
             predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
     if kind == "h5ad":
@@ -264,7 +286,9 @@ def predict_run(
     return predicted
 
 
-def _features_for(checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar) -> np.ndarray:
+def _features_for(
+    checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar
+) -> StoredInputs:
     """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
     encoder = encoders.load_encoder(recipe.encoder, weights=weights, precision=recipe.precision)
@@ -275,7 +299,7 @@ def _features_for(checkpoint: Checkpoint, section: AnnData, store: Path, weights
         )
     name = contract.name(section)
     paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
-    return read_inputs(paths, section, inputs)
+    return StoredInputs(paths, section, inputs)
 
 
 def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
@@ -316,7 +340,8 @@ class _Seen:
 
     facts: dict
     """for the checkpoint"""
-    features: dict[str, np.ndarray]
+    features: dict[str, Any]
+    """float32 [N, views, F], in memory or as :class:`~genar.features.StoredInputs`"""
     stores: list[dict[str, Path]] = field(default_factory=list)
     """section -> feature store, one for each patch width"""
     patches: dict[str, Tensor] = field(default_factory=dict)
@@ -333,7 +358,9 @@ def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
     inputs, store = plan.inputs, plan.features or default_store()
     stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
     named = {contract.name(section): section for section in sections}
-    features = {n: read_inputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
+    features = {n: StoredInputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
+    for one in features.values():
+        one.check()  # damage shows before the long work
     return _Seen(asdict(recipe) | asdict(inputs), features, stores)
 
 
@@ -360,7 +387,9 @@ def _claim_resume(plan: TrainPlan) -> Path:
     return folder
 
 
-def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
+def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData], dict[str, str]]:
+    """Training and held-out sections, and the digest of each; of a training section the genes of the panel alone where
+    that is known already, so that memory never holds all genes of all."""
     refs = find_sections(plan.sections)
     refs = pick(refs, plan.only) if plan.only else refs
     held = pick(refs, plan.test)
@@ -370,19 +399,26 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData]]:
     train_ids, held_ids = (", ".join(ref.id for ref in part) or "none" for part in (kept, held))
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
     options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
-    training, held_out = ([ref.read(options) for ref in part] for part in (kept, held))
-    for section in (*training, *held_out):
+    genes = list(read_panel(plan.panel).genes) if Path(plan.panel).is_file() else None
+    training, held_out, digests = [], [], {}
+    for ref in (*kept, *held):
+        section = ref.read(options)
         if section.n_vars == 0:
             raise InputError(
                 f"section {contract.name(section)}: a slide without counts; train on sections that have them, and give "
                 "slides to `genar predict`"
             )
+        digests[contract.name(section)] = contract.digest(section)
+        if ref in held:
+            held_out.append(section)
+        else:
+            training.append(section if genes is None else contract.cut(section, genes))
     patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
     shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
     if shared:
         who = ", ".join(shared)
         say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
-    return training, held_out
+    return training, held_out, digests
 
 
 def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:
@@ -414,9 +450,10 @@ def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
     return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
 
 
-def _baseline(name: str, spots: Spots, beside: Checkpoint) -> Checkpoint:
+def _baseline(name: str, spots: AnySpots, beside: Checkpoint) -> Checkpoint:
     """A closed-form model fitted on the same spots, panel and features."""
-    model = model_class(name).create(spots.features.shape[2], spots, "", {})
+    cls = model_class(name)
+    model = cls.create(spots.n_features, look_at(cls, spots), "", {})
     fit(model, spots, TrainConfig())
     return Checkpoint(name, model, beside.panel, beside.features, beside.training)
 
@@ -438,17 +475,16 @@ def _for_card(scores: dict[str, Scores], found: dict[str, dict]) -> dict[str, di
 
 
 def _training_facts(
-    plan: TrainPlan, config: TrainConfig, training, held_out, spots: Spots, summary: FitSummary
+    plan: TrainPlan, config: TrainConfig, training, held_out, spots: AnySpots, summary: FitSummary
 ) -> dict:
-    assert spots.counts is not None
-    counts = spots.counts.double()
+    mean, variance = count_moments(spots)
     return {
         "sections": [contract.name(s) for s in training],
         "held_out": [contract.name(s) for s in held_out],
         "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
         "n_spots": len(spots),
-        contract.TRAINING_MEAN: counts.mean(dim=0).tolist(),
-        contract.TRAINING_VARIANCE: counts.var(dim=0, correction=0).tolist(),
+        contract.TRAINING_MEAN: mean.tolist(),
+        contract.TRAINING_VARIANCE: variance.tolist(),
         "preset": plan.preset,
         "config": asdict(config),
         "best_epoch": summary.best_epoch,
@@ -456,7 +492,7 @@ def _training_facts(
     }
 
 
-def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, sections, stores, clock) -> None:
+def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, digests, stores, clock) -> None:
     facts = {
         "command": " ".join(sys.argv),
         "genar_version": genar.__version__,
@@ -465,7 +501,7 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "train": asdict(config),
         "decoding": asdict(how),
         "seeds": {"training": config.seed, "prediction": how.seed},
-        "data": {contract.name(s): _hash_counts(s) for s in sections},
+        "data": digests,
         "panel_sha256": checkpoint.panel.sha256,
         "input": plan.input,
         "features": {name: [made[name].name for made in stores] for name in (stores[0] if stores else ())},
@@ -476,12 +512,3 @@ def _write_run(plan: TrainPlan, config: TrainConfig, how: Decoding, checkpoint, 
         "peak_rss_mib": clock.peak_rss_mib(),
     }
     write_text(plan.out / "run.json", json.dumps(facts, indent=1) + "\n")
-
-
-def _hash_counts(section: AnnData) -> str:
-    """sha256 of names, coordinates and counts."""
-    digest = hashlib.sha256("\n".join((*section.obs_names, *section.var_names)).encode())
-    digest.update(contract.coords_px(section).tobytes())
-    for part in (section.X.indptr, section.X.indices, section.X.data):  # pyright: ignore
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()

@@ -25,7 +25,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from genar.batches import Loader, SectionLoader, Share, SpotLoader, step_seed
+from genar.batches import Loader, SectionLoader, Share, SpotLoader, epoch_seed, step_seed
 from genar.data import contract
 from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Counts, Decoding, Model, Spots
@@ -33,6 +33,7 @@ from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 from genar.processes import ALONE, Group
 from genar.resume import RESUME_FILE, Saver, WholeFiles, check_whole
+from genar.streaming import AnySpots, StoredSpots, StreamedLoader, look_at
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _OPTIMIZERS = {
@@ -176,7 +177,7 @@ class FitSummary:
 
 def fit(
     model: Model,
-    spots: Spots,
+    spots: AnySpots,
     config: TrainConfig,
     *,
     folder: Path | None = None,
@@ -186,6 +187,9 @@ def fit(
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
 
+    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.sampled``)
+    takes them all into memory.
+
     The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
     this function and leaves it with the same weights. ``folder`` takes a resume file after every epoch and every
     ``checkpoint_every_s``; a call that finds one there goes on from that very step. The same seed, data and machine
@@ -194,14 +198,17 @@ def fit(
     gone, ``StoppedError`` where SIGTERM or SIGINT came, once the resume file is written.
     """
     pl.seed_everything(config.seed, verbose=False)
+    if isinstance(spots, StoredSpots) and not model.sampled:
+        spots = spots.in_memory()
     if not model.gradient:
-        model.prepare(spots)
+        model.prepare(look_at(model, spots))
         model.eval()
         return FitSummary()
     if config.precision == "bf16" and not torch.cuda.is_available() and not cpu_has_bf16():
         warnings.warn("this CPU has no bf16 instructions: bf16 will be much slower than fp32 here", stacklevel=2)
     training, validation = split_validation(spots, config.validation_share)
-    model.prepare(training)  # the validation strip must not be known from here either
+    model.prepare(look_at(model, training))  # the validation strip must not be known from here either
+    validation = None if validation is None else look_at(model, validation)
     if config.max_epochs == 0:
         model.eval()
         return FitSummary()
@@ -248,7 +255,7 @@ def fit(
     return module.summary
 
 
-def split_validation(spots: Spots, share: float) -> tuple[Spots, Spots | None]:
+def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots | None]:
     """Training spots, and of each section one strip of ``share`` of its spots (``None`` at share 0).
 
     A strip and not scattered spots: neighbours look alike, and scattered ones would be half known.
@@ -283,7 +290,13 @@ class _Module(pl.LightningModule):
     """Joins a model to Lightning's loop."""
 
     def __init__(
-        self, model: Model, training: Spots, validation: Spots | None, config: TrainConfig, log, n_ranks: int = 1
+        self,
+        model: Model,
+        training: AnySpots,
+        validation: Spots | None,
+        config: TrainConfig,
+        log,
+        n_ranks: int = 1,
     ):
         super().__init__()
         self.model, self.config = model, config
@@ -301,8 +314,13 @@ class _Module(pl.LightningModule):
         least = min(n_rows, config.accumulate)
         self.n_parts = 1 if whole else max(least, count_parts(model, n_rows, config.memory_gib))
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> Loader | StreamedLoader:
         config, rank = self.config, self.global_rank
+        if isinstance(self._training, StoredSpots):
+            return StreamedLoader(
+                self._training, self.n_batches, self.n_parts, lambda: epoch_seed(config.seed, self.current_epoch),
+                rank, self.n_ranks,
+            )  # fmt: skip
         if self.model.unit == "section":
             return SectionLoader(self._training, config.seed, lambda: self.current_epoch, rank, self.n_ranks)
         return SpotLoader(

@@ -14,6 +14,7 @@ No other file spells a slot name. A section is an AnnData of N spots by all meas
 ===============================  ==================================================================
 """
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -127,17 +128,43 @@ def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
 
     Raises ``InputError`` naming the genes the section lacks.
     """
-    if genes is not None:
-        missing = [gene for gene in genes if gene not in adata.var_names]
-        if missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            raise InputError(
-                f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({shown}); "
-                "use a panel of genes that every section measures, or select it again with `genar panel`"
-            )
-        adata = adata[:, genes]
+    adata = adata if genes is None else _of_genes(adata, genes)
     x = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)  # pyright: ignore
     return np.rint(x).astype(np.int32)
+
+
+def _of_genes(adata: AnnData, genes: list[str]) -> AnnData:
+    missing = [gene for gene in genes if gene not in adata.var_names]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise InputError(
+            f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({shown}); "
+            "use a panel of genes that every section measures, or select it again with `genar panel`"
+        )
+    return adata[:, genes]
+
+
+def cut(adata: AnnData, genes: list[str]) -> AnnData:
+    """The section with those genes alone and without its images, as training keeps it; itself where it is that already.
+
+    Raises ``InputError`` naming the genes the section lacks.
+    """
+    if list(adata.var_names) == genes and SPATIAL not in adata.uns:
+        return adata
+    of_genes = _of_genes(adata, genes)
+    kept = AnnData(sparse.csr_matrix(of_genes.X), obs=adata.obs.copy())  # pyright: ignore
+    kept.var_names, kept.obsm[SPATIAL] = genes, adata.obsm[SPATIAL]
+    kept.uns[GENAR] = adata.uns[GENAR]
+    return kept
+
+
+def digest(adata: AnnData) -> str:
+    """sha256 of names, coordinates and counts."""
+    found = hashlib.sha256("\n".join((*adata.obs_names, *adata.var_names)).encode())
+    found.update(coords_px(adata).tobytes())
+    for part in (adata.X.indptr, adata.X.indices, adata.X.data):  # pyright: ignore
+        found.update(np.ascontiguousarray(part).tobytes())
+    return found.hexdigest()
 
 
 def check(adata: AnnData) -> None:

@@ -4,13 +4,14 @@ from genar.features.imports import find_file, import_features, import_recipe, re
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
 from genar.features.store import BATCH_SIZE, Busy, embed
-from genar.features.stored import read_features, read_inputs
+from genar.features.stored import StoredInputs, read_features, read_inputs
 
 __all__ = [
     "BATCH_SIZE",
     "Busy",
     "FeatureRecipe",
     "Inputs",
+    "StoredInputs",
     "default_store",
     "default_workers",
     "embed",

@@ -1,4 +1,4 @@
-"""Read stored features, as a model sees them."""
+"""Read stored features, as a model sees them: all of a section, or the rows that are asked for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +11,15 @@ from genar.data import contract
 from genar.errors import InputError
 from genar.features.recipe import Inputs
 
+_BLOCK = 4096  # spots that are looked through at a time
+
 
 def read_features(path: Path, section: AnnData) -> np.ndarray:
     """Features float32 [N, views, F] of the section's spots, in their order.
 
     Raises ``InputError`` where the store is damaged or its rows are not the section's spots.
     """
-    import zarr
-
-    try:
-        group = zarr.open_group(path, mode="r")
-        barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
-        features = np.asarray(group["features"][:], dtype=np.float32)  # pyright: ignore
-    except (KeyError, ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable feature store ({error}); delete it and embed again") from error
-    if barcodes != list(section.obs_names):
-        raise InputError(
-            f"{path}: its {len(barcodes)} rows are not the {section.n_obs} spots of section {contract.name(section)}; "
-            "delete the store and embed again"
-        )
-    if not np.isfinite(features).all():
-        raise InputError(f"{path}: holds NaN or infinite features; delete it and embed again")
-    return features
+    return _Store(path, section).read(slice(None))
 
 
 def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.ndarray:
@@ -40,21 +27,88 @@ def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.n
 
     The neighbours' mean is taken view by view. A section of fewer spots takes those there are; a lone spot itself.
     """
-    parts = [read_features(path, section) for path in paths]
-    if inputs.context_spots:
-        coords, own = contract.coords_um(section), parts[-1]
-        n_most = min(max(inputs.context_spots), len(coords) - 1)
-        nearest = KDTree(coords).query(coords, k=n_most + 1)[1].reshape(len(coords), -1)
-        others = _without_self(nearest)
-        for n in inputs.context_spots:
-            among = others[:, : min(n, n_most)] if n_most else np.arange(len(coords))[:, None]
-            parts.append(own[among].mean(axis=1))
-    return np.concatenate(parts, axis=2)
+    return StoredInputs(paths, section, inputs)[:]
 
 
-def _without_self(nearest: np.ndarray) -> np.ndarray:
-    """Neighbours [N, n] of [N, n + 1]; the spot itself need not come first where two lie at one place."""
-    others = np.empty((len(nearest), nearest.shape[1] - 1), dtype=int)
+class StoredInputs:
+    """What :func:`read_inputs` reads, left on disk: ``stored[a:b]`` and ``stored[rows]`` are float32 [n, views, blocks
+    F] of those spots alone, in memory and time of as many.
+
+    Raises ``InputError`` as :func:`read_features` does: where the rows are not the section's spots when it is made,
+    where values are damaged when they are read.
+    """
+
+    def __init__(self, paths: Sequence[Path], section: AnnData, inputs: Inputs):
+        self._stores = [_Store(path, section) for path in paths]
+        self._context = inputs.context_spots
+        self._near = _neighbours(contract.coords_um(section), max(inputs.context_spots)) if self._context else None
+        n_spots, views, width = self._stores[0].shape
+        self.shape = (n_spots, views, width * inputs.n_blocks)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        parts = [store.read(rows) for store in self._stores]
+        for n in self._context:
+            assert self._near is not None
+            among = self._near[rows, :n]
+            near, place = np.unique(among, return_inverse=True)
+            parts.append(self._stores[-1].read(near)[place.reshape(among.shape)].mean(axis=1))
+        return np.concatenate(parts, axis=2)
+
+    def check(self) -> None:
+        """Read every value once; ``InputError`` where one is damaged."""
+        for store in self._stores:
+            for first in range(0, len(self), _BLOCK):
+                store.read(slice(first, first + _BLOCK))
+
+
+class _Store:
+    """One store, opened."""
+
+    def __init__(self, path: Path, section: AnnData):
+        import zarr
+
+        self._path = path
+        try:
+            group = zarr.open_group(path, mode="r")
+            barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
+            self._values = group["features"]
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+        self.shape: tuple[int, int, int] = self._values.shape  # pyright: ignore
+        if barcodes != list(section.obs_names):
+            raise InputError(
+                f"{path}: its {len(barcodes)} rows are not the {section.n_obs} spots of section "
+                f"{contract.name(section)}; delete the store and embed again"
+            )
+
+    def read(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Features float32 [n, views, F] of a range of rows, or of rising ``rows``."""
+        if not isinstance(rows, slice) and len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        try:
+            values = self._values[rows] if isinstance(rows, slice) else self._values.oindex[rows]  # pyright: ignore
+            features = np.asarray(values, dtype=np.float32)
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+        if not np.isfinite(features).all():
+            raise InputError(f"{self._path}: holds NaN or infinite features; delete it and embed again")
+        return features
+
+    def _unreadable(self, error: Exception) -> InputError:
+        return InputError(f"{self._path}: not a readable feature store ({error}); delete it and embed again")
+
+
+def _neighbours(coords_um: np.ndarray, n: int) -> np.ndarray:
+    """For each spot its ``n`` nearest others [N, n], nearest first; all others where they are fewer, itself where there
+    are none."""
+    n_most = min(n, len(coords_um) - 1)
+    if n_most < 1:
+        return np.arange(len(coords_um))[:, None]
+    nearest = KDTree(coords_um).query(coords_um, k=n_most + 1)[1].reshape(len(coords_um), -1)
+    others = np.empty((len(nearest), n_most), dtype=int)
     for spot, row in enumerate(nearest):
-        others[spot] = row[row != spot][: nearest.shape[1] - 1]
+        others[spot] = row[row != spot][:n_most]  # the spot itself need not come first where two lie at one place
     return others

@@ -6,10 +6,10 @@ sequence length, D width, F feature width, V count classes, S sampled trajectori
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from genar.models.checkpoint import Checkpoint
 
 LN2 = math.log(2.0)
+PREPARED_SPOTS = 20_000
+"""of more training spots, a model that says so is prepared on a sample of this size"""
+_PART = 4096  # spots in a part of all
 
 
 @dataclass
@@ -58,6 +61,18 @@ class Batch:
         return [self.rows(rows) for rows in torch.arange(len(self.section)).split(sizes)]
 
 
+class AllSpots(Protocol):
+    """Training spots that may be more than memory holds."""
+
+    def parts(self) -> "Iterator[Spots]":
+        """All, one after the other, in parts that memory can hold."""
+        ...
+
+    def counts_by_part(self) -> Iterator[Tensor]:
+        """Their counts alone, int [n, G] each."""
+        ...
+
+
 @dataclass
 class Spots:
     """The spots of one or more sections in memory, all views kept."""
@@ -76,16 +91,45 @@ class Spots:
     """uint8 [P, crops, 3, px, px], upright, for models that take pixels; may lie in a file, so it is cut by no row"""
     patch_rows: Tensor | None = None
     """int64 [N]: where in ``patches`` a spot's lie; ``None``: in the order of the spots"""
+    sample_of: AllSpots | None = None
+    """all the training spots, where these are a sample of them"""
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @property
+    def n_features(self) -> int:
+        """F"""
+        return self.features.shape[2]
 
     def rows(self, rows: Tensor) -> "Spots":
         """Those spots alone; the patches stay where they are."""
         own = {name: t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "patches"}
         if self.patches is not None and self.patch_rows is None:
             own["patch_rows"] = torch.arange(len(self))
-        return replace(self, **{name: t[rows] for name, t in own.items()})
+        kept: dict[str, Any] = {name: t[rows] for name, t in own.items()}
+        return replace(self, **kept, sample_of=None)
+
+    def sample(self, n: int) -> "Spots":
+        """``n`` of the spots, the same every time, spread over all sections alike; themselves where they are no
+        more."""
+        return self if len(self) <= n else replace(self.rows(spread(len(self), n)), sample_of=self)
+
+    def parts(self) -> "Iterator[Spots]":
+        """All training spots, part by part: of a sample, those that it was drawn from."""
+        if self.sample_of is not None:
+            yield from self.sample_of.parts()
+        else:
+            yield from (self.rows(rows) for rows in torch.arange(len(self)).split(_PART))
+
+    def counts_by_part(self) -> Iterator[Tensor]:
+        """Counts alone [n, G] of all training spots, part by part."""
+        assert self.counts is not None
+        yield from self.counts.split(_PART) if self.sample_of is None else self.sample_of.counts_by_part()
+
+    def largest_counts(self) -> Tensor:
+        """[G]: of each gene over all training spots."""
+        return torch.stack([counts.amax(dim=0) for counts in self.counts_by_part()]).amax(dim=0)
 
     def batch(self, rows: Tensor | slice = slice(None), view: Tensor | None = None) -> Batch:
         """Spots as a batch: the mean of their views and the upright patches, or the given ``view`` [B] of each
@@ -109,7 +153,7 @@ class Spots:
     def join(parts: Sequence["Spots"]) -> "Spots":
         """Spots of several sections, one after the other, without their patches."""
         columns = {n: [getattr(part, n) for part in parts] for n in vars(parts[0]) if "patch" not in n}
-        joined = {n: torch.cat(c) for n, c in columns.items() if all(isinstance(t, Tensor) for t in c)}
+        joined: dict[str, Any] = {n: torch.cat(c) for n, c in columns.items() if all(isinstance(t, Tensor) for t in c)}
         return Spots(**joined, n_blocks=parts[0].n_blocks)
 
 
@@ -174,6 +218,9 @@ class Model(nn.Module, abc.ABC):
 
     gradient: ClassVar[bool] = True
     decodings: ClassVar[tuple[str, ...]] = ("mean",)
+    sampled: ClassVar[bool] = False
+    """whether it can be trained on more spots than memory holds: of more than ``PREPARED_SPOTS``, ``create`` and
+    ``prepare`` then see a sample, whose ``parts`` are all"""
     unit: ClassVar[str] = "spot"
     """what a batch holds: any ``spot``, or all spots of one ``section``, which may then attend to each other"""
     inputs: ClassVar[tuple[str, ...]] = ("features",)
@@ -294,6 +341,13 @@ class ClosedForm(Model):
     def from_facts(cls, facts: dict) -> "ClosedForm":
         """Inverse of :meth:`facts`."""
         return cls(facts["n_features"], facts["n_genes"])
+
+
+def spread(n_all: int, n: int) -> Tensor:
+    """int64 [n], rising: one of each of ``n`` equal runs of ``n_all`` rows, the same every time."""
+    edges = torch.arange(n + 1) * n_all // n
+    place = torch.rand(n, generator=torch.Generator().manual_seed(n_all), dtype=torch.float64)
+    return edges[:-1] + (place * (edges[1:] - edges[:-1])).long()
 
 
 def turned(x: Tensor, view: int) -> Tensor:

@@ -51,6 +51,7 @@ class Foundation(SpotRival):
     """Frozen features, a small residual network, and a softmax over counts for every gene."""
 
     config = FoundationConfig
+    sampled = True
     decodings = ("greedy", "mean")
     block = 16  # logits [spots, G, V] exist
     presets: ClassVar = {"small": {"width": 64, "max_count": 0}, "official": {}}
@@ -90,7 +91,7 @@ class Foundation(SpotRival):
         assert spots.counts is not None
         config = cls.configure(preset, settings)
         if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.counts))
+            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
         return cls(n_features, spots.counts.shape[1], config)
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -55,6 +55,7 @@ class GenAR(Model):
 
     decodings = DECODINGS
     input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
+    sampled = True
     order: Tensor
     inverse: Tensor
     first_gene: Tensor
@@ -424,7 +425,7 @@ class GenAR(Model):
         own = {name: value for name, value in settings.items() if name not in STRUCTURE}
         config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.counts))
+            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
         return cls(config, scales)
 
     def facts(self) -> dict:

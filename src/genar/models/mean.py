@@ -10,6 +10,7 @@ from genar.models._decoding import DEFAULT, Decoding
 class Mean(ClosedForm):
     """Predicts for every spot the mean over the training spots, gene by gene."""
 
+    sampled = True
     gene_mean: Tensor
 
     def __init__(self, n_features: int, n_genes: int):
@@ -19,7 +20,11 @@ class Mean(ClosedForm):
     def prepare(self, spots: Spots) -> None:
         """Take the mean of the training spots."""
         assert spots.counts is not None
-        self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
+        if spots.sample_of is None:
+            self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
+        else:
+            sums = [(log2p1(counts).double().sum(dim=0), len(counts)) for counts in spots.counts_by_part()]
+            self.gene_mean.copy_(torch.stack([total for total, _ in sums]).sum(dim=0) / sum(n for _, n in sums))
 
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """The same counts for every spot."""

@@ -20,6 +20,7 @@ _N_BLOCKS = 5
 class Ridge(ClosedForm):
     """Closed-form multi-output ridge with an intercept."""
 
+    sampled = True
     weight: Tensor
     intercept: Tensor
     feature_mean: Tensor
@@ -38,11 +39,13 @@ class Ridge(ClosedForm):
             self.register_buffer(name, torch.zeros(shape))
 
     def prepare(self, spots: Spots) -> None:
-        """Fit on the training spots, each with the mean of its views."""
-        assert spots.counts is not None
-        x, y = spots.features.mean(dim=1).double(), log2p1(spots.counts).double()
+        """Fit on the training spots, each with the mean of its views; of a sample the penalty alone is chosen, and all
+        are fitted."""
         self.penalty.fill_(choose_penalty(spots))
-        ((mean, scale, weight, intercept),) = _fit(x, y, [float(self.penalty)])
+        if spots.sample_of is None:
+            ((mean, scale, weight, intercept),) = _fit(*_inputs(spots), [float(self.penalty)])
+        else:
+            mean, scale, weight, intercept = _fit_parts(spots, float(self.penalty))
         for buffer, value in zip(
             (self.feature_mean, self.feature_scale, self.weight, self.intercept),
             (mean, scale, weight, intercept),
@@ -61,8 +64,7 @@ class Ridge(ClosedForm):
 
 def choose_penalty(spots: Spots) -> float:
     """The penalty of least squared error on training sections left out in turn (of one section: on strips of it)."""
-    assert spots.counts is not None
-    x, y = spots.features.mean(dim=1).double(), log2p1(spots.counts).double()
+    x, y = _inputs(spots)
     fold = folds(spots)
     errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for left_out in fold.unique():
@@ -71,6 +73,31 @@ def choose_penalty(spots: Spots) -> float:
             predicted = (x[outside] - mean) / scale @ weight + intercept
             errors[i] += (predicted - y[outside]).square().sum()
     return PENALTIES[int(errors.argmin())]
+
+
+def _inputs(spots: Spots) -> tuple[Tensor, Tensor]:
+    """Features [N, F] and log2(1 + count) [N, G], float64."""
+    assert spots.counts is not None
+    return spots.features.mean(dim=1).double(), log2p1(spots.counts).double()
+
+
+def _fit_parts(spots: Spots, penalty: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`_fit` gives, of all spots that ``spots`` are a sample of, by sums of products over their parts."""
+    around, height = (values.mean(dim=0) for values in _inputs(spots))  # products of what is nearly centred round less
+    n, n_spots = len(around), 0
+    joint, total = around.new_zeros(n, n + len(height)), around.new_zeros(n + len(height))
+    for part in spots.parts():
+        x, y = _inputs(part)
+        both = torch.cat([x - around, y - height], dim=1)
+        joint += both[:, :n].T @ both
+        total += both.sum(dim=0)
+        n_spots += len(both)
+    joint = joint - total[:n, None] * total / n_spots
+    scale = (joint.diagonal() / n_spots).clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    gram, target = joint[:, :n] / (scale[:, None] * scale), joint[:, n:] / scale[:, None]
+    weight = torch.linalg.solve(gram + penalty * torch.eye(n, dtype=gram.dtype), target)
+    return around + total[:n] / n_spots, scale, weight, height + total[n:] / n_spots
 
 
 def _fit(x: Tensor, y: Tensor, penalties):

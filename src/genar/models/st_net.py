@@ -55,6 +55,7 @@ class STNet(SpotRival):
     """One patch, one vector of expression: a linear layer on features, or DenseNet-121 end to end on patches."""
 
     config = STNetConfig
+    sampled = True
     inputs = INPUTS
     presets: ClassVar = {"small": {}, "official": {"input": "patches"}}
     # Published: SGD with momentum 0.9, rate 1e-6 on the whole network, no decay, batch 32, 50 epochs, no schedule. A

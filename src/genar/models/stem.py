@@ -144,6 +144,7 @@ class STEM(SpotRival):
     """Diffusion over the vector of gene values, conditioned on the features; predicts the mean of drawn vectors."""
 
     config = STEMConfig
+    sampled = True
     presets: ClassVar = {
         "small": {"width": 32, "depth": 2, "heads": 1, "mlp_ratio": 2.0, "standardise": True, "predicts": "start"},
         "official": {},
@@ -191,7 +192,7 @@ class STEM(SpotRival):
         """Set each gene's largest value, and means and scales of features and genes, if they are to be standardised."""
         assert spots.counts is not None
         target = log2p1(spots.counts)
-        self.gene_most.copy_(target.amax(dim=0))
+        self.gene_most.copy_(log2p1(spots.largest_counts()))
         if self.settings.standardise:
             super().prepare(spots)
             for buffer, value in zip((self.gene_mean, self.gene_scale), mean_and_scale(target), strict=True):
