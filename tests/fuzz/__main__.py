@@ -31,10 +31,14 @@ def main() -> int:
             return 0
         started = time.monotonic()
         findings, counts = run_all(names, seeds, work, 60 * asked.minutes, first=asked.first)
-    print(f"\n{'target':<14}{'cases':>8}{'refused':>9}{'accepted':>10}{'slowest s':>11}{'MiB more':>10}{'findings':>10}")
+    print(
+        f"\n{'target':<14}{'cases':>8}{'refused':>9}{'accepted':>10}{'slowest s':>11}{'MiB more':>10}{'findings':>10}"
+    )
     for name, count in counts.items():
         n = sum(finding.target == name for finding in findings)
-        print(f"{name:<14}{count.cases:>8}{count.refused:>9}{count.accepted:>10}{count.slowest_s:>11.1f}{count.largest_mib:>10.0f}{n:>10}")
+        print(
+            f"{name:<14}{count.cases:>8}{count.refused:>9}{count.accepted:>10}{count.slowest_s:>11.1f}{count.largest_mib:>10.0f}{n:>10}"
+        )
     kinds = collections.Counter(finding.what for finding in findings)
     total = sum(count.cases for count in counts.values())
     print(f"{total} cases in {time.monotonic() - started:.0f} s; findings: {dict(kinds) or 'none'}")

@@ -270,7 +270,13 @@ def bomb_hdf5(path: Path, rng: Random) -> None:
     """A dataset made ten thousand times as long, every value written, and compressed."""
     with h5py.File(path, "r+") as file:
         names = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in "iuf" else None)
+        file.visititems(
+            lambda name, item: (
+                names.append(name)
+                if isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in "iuf"
+                else None
+            )
+        )
         if not names:
             return
         name = rng.choice(names)
@@ -295,7 +301,12 @@ def change_tiff(path: Path, rng: Random) -> None:
         else:
             at, form = rng.choice(((0, "<H"), (2, "<H"), (4, "<I"), (8, "<I"), (8, "<I"), (8, "<I"), (8, "<H")))
             limit = 2 ** (16 if form == "<H" else 32)
-            struct.pack_into(form, data, entry + at, rng.choice((0, 1, 3, 7, 255, 256, 40_000, 65_535, 10**6, 2**31, 2**32 - 1)) % limit)
+            struct.pack_into(
+                form,
+                data,
+                entry + at,
+                rng.choice((0, 1, 3, 7, 255, 256, 40_000, 65_535, 10**6, 2**31, 2**32 - 1)) % limit,
+            )
     except (struct.error, ValueError):
         return change_bytes(path, rng)
     path.write_bytes(bytes(data))

@@ -122,7 +122,9 @@ class Child:
         self.pipe.close()
 
 
-def run_target(target: str, seeds: Path, work: Path, *, first: int, until: float, count: Count) -> tuple[list[Finding], int]:
+def run_target(
+    target: str, seeds: Path, work: Path, *, first: int, until: float, count: Count
+) -> tuple[list[Finding], int]:
     """Cases from ``first`` on until the clock says ``until``; the findings, and the next case."""
     found, case = [], first
     while time.monotonic() < until:
@@ -172,9 +174,10 @@ def run_all(names, seeds: Path, work: Path, seconds: float, *, first: int = 1, t
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0.5:
         share = min(turn_s, left / len(names))
-        for name in names:
+        for turn, name in enumerate(names):
+            until = time.monotonic() + min(share, (end - time.monotonic()) / (len(names) - turn))
             found, nexts[name] = run_target(
-                name, seeds, work / name, first=nexts[name], until=min(end, time.monotonic() + share), count=counts[name]
+                name, seeds, work / name, first=nexts[name], until=until, count=counts[name]
             )  # fmt: skip
             findings += found
             for finding in found:

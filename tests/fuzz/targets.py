@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import tifffile
 import torch
 from anndata import AnnData
@@ -28,9 +27,8 @@ from genar.features.recipe import FeatureRecipe
 from genar.features.store import new_store
 from genar.genes import read_aliases, read_gene_sets, read_panel
 from genar.models.checkpoint import load_checkpoint
-from genar.report.page import page_html
+from genar.report.index import write_report
 from genar.report.sections import check_sections
-from genar.report.subject import subjects
 
 _CHECKPOINT = Path(__file__).parent.parent / "data" / "checkpoint_format1"
 _IMAGES = ("*.tif", "*.png", "*.jpg")
@@ -68,7 +66,7 @@ def _predicted() -> AnnData:
 def _read(work: Path, **options) -> None:
     for ref in find_sections(work):
         section = ref.read(ReadOptions(**options))
-        contract.counts(section)
+        contract.counts(section, list(section.var_names[:200]))
         contract.picture(section)
 
 
@@ -79,8 +77,16 @@ def seed_hest(folder: Path) -> None:
     for name in ("st", "wsis", "metadata"):
         (folder / name).mkdir(parents=True)
     _section().write_h5ad(folder / "st" / "A1.h5ad")
-    tifffile.imwrite(folder / "wsis" / "A1.tif", np.full((400, 500, 3), 200, np.uint8), photometric="rgb", rowsperstrip=50)
-    row = {"pixel_size_um_estimated": 1.0, "inter_spot_dist": 60.0, "spot_diameter": 55.0, "patient": "P", "simulated": False}
+    tifffile.imwrite(
+        folder / "wsis" / "A1.tif", np.full((400, 500, 3), 200, np.uint8), photometric="rgb", rowsperstrip=50
+    )
+    row = {
+        "pixel_size_um_estimated": 1.0,
+        "inter_spot_dist": 60.0,
+        "spot_diameter": 55.0,
+        "patient": "P",
+        "simulated": False,
+    }
     (folder / "metadata" / "A1.json").write_text(json.dumps(row))
 
 
@@ -89,7 +95,13 @@ def seed_h5ad(folder: Path) -> None:
     adata.layers["counts"] = adata.X.tocsc()
     adata.X = np.log1p(adata.X.toarray())
     adata.raw = adata
-    adata.uns["genar"] = {"mpp": 1.0, "spot_diameter_um": 55.0, "pitch_um": 60.0, "patient": "P", "slide": "nowhere.tif"}
+    adata.uns["genar"] = {
+        "mpp": 1.0,
+        "spot_diameter_um": 55.0,
+        "pitch_um": 60.0,
+        "patient": "P",
+        "slide": "nowhere.tif",
+    }
     adata.write_h5ad(folder / "A1.h5ad", compression="gzip")
 
 
@@ -200,7 +212,12 @@ def enter_panels(work: Path) -> None:
     from genar.errors import InputError
 
     refusals = []
-    for name, read in {"panel.json": read_panel, "panel.txt": read_panel, "aliases.txt": read_aliases, "sets.gmt": read_gene_sets}.items():
+    for name, read in {
+        "panel.json": read_panel,
+        "panel.txt": read_panel,
+        "aliases.txt": read_aliases,
+        "sets.gmt": read_gene_sets,
+    }.items():
         try:
             read(work / name)
         except InputError as error:
@@ -210,7 +227,9 @@ def enter_panels(work: Path) -> None:
 
 
 def seed_settings(folder: Path) -> None:
-    facts = "width: 64\nlr: 0.001\nscales: [1, 4, 8]\nwidths_um: [112, 224]\nlayers: [mean]\norder: kmeans\ntop_p: 0.9\n"
+    facts = (
+        "width: 64\nlr: 0.001\nscales: [1, 4, 8]\nwidths_um: [112, 224]\nlayers: [mean]\norder: kmeans\ntop_p: 0.9\n"
+    )
     (folder / "config.yaml").write_text(facts)
 
 
@@ -275,7 +294,9 @@ def _known() -> AnnData:
 
 def seed_store(folder: Path) -> None:
     path = folder / "A1.zarr"
-    group = new_store(path, _known(), FeatureRecipe("import:x", "imported", views=1), 4, dtype="float32", rows_per_chunk=8)
+    group = new_store(
+        path, _known(), FeatureRecipe("import:x", "imported", views=1), 4, dtype="float32", rows_per_chunk=8
+    )
     group["features"][:] = np.ones((16, 1, 4), np.float32)
 
 
@@ -291,7 +312,10 @@ def seed_imports(folder: Path) -> None:
     with h5py.File(folder / "h5" / "A1.h5", "w") as file:
         file["features"], file["coords"] = features, (contract.coords_px(section) - 28).astype(int)
         file["barcodes"] = np.array(section.obs_names, "S")
-    torch.save({"features": torch.from_numpy(features), "coords": torch.from_numpy(contract.coords_px(section) - 28)}, folder / "pt" / "A1.pt")
+    torch.save(
+        {"features": torch.from_numpy(features), "coords": torch.from_numpy(contract.coords_px(section) - 28)},
+        folder / "pt" / "A1.pt",
+    )
     np.save(folder / "npy" / "A1.npy", features)
 
 
@@ -346,13 +370,14 @@ def seed_run(folder: Path) -> None:
     _predicted().write_h5ad(folder / "predictions" / "P1.h5ad")
     shutil.copy(_CHECKPOINT / "config.json", folder / "checkpoint" / "config.json")
     plan = {"sections": "nowhere", "mpp": None, "image": None, "bin_um": None}
-    (folder / "run.json").write_text(json.dumps({"plan": plan, "command": "train", "seeds": [1], "versions": {"torch": "2"}}))
+    (folder / "run.json").write_text(
+        json.dumps({"plan": plan, "command": "train", "seeds": [1], "versions": {"torch": "2"}})
+    )
     (folder / "metrics.json").write_text(json.dumps({"P1": {"genar": {"pcc_200": 0.5}}}))
 
 
 def enter_run(work: Path) -> None:
-    for subject in subjects(work):
-        page_html(subject)
+    write_report(work, work / "report.html", say=lambda line: None)
 
 
 TARGETS: dict[str, Target] = {

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genar.data.door import check_archive, door
 from genar.encoders.table import DEFAULT, EncoderRow
 from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
@@ -118,23 +119,16 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.suffix in _PICKLED:
         return _read_pickled(path)
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with door(path, "safetensors file"):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    import pickle
-
-    try:
+    with door(path, "file of PyTorch weights"):
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a dict of tensors, found something else; pass the weights alone")
     return state

@@ -8,6 +8,7 @@ from anndata import AnnData
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.door import check_zarr, door
 from genar.errors import InputError
 from genar.features.recipe import Inputs
 
@@ -19,12 +20,13 @@ def read_features(path: Path, section: AnnData) -> np.ndarray:
     """
     import zarr
 
-    try:
+    with door(path, "feature store", "delete it and embed again"):
+        check_zarr(path)
         group = zarr.open_group(path, mode="r")
         barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
         features = np.asarray(group["features"][:], dtype=np.float32)  # pyright: ignore
-    except (KeyError, ValueError, OSError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable feature store ({error}); delete it and embed again") from error
+        if features.ndim != 3 or len(features) != len(barcodes):
+            raise InputError(f"{path}: features of shape {features.shape}; delete it and embed again")
     if barcodes != list(section.obs_names):
         raise InputError(
             f"{path}: its {len(barcodes)} rows are not the {section.n_obs} spots of section {contract.name(section)}; "
