@@ -123,7 +123,10 @@ def change_yaml(path: Path, rng: Random) -> None:
         path.write_text(rng.choice(YAML_BOMBS) + (path.read_text(errors="replace") if rng.random() < 0.5 else ""))
         return
     try:
-        value = change_tree(yaml.safe_load(path.read_text(encoding="utf-8")), rng)
+        text = path.read_text(encoding="utf-8")
+        if "*" in text:  # a bomb, which would go off here
+            return change_bytes(path, rng)
+        value = change_tree(yaml.safe_load(text), rng)
         path.write_text(yaml.safe_dump(value, allow_unicode=True), encoding="utf-8")
     except (yaml.YAMLError, ValueError, RecursionError):
         change_bytes(path, rng)

@@ -24,7 +24,7 @@ SMALL_BYTES = 10_000_000
 _ROOM, _RATIO = 128 << 20, 200
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _LONGEST = 200  # characters of a library's own words
-# Exceptions of libraries that are none of Python's own kinds; looked up once something is raised, so nothing is imported.
+# Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
 _OF_LIBRARIES = (
     ("anndata._io.specs.registry", "IORegistryError"),
     ("openslide", "OpenSlideError"),
@@ -33,6 +33,7 @@ _OF_LIBRARIES = (
     ("safetensors", "SafetensorError"),
     ("shapely.errors", "ShapelyError"),
     ("tifffile", "TiffFileError"),
+    ("tokenize", "TokenError"),
     ("yaml", "YAMLError"),
     ("zipfile", "BadZipFile"),
 )
@@ -98,14 +99,14 @@ def check_hdf5(path: Path) -> None:
     refuse_large(path, "arrays", total, path.stat().st_size)
 
 
-def check_zarr(folder: Path) -> None:
+def check_zarr(folder: Path, advice: str = "is it complete?") -> None:
     """Refuse a Zarr group whose arrays say to be far larger than its files: by its metadata alone."""
     total = stored = 0
     for path in folder.rglob("*"):
         if path.is_file():
             stored += path.stat().st_size
             if path.name in ("zarr.json", ".zarray"):
-                total += _declared(read_json(path, "metadata of a Zarr array"))
+                total += _declared(read_json(path, "metadata of a Zarr array", advice))
     refuse_large(folder, "arrays", total, stored)
 
 
@@ -137,7 +138,7 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
 def open_bytes(path: Path, share: int = 1) -> io.BufferedReader:
     """As :func:`open_text`, as bytes; the ``share``-th part of the room."""
-    file = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    file = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
     return io.BufferedReader(_Limited(file, path, room(path.stat().st_size) // share), 1 << 16)
 
 
@@ -154,9 +155,8 @@ class _Limited(io.RawIOBase):
         n = self._file.readinto(buffer)
         self._n += n
         if self._n > self._limit and self._path.suffix == ".gz":
-            refuse_large(
-                self._path, "more than the text", room(self._path.stat().st_size) + 1, self._path.stat().st_size
-            )
+            size = self._path.stat().st_size
+            refuse_large(self._path, "text", room(size) + 1, size)
         return n
 
     def close(self) -> None:

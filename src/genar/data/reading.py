@@ -139,8 +139,8 @@ def looks_like_visium(adata) -> bool:
 
 
 def read_adata(path: Path) -> anndata.AnnData:
-    """Read an ``.h5ad``; ``InputError`` where it is none, is far larger unpacked than its size allows, or holds a sparse
-    matrix or slots of ``uns`` that are not sound (the code underneath trusts their indices, and would crash)."""
+    """Read an ``.h5ad``; ``InputError`` where it is none, is far larger unpacked than its size allows, or holds a
+    sparse matrix or slots of ``uns`` that are not sound (the code underneath trusts their indices, and would crash)."""
     with door(path, ".h5ad file"):
         check_hdf5(path)
         adata = anndata.read_h5ad(path)
@@ -161,6 +161,8 @@ def _check_uns(path: Path, adata: anndata.AnnData) -> None:
     told = adata.uns.get(contract.GENAR, {})
     if not isinstance(told, Mapping):
         raise InputError(f"{path}: uns['genar'] must be a mapping, found {type(told).__name__}")
+    if contract.SECTION in told:
+        contract.check_name(told[contract.SECTION])
     for key in (contract.MPP, contract.SPOT_DIAMETER_UM, contract.PITCH_UM):
         number(path, f"uns['genar']['{key}']", _plain(told.get(key)))
     spatial = adata.uns.get(contract.SPATIAL, {})

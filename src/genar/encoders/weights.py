@@ -9,6 +9,7 @@ from genar.data.door import check_archive, door
 from genar.encoders.table import DEFAULT, EncoderRow
 from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
+from genar.fetch.hub import hub_endpoint, verified
 
 _FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_vision.bin")
 _PICKLED = (".bin", ".pt", ".pth")
@@ -82,7 +83,8 @@ def _fetch(row: EncoderRow, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(row.hub_id, name))
+        hub_endpoint()
+        return verified(Path(hf_hub_download(row.hub_id, name)))
     except GatedRepoError as error:
         raise _refused(row) from error
     except (EntryNotFoundError, LocalEntryNotFoundError):

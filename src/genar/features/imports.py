@@ -159,7 +159,10 @@ def _array(value) -> np.ndarray:
 
 def _read_npy(file: Path) -> dict[str, np.ndarray]:
     with door(file, ".npy file of numbers"):
-        mapped = np.load(file, mmap_mode="r", allow_pickle=False)  # an array larger than its file is refused
+        try:
+            mapped = np.load(file, mmap_mode="r", allow_pickle=False)  # an array larger than its file is refused
+        except MemoryError as error:  # nothing is allocated: Python's parser says so of a head nested too deep
+            raise InputError(f"{file}: not a readable .npy file of numbers (its head is damaged)") from error
         if not isinstance(mapped, np.ndarray):
             raise InputError(f"{file}: expected an array (.npy), found an archive of arrays")
         return {"features": np.array(mapped)}

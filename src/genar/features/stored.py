@@ -21,7 +21,7 @@ def read_features(path: Path, section: AnnData) -> np.ndarray:
     import zarr
 
     with door(path, "feature store", "delete it and embed again"):
-        check_zarr(path)
+        check_zarr(path, "delete it and embed again")
         group = zarr.open_group(path, mode="r")
         barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
         features = np.asarray(group["features"][:], dtype=np.float32)  # pyright: ignore

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import genar
-from genar.data.door import door, read_json
+from genar.data.door import door, read_json, refuse_large
 from genar.data.files import replacing, write_text
 from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
@@ -172,7 +172,8 @@ def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
     """
     cls = model_class(str(facts["name"]))
     with _at_most(len(shapes), path), torch.device("meta"):
-        own = cls.from_facts(copy.deepcopy(facts["model"])).state_dict()
+        measured = cls.from_facts(copy.deepcopy(facts["model"]))
+    own = measured.state_dict()
     if set(own) != set(shapes):
         odd = sorted(set(own) ^ set(shapes))
         raise InputError(f"{path}: {len(odd)} tensors do not belong to the model of {CONFIG} (first: {odd[0]})")
@@ -181,6 +182,8 @@ def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
             raise InputError(
                 f"{path}: tensor {name} has shape {got}, {CONFIG} expects {expected}; copy the checkpoint again"
             )
+    # which position sees which: a byte a pair, some times over while it is made
+    refuse_large(path, "attention", 8 * sum(getattr(measured, "sizes", ())) ** 2, path.stat().st_size)
     return cls.from_facts(facts["model"])
 
 

@@ -85,7 +85,8 @@ class GenAR(Model):
                 steer.weight.zero_()
                 steer.bias.copy_(torch.cat([torch.ones(width), torch.zeros(width)]))
             self.film = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), steer)
-        self._lay_out()
+        if not self.start.is_meta:  # else it is only measured: there is nothing to lay out
+            self._lay_out()
 
     # -- the order of positions -------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ def _look_at_features(section: AnnData, store: Path | None, row: SectionReport) 
     for path in sorted(Path(store).glob(f"{contract.name(section)}-*.zarr")):
         try:
             with door(path, "feature store", "delete it and embed again"):
-                check_zarr(path)
+                check_zarr(path, "delete it and embed again")
                 group = zarr.open_group(path, mode="r")
                 spots = [str(name) for name in group["barcode"][:]]  # pyright: ignore
                 encoder = str(group.attrs["encoder"])

@@ -145,8 +145,8 @@ def _read_coordinates(path: Path, shape: tuple[int, int]) -> sparse.csr_matrix:
         n_rows, n_columns, n_values, form, *_ = mminfo(file)  # pyright: ignore
     if form != "coordinate" or (n_rows, n_columns) != shape:
         raise InputError(
-            f"{path}: {form} matrix of {n_rows} x {n_columns} for {shape[0]} features and {shape[1]} barcodes; are they "
-            "of one section?"
+            f"{path}: {form} matrix of {n_rows} x {n_columns} for {shape[0]} features and {shape[1]} barcodes; are "
+            "they of one section?"
         )
     refuse_large(path, "matrix", 16 * n_values, path.stat().st_size)
     with open_bytes(path) as file:
