@@ -23,6 +23,7 @@ from .mutate import change_folder, fresh
 from .targets import TARGETS
 
 SECONDS, BYTES = 10.0, 1 << 30
+_WORN = 77
 _ASLEEP = 60.0  # of the clock, where it waits for something rather than computes
 _GUARD = 3 << 30  # beyond this the system refuses: the machine must outlive a case
 
@@ -88,7 +89,10 @@ def _child(target: str, first: int, seeds: str, work: str, pipe) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     case = first
     while True:
-        damage = damaged(target, case, Path(seeds), Path(work))
+        try:
+            damage = damaged(target, case, Path(seeds), Path(work))
+        except MemoryError:  # what earlier cases left takes what this process may have
+            os._exit(_WORN)
         pipe.send(("start", case, damage))
         before, started = _forget_peak(), time.process_time()
         try:
@@ -105,7 +109,7 @@ class Child:
     """A running child and what it is at."""
 
     def __init__(self, target: str, first: int, seeds: Path, work: Path):
-        self.target, self.pipe = target, None
+        self.target, self.first = target, first
         self.pipe, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
         words = (target, first, str(seeds), str(work), theirs)
         self.process = multiprocessing.get_context("fork").Process(target=_child, args=words, daemon=True)
@@ -150,6 +154,8 @@ def _watch(child: Child, case: int, until: float, count: Count) -> tuple[list[Fi
             word, *facts = child.pipe.recv()
         except (EOFError, OSError):
             child.process.join()
+            if child.process.exitcode == _WORN and case > child.first:
+                return found, case
             return [*found, Finding(child.target, case, "crash", f"exit {child.process.exitcode}", damage)], case + 1
         if word == "start":
             case, damage = facts

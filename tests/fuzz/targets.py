@@ -134,7 +134,7 @@ def enter_spatialdata(work: Path) -> None:
     for ref in find_sections(work):
         section = ref.read(ReadOptions(mpp=0.6))
         if path := contract.slide_path(section):
-            _look(path)
+            _patches(path)
 
 
 def seed_check(folder: Path) -> None:

@@ -128,12 +128,12 @@ def check_archive(path: Path) -> None:
         refuse_large(path, "members", total, path.stat().st_size)
 
 
-def open_text(path: Path) -> io.TextIOWrapper:
+def open_text(path: Path, share: int = 2) -> io.TextIOWrapper:
     """Text, unpacked where the name ends in ``.gz``; ``InputError`` once more comes than a file of its size may hold.
 
-    Half of that room: as numbers, text takes more.
+    The ``share``-th part of that room: as numbers text takes twice its bytes, as short strings thirty times.
     """
-    return io.TextIOWrapper(open_bytes(path, share=2), encoding="utf-8")
+    return io.TextIOWrapper(open_bytes(path, share), encoding="utf-8")
 
 
 def open_bytes(path: Path, share: int = 1) -> io.BufferedReader:
@@ -156,7 +156,10 @@ class _Limited(io.RawIOBase):
         self._n += n
         if self._n > self._limit and self._path.suffix == ".gz":
             size = self._path.stat().st_size
-            refuse_large(self._path, "text", room(size) + 1, size)
+            raise InputError(
+                f"{self._path}: {size / 2**20:,.1f} MiB unpack to text of more than {self._limit / 2**20:,.0f} MiB; "
+                "expected a table of counts: is it damaged?"
+            )
         return n
 
     def close(self) -> None:
@@ -169,7 +172,7 @@ def read_json(path: Path, what: str, advice: str = "is it complete?") -> dict:
     with door(path, what, advice):
         facts = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     if not isinstance(facts, dict):
-        raise InputError(f"{path}: expected a JSON object ({what}), found {type(facts).__name__}")
+        raise InputError(f"{path}: expected a JSON object ({what}), found {type(facts).__name__}; {advice}")
     return facts
 
 

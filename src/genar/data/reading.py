@@ -153,6 +153,8 @@ def read_adata(path: Path) -> anndata.AnnData:
 def check_sparse(matrix) -> None:
     """Refuse a compressed matrix whose indices lead out of it. Raises ``ValueError``."""
     if sparse.issparse(matrix) and hasattr(matrix, "check_format"):
+        if (np.diff(matrix.indptr) < 0).any():  # where the last is 0, scipy looks at none
+            raise ValueError("the row or column starts of a sparse matrix must grow")
         matrix.check_format(full_check=True)
 
 

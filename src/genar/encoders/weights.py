@@ -1,6 +1,7 @@
 """Weights: from the package, a local file or folder, or the Hugging Face hub."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -127,10 +128,18 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
+def load_tensors(path: Path) -> Any:
+    """What a file of PyTorch holds: tensors and plain containers; no code of it is run, and it is not let grow."""
+    check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError as error:  # nothing was filled: a length in it, asked for at once, is larger than the memory
+        raise ValueError("a length in it is larger than the memory") from error
+
+
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     with door(path, "file of PyTorch weights"):
-        check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a dict of tensors, found something else; pass the weights alone")
     return state

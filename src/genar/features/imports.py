@@ -12,9 +12,10 @@ from anndata import AnnData
 from scipy.spatial import KDTree
 
 from genar.data import contract
-from genar.data.door import check_archive, check_hdf5, door
+from genar.data.door import check_hdf5, door
 from genar.data.files import replacing
 from genar.encoders import IMPORTED
+from genar.encoders.weights import load_tensors
 from genar.errors import InputError
 from genar.features.recipe import FeatureRecipe, store_path
 from genar.features.store import new_store
@@ -140,8 +141,7 @@ def _read_h5(file: Path) -> dict[str, np.ndarray]:
 
 def _read_pt(file: Path) -> dict[str, np.ndarray]:
     with door(file, "file of tensors"):
-        check_archive(file)
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = load_tensors(file)
     if isinstance(stored, torch.Tensor):
         stored = {"features": stored}
     if not isinstance(stored, dict):

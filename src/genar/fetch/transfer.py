@@ -127,6 +127,7 @@ def download(file: RemoteFile, target: Path, *, parts: Path, access: Access, tic
     What a broken transfer left in ``parts`` is gone on with. Raises ``InputError`` with one line where the source
     refuses, has no such file, states another size, sends other bytes, or cannot be reached after several tries.
     """
+    check_url(file.url)
     part = part_of(file, parts)
     parts.mkdir(parents=True, exist_ok=True)
     while True:
@@ -148,6 +149,7 @@ def download(file: RemoteFile, target: Path, *, parts: Path, access: Access, tic
 
 def read_json(url: str, access: Access, what: str) -> Any:
     """The JSON answer of ``url``; ``InputError`` as :func:`download` raises it."""
+    check_url(url)
     for pause in (*_PAUSES_S[:2], None):
         try:
             with _open(urllib.request.Request(url, headers=dict(access.headers)), what, access) as response:

@@ -183,7 +183,9 @@ def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
                 f"{path}: tensor {name} has shape {got}, {CONFIG} expects {expected}; copy the checkpoint again"
             )
     # which position sees which: a byte a pair, some times over while it is made
-    refuse_large(path, "attention", 8 * sum(getattr(measured, "sizes", ())) ** 2, path.stat().st_size)
+    sizes = getattr(measured, "sizes", ())
+    if isinstance(sizes, tuple):
+        refuse_large(path, "attention", 8 * sum(sizes) ** 2, path.stat().st_size)
     return cls.from_facts(facts["model"])
 
 

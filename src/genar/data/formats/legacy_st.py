@@ -89,33 +89,36 @@ def read_files(
 
 def _read_counts(path: Path) -> tuple[list[str], list[str], sparse.csr_matrix]:
     """Names of the spots as in the file, names of the genes, and the counts float32 [n, G]."""
-    spots, rows = [], []
+    rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with door(path, "table", "expected tab-separated text, perhaps .gz"), open_text(path) as file:
         genes = file.readline().rstrip("\r\n").split("\t")[1:]
         for line in file:
             if line.strip():
                 name, *cells = line.rstrip("\r\n").split("\t")
-                spots.append(name)
-                rows.append(_row_of_counts(path, name, cells, len(genes)))
-    if odd := [name for name in spots if not re.fullmatch(r"\d+x\d+", name)]:
-        raise InputError(f"{path}: expected rows named like 10x21, found {odd[0]!r}")
-    for kind, names in (("spot", spots), ("gene", genes)):
-        if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            raise InputError(f"{path}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
-    if not rows:
-        return [], genes, sparse.csr_matrix((0, len(genes)), dtype=np.float32)
-    return spots, genes, sparse.csr_matrix(sparse.vstack(rows, "csr"))
+                if name in rows:
+                    raise InputError(f"{path}: spot name {name!r} occurs more than once; make the spot names unique")
+                rows[name] = _row_of_counts(path, name, cells, len(genes))
+    if odd := next((name for name in rows if not re.fullmatch(r"\d+x\d+", name)), None):
+        raise InputError(f"{path}: expected rows named like 10x21, found {odd[:60]!r}")
+    if len(set(genes)) < len(genes):
+        twice = Counter(genes).most_common(1)[0][0]
+        raise InputError(f"{path}: gene name {twice!r} occurs more than once; make the gene names unique")
+    starts = np.cumsum([0, *(len(places) for places, _ in rows.values())])
+    places, values = (np.concatenate([part[i] for part in rows.values()]) if rows else np.empty(0) for i in (0, 1))
+    counts = sparse.csr_matrix((values.astype(np.float32), places, starts), shape=(len(rows), len(genes)))
+    return list(rows), genes, counts
 
 
-def _row_of_counts(path: Path, spot: str, cells: list[str], n_genes: int) -> sparse.csr_matrix:
-    """A spot's counts [1, G]."""
+def _row_of_counts(path: Path, spot: str, cells: list[str], n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The genes of a spot that have counts, and the counts."""
     if len(cells) != n_genes:
         raise InputError(f"{path}: spot {spot} has {len(cells)} counts for {n_genes} genes; is it complete?")
     try:
-        return sparse.csr_matrix(np.array(cells, dtype=np.float32)[None])
+        values = np.array(cells, dtype=np.float32)
     except ValueError as error:
         raise InputError(f"{path}: spot {spot}: {reason_of(error)}; expected a count in every cell") from error
+    places = np.flatnonzero(values).astype(np.int32)
+    return places, values[places]
 
 
 def _read_selection(path: Path) -> pd.DataFrame:

@@ -124,7 +124,7 @@ def _read_mtx(folder: Path):
         path = next((p for name in names for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
         if path is None:
             raise InputError(f"{folder}: expected {names[0]}.gz or {names[0]}, found neither; copy the folder again")
-        with open_text(path) as file:
+        with open_text(path, share=32) as file:
             return [line.rstrip("\r\n").split("\t") for line in file]
 
     with door(folder, "10x matrix folder"):
