@@ -174,7 +174,7 @@ def _check_uns(path: Path, adata: anndata.AnnData) -> None:
             raise InputError(
                 f"{path}: uns['spatial'] must hold images and scalefactors of each library, as scanpy has it"
             )
-        for key, value in parts[1].items():
+        for key, value in dict(parts[-1]).items():
             if key in ("spot_diameter_fullres", "microns_per_pixel") or key.endswith("_scalef"):
                 number(path, f"scalefactor {key}", _plain(value))
 

@@ -251,6 +251,7 @@ def _refuse_truncated_tiff(path: Path) -> None:
 
     size, end = path.stat().st_size, 0
     with door(path, "TIFF", "is it complete, and an image?"), tifffile.TiffFile(path) as tiff:
+        page: Any
         for number, page in enumerate(tiff.pages):
             if number >= _MAX_PAGES or page.tilewidth * page.tilelength > _MAX_TILE_PX:
                 raise InputError(
