@@ -1,5 +1,7 @@
 """Damage files: structure by structure where the form is known, else byte by byte."""
 
+# ruff: noqa: E501
+
 import gzip
 import json
 import math

@@ -154,7 +154,7 @@ def enter_check(work: Path) -> None:
 def _pixels() -> np.ndarray:
     """Glass with a rough pink square on it, which passes for tissue."""
     image = np.full((600, 700, 3), 240, np.uint8)
-    image[40:560, 40:660] = (205, 120, 180) + np.random.default_rng(0).integers(-40, 40, (520, 620, 1))
+    image[40:560, 40:660] = np.array([205, 120, 180]) + np.random.default_rng(0).integers(-40, 40, (520, 620, 1))
     return image
 
 
@@ -240,13 +240,31 @@ def enter_settings(work: Path) -> None:
     train_config_from_dict(found.train, "default")
 
 
+RECIPE = """
+title: x
+sections: [A1, A2]
+patients: {A1: P}
+panel: genes.txt
+encoder: efficientnet_lite0
+seeds: [1, 2]
+protocol: section
+held_out: [A1]
+k: 5
+n_genes: 20
+methods:
+  - {name: one, model: genar, set: {width: 64, scales: [20]}, held_out: [A1]}
+  - {name: two, model: ridge}
+compare:
+  - [one, two]
+tables: {main: [one], second: {rows: {a: one}, paper: '1'}}
+figure: {genes: [A], methods: [one], section: A1}
+groups: {genes: a.txt, groups: b.json}
+paper: '1'
+"""
+
+
 def seed_recipe(folder: Path) -> None:
-    (folder / "recipe.yaml").write_text(
-        "title: x\nsections: [A1, A2]\npatients: {A1: P}\npanel: genes.txt\nencoder: efficientnet_lite0\nseeds: [1, 2]\nprotocol: section\n"
-        "held_out: [A1]\nk: 5\nn_genes: 20\nmethods:\n  - {name: one, model: genar, set: {width: 64, scales: [20]}, held_out: [A1]}\n"
-        "  - {name: two, model: ridge}\ncompare:\n  - [one, two]\ntables: {main: [one], second: {rows: {a: one}, paper: '1'}}\n"
-        "figure: {genes: [A], methods: [one], section: A1}\ngroups: {genes: a.txt, groups: b.json}\npaper: '1'\n"
-    )
+    (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "genes.txt").write_text("A\nB\n")
 
 
