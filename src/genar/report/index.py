@@ -13,7 +13,6 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from genar.data import contract
-from genar.data.door import door
 from genar.data.files import write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
@@ -59,11 +58,7 @@ def write_report(
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out}: expected a name that ends in .html")
-    with door(source, "prediction or training run", "predict or train again"):
-        return _write(Path(source), out, truth, gene, say, bar)
-
-
-def _write(source: Path, out: Path, truth, gene: str, say: Callable[[str], None], bar: Bar) -> dict[str, Path]:
+    source = Path(source)
     runs = _runs(source) if source.is_dir() and not is_run(source) else {}
     if source.is_dir() and not runs and not is_run(source):
         raise InputError(f"{source}: no training run in it (no run.json); expected a run, a folder of runs or an .h5ad")

@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from genar.data import contract, find_sections, options_for, pick, read_section, reading
-from genar.data.door import read_json
+from genar.data.door import door, read_json
 from genar.errors import InputError
 from genar.evaluation import align, intervals, score_aligned
 from genar.genes import Scales
@@ -88,6 +88,11 @@ def is_run(path: Path) -> bool:
 
 
 def _subject(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
+    with door(path, "prediction of a run", "a record of it is malformed: predict or train again"):
+        return _made_of(path, truth, home)
+
+
+def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
     predicted = _read(path)
     subject = Subject(predicted)
     if home is not None:
