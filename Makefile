@@ -1,12 +1,13 @@
 # make demo   sets everything up and runs the main job on simulated tissue
 # make test   sets everything up and passes the tests
 # make lint   ruff and pyright
+# make audit  asks the public lists of known faults for what is installed (needs a network)
 # make docs   builds the pages into docs/_build/html; a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint audit docs clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+audit: $(VENV)/.package
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	$(BIN)/pip-audit --skip-editable
 
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html

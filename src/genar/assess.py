@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from genar.data import contract
+from genar.data import contract, reading
 from genar.data.files import json_ready, write_text
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
@@ -77,12 +77,7 @@ def evaluate_run(
 
 def read_prediction(path: Path) -> AnnData:
     """Any method's prediction; ``InputError`` where it is not a readable ``.h5ad``."""
-    import anndata
-
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+    return reading.read_adata(path)
 
 
 def _same_genes(

@@ -2,12 +2,15 @@
 inputs."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from genar.data.door import door
+from genar.data.yaml_text import load_yaml
 from genar.errors import InputError
 from genar.features import Inputs
 from genar.models import Decoding, model_class
@@ -30,24 +33,18 @@ def read_settings(config: Path | None, assignments: Sequence[str], model: str = 
     A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``. Raises ``InputError``
     naming one that is none of them, or a value of another type.
     """
-    import yaml
-
     settings: dict = {}
     if config is not None:
-        try:
-            settings = yaml.safe_load(config.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{config}: not readable YAML ({error})") from error
+        with door(config, "YAML file", "expected lines of the form key: value"):
+            settings = load_yaml(config.read_text(encoding="utf-8")) or {}
         if not isinstance(settings, dict):
             raise InputError(f"{config}: expected lines of the form key: value, found {type(settings).__name__}")
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set {text}: expected KEY=VALUE")
-        try:
-            settings[key.strip()] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {text}: the value is not readable ({error})") from error
+        with door(f"--set {text}", "value", "expected KEY=VALUE"):
+            settings[key.strip()] = _number(load_yaml(value))
     kinds = {"model": model_class(model).settings_types()}
     kinds |= {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
     sorted_out: dict[str, dict] = {owner: {} for owner in kinds}
@@ -87,8 +84,9 @@ def _fit_type(key: str, value, kind):
         values = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(_fit_type(key, v, element) for v in values)
     value = _number(value) if kind is float else value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"setting {key}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        found = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}…"
+        raise InputError(f"setting {key}: expected {getattr(kind, '__name__', kind)}, found {found}")
     return value

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from genar import encoders
 from genar.data.datasets import DATASETS, dataset
+from genar.data.door import door
+from genar.data.yaml_text import load_yaml
 from genar.errors import InputError
 from genar.evaluation.protocol import PROTOCOLS
 from genar.genes import RECIPES as PANEL_RECIPES
@@ -136,6 +138,11 @@ def read_recipe(name: str) -> Recipe:
     an encoder or a setting that does not exist.
     """
     path, facts = _read_yaml(name)
+    with door(path, "recipe", "compare it with one that comes with the package"):
+        return _recipe(path, facts)
+
+
+def _recipe(path: Path, facts) -> Recipe:
     if not isinstance(facts, dict) or set(facts) - _FIELDS or not {"sections", "datasets"} & set(facts):
         wrong = sorted(set(facts) - _FIELDS) if isinstance(facts, dict) else type(facts).__name__
         raise InputError(
@@ -158,17 +165,13 @@ def read_recipe(name: str) -> Recipe:
 
 
 def _read_yaml(name: str) -> tuple[Path, object]:
-    import yaml
-
     path = Path(name)
     if not path.is_file():
         path = next((p for p in shipped() if p.name == f"{path.stem}.yaml"), path)
     if not path.is_file():
         raise InputError(f"recipe {name}: no such file; recipes of the package are {', '.join(recipe_names())}")
-    try:
-        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable YAML ({error})") from error
+    with door(path, "YAML file"):
+        return path, load_yaml(path.read_text(encoding="utf-8"))
 
 
 def _keys(path: Path, what: str, entry, known: set[str], needed: set[str]) -> dict:

@@ -1,17 +1,16 @@
 """Score the runs of a plan: every method of a section sees the same resamples of its spots, differences are paired."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from genar.bench.plan import Plan, Run
-from genar.data import contract
+from genar.data import contract, reading
+from genar.data.door import read_json
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
 
@@ -86,7 +85,7 @@ def _by_section(runs: Iterable[Run]) -> dict[Key, list[Run]]:
 
 def read_run(run: Run, section: str) -> AnnData:
     """The prediction of a finished run for one of its held-out sections."""
-    return anndata.read_h5ad(run.plan.out / "predictions" / f"{section}.h5ad")
+    return reading.read_adata(run.plan.out / "predictions" / f"{section}.h5ad")
 
 
 def expected_log2(predicted: AnnData, run: Run) -> np.ndarray:
@@ -113,7 +112,7 @@ def _coverage(predicted: AnnData, counts: np.ndarray) -> float:
 
 def _facts(run: Run) -> Mapping:
     """A row of ``runs.csv``."""
-    told = json.loads((run.plan.out / "run.json").read_text())
+    told = read_json(run.plan.out / "run.json", "record of a run", "delete the folder and run again")
     seconds = told.get("seconds", {})
     stores = sorted({name for names in told.get("features", {}).values() for name in names})
     return {

@@ -34,6 +34,8 @@ MPP_BY, COUNTS_FROM, NOTE = "mpp_by", "counts_from", "note"
 MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
 # Columns of a prediction's var: each gene's counts over the training spots.
 TRAINING_MEAN, TRAINING_VARIANCE = "training_mean", "training_variance"
+_NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:")
+_DENSE_AT_ONCE = 1 << 22  # values
 
 
 def new_section(
@@ -54,9 +56,13 @@ def new_section(
 
     Raises ``InputError`` as :func:`check` does.
     """
+    check_name(section)
     if adata.X is None:
         raise InputError(f"section {section}: X is missing; expected raw counts in X or in layers['counts']")
-    adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+    for what, value in (("pixel size", mpp), ("spot diameter", spot_diameter_um), ("pitch", pitch_um)):
+        if not (1e-3 <= value <= 1e3 if what == "pixel size" else 0 <= value <= 1e6):
+            raise InputError(f"section {section}: a {what} of {value} um cannot be right; pass --mpp, or mend the file")
+    adata.X = _as_csr(adata.X)
     adata.uns[GENAR] = {
         SECTION: section,
         SLIDE: str(slide),
@@ -72,6 +78,22 @@ def new_section(
     check(adata)
     adata.obs[LIBRARY_SIZE] = np.asarray(adata.X.sum(axis=1)).ravel().astype(np.int64)
     return adata
+
+
+def _as_csr(x) -> sparse.csr_matrix:
+    """Counts as csr float32. A dense matrix goes some rows at a time: its indices take four times its own memory."""
+    if sparse.issparse(x):
+        return sparse.csr_matrix(x, dtype=np.float32)
+    rows = max(1, _DENSE_AT_ONCE // max(1, x.shape[1]))
+    blocks = [sparse.csr_matrix(x[i : i + rows], dtype=np.float32) for i in range(0, x.shape[0], rows)]
+    return sparse.csr_matrix(sparse.vstack(blocks, "csr")) if blocks else sparse.csr_matrix(x.shape, dtype=np.float32)
+
+
+def check_name(section: object) -> None:
+    """Refuse an id that is no name of a file: results are written under it. Raises ``InputError``."""
+    if not isinstance(section, str) or _NO_NAME.search(section) or section.strip(". ") == "" or len(section) > 200:
+        shown = str(section)[:60]
+        raise InputError(f"section {shown!r}: its id must be a plain name, without / \\ : or line ends; rename it")
 
 
 def name(adata: AnnData) -> str:

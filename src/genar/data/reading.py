@@ -1,14 +1,18 @@
 """What the readers of all formats share: their options, the pixel size of a section and its image."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
+from scipy import sparse
 from scipy.spatial import KDTree
 
+from genar.data import contract
+from genar.data.door import check_hdf5, door, number
 from genar.data.slide import image_mpp
 from genar.errors import InputError
 
@@ -136,11 +140,52 @@ def looks_like_visium(adata) -> bool:
 
 
 def read_adata(path: Path) -> anndata.AnnData:
-    """Read an ``.h5ad``; ``InputError`` where it is none."""
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+    """Read an ``.h5ad``; ``InputError`` where it is none, is far larger unpacked than its size allows, or holds a
+    sparse matrix or slots of ``uns`` that are not sound (the code underneath trusts their indices, and would crash)."""
+    with door(path, ".h5ad file"):
+        check_hdf5(path)
+        adata = anndata.read_h5ad(path)
+        for matrix in (adata.X, *adata.layers.values(), adata.raw.X if adata.raw is not None else None):
+            check_sparse(matrix)
+        _check_uns(path, adata)
+        return adata
+
+
+def check_sparse(matrix) -> None:
+    """Refuse a compressed matrix whose indices lead out of it. Raises ``ValueError``."""
+    if sparse.issparse(matrix) and hasattr(matrix, "check_format"):
+        if (np.diff(matrix.indptr) < 0).any():  # where the last is 0, scipy looks at none
+            raise ValueError("the row or column starts of a sparse matrix must grow")
+        matrix.check_format(full_check=True)
+
+
+def _check_uns(path: Path, adata: anndata.AnnData) -> None:
+    """Refuse slots of ``uns`` that are not what GenAR and scanpy put there."""
+    told = adata.uns.get(contract.GENAR, {})
+    if not isinstance(told, Mapping):
+        raise InputError(f"{path}: uns['genar'] must be a mapping, found {type(told).__name__}")
+    if contract.SECTION in told:
+        contract.check_name(told[contract.SECTION])
+    for key in (contract.MPP, contract.SPOT_DIAMETER_UM, contract.PITCH_UM):
+        number(path, f"uns['genar']['{key}']", _plain(told.get(key)))
+    spatial = adata.uns.get(contract.SPATIAL, {})
+    libraries: Iterable[Any] = spatial.values() if isinstance(spatial, Mapping) else ()
+    for library in libraries:
+        parts: list[Any] = [0]
+        if isinstance(library, Mapping):
+            parts = [library.get(part, {}) for part in ("images", "scalefactors")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise InputError(
+                f"{path}: uns['spatial'] must hold images and scalefactors of each library, as scanpy has it"
+            )
+        for key, value in dict(parts[-1]).items():
+            if key in ("spot_diameter_fullres", "microns_per_pixel") or key.endswith("_scalef"):
+                number(path, f"scalefactor {key}", _plain(value))
+
+
+def _plain(value):
+    """A NumPy scalar as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def keep_raw_counts(adata) -> str:

@@ -6,18 +6,24 @@ Pyramids are read through OpenSlide, tile by tile; plain TIFF, JPEG and PNG are 
 
 import abc
 import contextlib
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from genar.data.door import SMALL_BYTES, door
 from genar.errors import InputError
 
 WHITE = 255
 # Above this a plain (not pyramidal) image no longer fits comfortably in memory as RGB: 6 GB.
 _MAX_PLAIN_PX = 2_000_000_000
+# What a file may say of its size, px a byte: blank glass in JPEG takes a byte for 40. More takes minutes.
+_PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 80_000_000
+_MAX_PAGES, _MAX_TILE_PX, _MAX_PATCH_PX = 1000, 1 << 25, 1 << 15
 _BLOCK_PX = 1024  # slides are looked through in blocks this wide
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs"}
 
@@ -68,6 +74,10 @@ class Slide(abc.ABC):
 
         Cut at whole pixels, as HEST's patches are: ``round(width_px)`` wide, from ``floor(center - half)``.
         """
+        if not 0 <= width_px <= _MAX_PATCH_PX:
+            raise InputError(
+                f"{self.path}: a patch of {width_px:g} px; expected at most {_MAX_PATCH_PX}: is --mpp right?"
+            )
         size = max(1, round(width_px))
         corner = tuple(int(np.floor(float(c) - size // 2)) for c in center_px)
         region = self._region(corner, (size, size), size / out_px)
@@ -177,11 +187,12 @@ def _open_pyramid(path: Path) -> Slide | None:
     if path.suffix.lower() in _TIFF_SUFFIXES:
         _refuse_truncated_tiff(path)
     try:
-        return _PyramidSlide(path, openslide.OpenSlide(str(path)))
-    except openslide.OpenSlideUnsupportedFormatError:
-        return None
-    except openslide.OpenSlideError as error:
-        raise InputError(f"{path}: OpenSlide cannot read it ({error}); is the file complete?") from error
+        with door(path, "slide", "OpenSlide cannot read it: is the file complete?"):
+            return _PyramidSlide(path, openslide.OpenSlide(str(path)))
+    except InputError as error:
+        if isinstance(error.__cause__, openslide.OpenSlideUnsupportedFormatError):
+            return None
+        raise
 
 
 @dataclass(frozen=True)
@@ -236,24 +247,29 @@ def image_mpp(path: str | Path) -> float | None:
 
 
 def _refuse_truncated_tiff(path: Path) -> None:
-    import struct
-
     import tifffile
 
-    size = path.stat().st_size
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            ends = [
-                offset + length
-                for page in tiff.pages
-                for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False)
-            ]
-    except (tifffile.TiffFileError, struct.error, ValueError, IndexError, KeyError) as error:
-        raise InputError(f"{path}: not a readable TIFF ({error}); is it complete, and an image?") from error
-    if not ends or max(ends) > size:
-        raise InputError(
-            f"{path}: truncated TIFF: expected {max(ends, default=1):,} bytes, found {size:,}; copy it again"
-        )
+    size, end = path.stat().st_size, 0
+    with door(path, "TIFF", "is it complete, and an image?"), tifffile.TiffFile(path) as tiff:
+        page: Any
+        for number, page in enumerate(tiff.pages):
+            if number >= _MAX_PAGES or page.tilewidth * page.tilelength > _MAX_TILE_PX:
+                raise InputError(
+                    f"{path}: page {number} has tiles of {page.tilewidth} x {page.tilelength} px; expected at most "
+                    f"{_MAX_PAGES} pages, and tiles below {_MAX_TILE_PX:,} px; is it damaged?"
+                )
+            refuse_endless(path, page.imagewidth * page.imagelength, size)
+            ends = (offset + n for offset, n in zip(page.dataoffsets, page.databytecounts, strict=False))
+            end = max(end, *ends, 1)
+    if not 1 < end <= size:
+        raise InputError(f"{path}: truncated TIFF: expected {end:,} bytes, found {size:,}; copy it again")
+
+
+def refuse_endless(path: Path, n_px: int, n_bytes: int) -> None:
+    """``InputError`` where an image says to have far more pixels than its ``n_bytes`` can hold."""
+    most = max(_FEW_PX, n_bytes * (_PX_A_BYTE_SMALL if n_bytes < SMALL_BYTES else _PX_A_BYTE))
+    if n_px > most:
+        raise InputError(f"{path}: {n_px:,} px in {n_bytes:,} bytes; expected at most {most:,}: is it damaged?")
 
 
 _plain_limit = threading.Lock()
@@ -263,7 +279,7 @@ def _read_plain(path: Path) -> tuple[np.ndarray, float | None]:
     if path.suffix.lower() in _TIFF_SUFFIXES:
         return _read_plain_tiff(path)
     with _opened(path) as image:
-        return np.asarray(image.convert("RGB")), None
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), None
 
 
 @contextlib.contextmanager
@@ -272,11 +288,10 @@ def _opened(path: Path):
     with _plain_limit:  # Pillow's guard against decompression bombs is global and far below a slide's size
         guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(path) as image:
+            # these two alone: to open others, Pillow starts other programs
+            with door(path, "image"), Image.open(path, formats=("JPEG", "PNG")) as image:
                 _refuse_huge(path, image.width * image.height)
                 yield image
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-            raise InputError(f"{path}: not a readable image ({error}); is it complete?") from error
         finally:
             Image.MAX_IMAGE_PIXELS = guard
 
@@ -286,16 +301,13 @@ def _first_page(path: Path):
     """The first page of a plain TIFF; ``InputError`` where it or its pixels are damaged or not 8-bit RGB or grey."""
     import tifffile
 
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages.first
-        _refuse_huge(path, page.imagewidth * page.imagelength)
+    with door(path, "image", "is it damaged? copy it anew"), tifffile.TiffFile(path) as tiff:
+        page: Any = tiff.pages.first
+        _refuse_huge(path, max(page.imagewidth * page.imagelength, math.prod(page.shape) // 3))
         deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
         if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):
             raise InputError(f"{path}: expected an 8-bit RGB image, found shape {page.shape} of {page.dtype}")
-        try:
-            yield page
-        except (RuntimeError, ValueError, OSError) as error:  # the codecs' errors are RuntimeErrors
-            raise InputError(f"{path}: the image is damaged ({error}); copy it anew") from error
+        yield page
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:
@@ -341,8 +353,12 @@ def _pieces(page):
 
 
 def _refuse_huge(path: Path, n_px: int) -> None:
-    if n_px > _MAX_PLAIN_PX:
-        raise InputError(f"{path}: {n_px:,} px in one plain image; write it as a pyramidal tiled TIFF first")
+    n_bytes = path.stat().st_size
+    if n_px > (_MAX_PLAIN_PX if n_bytes >= SMALL_BYTES else _FEW_PX):
+        raise InputError(
+            f"{path}: {n_px:,} px in one plain image of {n_bytes:,} bytes; write it as a pyramidal tiled TIFF first"
+        )
+    refuse_endless(path, n_px, n_bytes)
 
 
 def _resolution_mpp(page) -> float | None:
@@ -356,4 +372,4 @@ def _resolution_mpp(page) -> float | None:
 
 
 def _plausible_mpp(mpp: float) -> float | None:
-    return mpp if 0 < mpp < 20 else None  # 72 or 300 dots per inch are a printer's default, not a microscope's
+    return mpp if 0.005 < mpp < 20 else None  # 72 or 300 dots per inch are a printer's default, not a microscope's

@@ -1,13 +1,16 @@
 """Weights: from the package, a local file or folder, or the Hugging Face hub."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from genar.data.door import check_archive, door
 from genar.encoders.table import DEFAULT, EncoderRow
 from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
+from genar.fetch.hub import hub_endpoint, verified
 
 _FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model_vision.bin")
 _PICKLED = (".bin", ".pt", ".pth")
@@ -81,7 +84,8 @@ def _fetch(row: EncoderRow, name: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(row.hub_id, name))
+        hub_endpoint()
+        return verified(Path(hf_hub_download(row.hub_id, name)))
     except GatedRepoError as error:
         raise _refused(row) from error
     except (EntryNotFoundError, LocalEntryNotFoundError):
@@ -118,23 +122,24 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.suffix in _PICKLED:
         return _read_pickled(path)
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with door(path, "safetensors file"):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_tensors(path: Path) -> Any:
+    """What a file of PyTorch holds: tensors and plain containers; no code of it is run, and it is not let grow."""
+    check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError as error:  # nothing was filled: a length in it, asked for at once, is larger than the memory
+        raise ValueError("a length in it is larger than the memory") from error
 
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    import pickle
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable file of PyTorch weights ({reason})") from error
+    with door(path, "file of PyTorch weights"):
+        state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a dict of tensors, found something else; pass the weights alone")
     return state

@@ -4,7 +4,6 @@ Rows are matched to spots by barcode where the file has them, else by position (
 spots' centres by half a patch, the same for all), else taken in the order of the spots, which must be as many.
 """
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,10 @@ from anndata import AnnData
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.door import check_hdf5, door
 from genar.data.files import replacing
 from genar.encoders import IMPORTED
+from genar.encoders.weights import load_tensors
 from genar.errors import InputError
 from genar.features.recipe import FeatureRecipe, store_path
 from genar.features.store import new_store
@@ -67,7 +68,11 @@ def import_features(section: AnnData, file: Path, recipe: FeatureRecipe, store: 
 
 def read_file(file: Path, section: AnnData) -> np.ndarray:
     """Features float32 [N, F] of the section's spots, in their order; ``InputError`` where the rows are not they."""
-    arrays = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}[file.suffix](file)
+    with door(file, "file of features", "make it again"):
+        return _matched(file, {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}[file.suffix](file), section)
+
+
+def _matched(file: Path, arrays: dict[str, np.ndarray], section: AnnData) -> np.ndarray:
     features = arrays["features"]
     if features.ndim == 3 and len(features) == 1:  # some writers keep a batch axis
         features = features[0]
@@ -127,20 +132,16 @@ def _text(value) -> str:
 def _read_h5(file: Path) -> dict[str, np.ndarray]:
     import h5py
 
-    try:
+    with door(file, "HDF5 file"):
+        check_hdf5(file)
         with h5py.File(file, "r") as stored:
             named = {name: np.asarray(item[()]) for name, item in stored.items() if isinstance(item, h5py.Dataset)}
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{file}: not a readable HDF5 file ({error})") from error
     return _named(file, named)
 
 
 def _read_pt(file: Path) -> dict[str, np.ndarray]:
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file}: not a readable file of tensors ({reason})") from error
+    with door(file, "file of tensors"):
+        stored = load_tensors(file)
     if isinstance(stored, torch.Tensor):
         stored = {"features": stored}
     if not isinstance(stored, dict):
@@ -157,10 +158,14 @@ def _array(value) -> np.ndarray:
 
 
 def _read_npy(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return {"features": np.load(file, allow_pickle=False)}
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file}: not a readable .npy file of numbers ({error})") from error
+    with door(file, ".npy file of numbers"):
+        try:
+            mapped = np.load(file, mmap_mode="r", allow_pickle=False)  # an array larger than its file is refused
+        except MemoryError as error:  # nothing is allocated: Python's parser says so of a head nested too deep
+            raise InputError(f"{file}: not a readable .npy file of numbers (its head is damaged)") from error
+        if not isinstance(mapped, np.ndarray):
+            raise InputError(f"{file}: expected an array (.npy), found an archive of arrays")
+        return {"features": np.array(mapped)}
 
 
 def _named(file: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

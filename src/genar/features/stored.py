@@ -8,10 +8,12 @@ from anndata import AnnData
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.door import check_zarr, door
 from genar.errors import InputError
 from genar.features.recipe import Inputs
 
 _BLOCK = 4096  # spots that are looked through at a time
+_KIND, _REMEDY = "feature store", "delete it and embed again"
 
 
 def read_features(path: Path, section: AnnData) -> np.ndarray:
@@ -71,34 +73,30 @@ class _Store:
         import zarr
 
         self._path = path
-        try:
+        with door(path, _KIND, _REMEDY):
+            check_zarr(path, _REMEDY)
             group = zarr.open_group(path, mode="r")
             barcodes = [str(name) for name in group["barcode"][:]]  # pyright: ignore
             self._values = group["features"]
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
-            raise self._unreadable(error) from error
-        self.shape: tuple[int, int, int] = self._values.shape  # pyright: ignore
+            self.shape: tuple[int, int, int] = self._values.shape  # pyright: ignore
+            if len(self.shape) != 3 or self.shape[0] != len(barcodes):
+                raise InputError(f"{path}: features of shape {self.shape}; {_REMEDY}")
         if barcodes != list(section.obs_names):
             raise InputError(
                 f"{path}: its {len(barcodes)} rows are not the {section.n_obs} spots of section "
-                f"{contract.name(section)}; delete the store and embed again"
+                f"{contract.name(section)}; {_REMEDY}"
             )
 
     def read(self, rows: slice | np.ndarray) -> np.ndarray:
         """Features float32 [n, views, F] of a range of rows, or of rising ``rows``."""
         if not isinstance(rows, slice) and len(rows) and rows[-1] - rows[0] == len(rows) - 1:
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        try:
+        with door(self._path, _KIND, _REMEDY):
             values = self._values[rows] if isinstance(rows, slice) else self._values.oindex[rows]  # pyright: ignore
             features = np.asarray(values, dtype=np.float32)
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
-            raise self._unreadable(error) from error
         if not np.isfinite(features).all():
-            raise InputError(f"{self._path}: holds NaN or infinite features; delete it and embed again")
+            raise InputError(f"{self._path}: holds NaN or infinite features; {_REMEDY}")
         return features
-
-    def _unreadable(self, error: Exception) -> InputError:
-        return InputError(f"{self._path}: not a readable feature store ({error}); delete it and embed again")
 
 
 def _neighbours(coords_um: np.ndarray, n: int) -> np.ndarray:

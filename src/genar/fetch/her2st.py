@@ -20,7 +20,7 @@ from genar.data.files import replacing, write_text
 from genar.data.formats import legacy_st
 from genar.data.pyramid import write_pyramid
 from genar.errors import InputError
-from genar.fetch.transfer import GIT, Access, RemoteFile, read_json
+from genar.fetch.transfer import GIT, Access, RemoteFile, check_url, read_json
 
 REPOSITORY = "almaan/her2st"
 PAGE = f"https://github.com/{REPOSITORY}"
@@ -37,7 +37,8 @@ def list_files(sections: Iterable[str], revision: str | None = None) -> tuple[di
     revision is unknown, or a section's files are not there.
     """
     revision = revision or DEFAULT_REVISION
-    api, raw = (os.environ.get(f"GENAR_GITHUB_{kind}", url).rstrip("/") for kind, url in (("API", _API), ("RAW", _RAW)))
+    named = (os.environ.get(f"GENAR_GITHUB_{kind}", url) for kind, url in (("API", _API), ("RAW", _RAW)))
+    api, raw = (check_url(url.rstrip("/")) for url in named)
     access = Access({"User-Agent": f"genar/{genar.__version__}"}, f"is {PAGE} still public?")
     what = f"{REPOSITORY} at {revision}"
     tree = read_json(f"{api}/repos/{REPOSITORY}/git/trees/{revision}?recursive=1", access, what)

@@ -1,14 +1,16 @@
 """HEST-1k on the Hugging Face hub: which files a section has there, their sizes and hashes, and who may have them."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import genar
 from genar.errors import InputError
-from genar.fetch.transfer import GIT, SHA256, Access, RemoteFile
+from genar.fetch.transfer import GIT, SHA256, Access, RemoteFile, check_url, digest_of
 
 REPOSITORY = "MahmoodLab/hest"
 PAGE = f"https://huggingface.co/datasets/{REPOSITORY}"
@@ -46,7 +48,7 @@ def list_files(sections: Iterable[str], revision: str | None = None, extras: Ite
 
     if constants.HF_HUB_OFFLINE:
         raise InputError("the hub is switched off by HF_HUB_OFFLINE; unset it to fetch, or copy the sections by hand")
-    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+    endpoint = hub_endpoint()
     revision = revision or DEFAULT_REVISION
     api = HfApi(endpoint=endpoint, library_name="genar", library_version=genar.__version__)
     wanted = {section: _paths(section, extras) for section in sections}
@@ -72,6 +74,24 @@ def list_files(sections: Iterable[str], revision: str | None = None, extras: Ite
         files += [remote(path) for path in (*needed[:-1], *more, needed[-1]) if path in found]
     headers = build_hf_headers(library_name="genar", library_version=genar.__version__)
     return Listing(commit, files, Access(headers, f"{TERMS} (or set HF_TOKEN)"))
+
+
+def hub_endpoint() -> str:
+    """Address of the hub, or of the mirror that ``HF_ENDPOINT`` names. Raises ``InputError`` as ``check_url`` does."""
+    from huggingface_hub import constants
+
+    return check_url(os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/"))
+
+
+def verified(path: Path) -> Path:
+    """A file of the hub client's cache, whose large files are named by their SHA-256: the client checks the size alone.
+
+    Raises ``InputError`` where the bytes are others.
+    """
+    name = path.resolve().name
+    if len(name) == 64 and digest_of(path) != f"{SHA256}:{name}":
+        raise InputError(f"{path.resolve()}: other bytes than the hub has, by their SHA-256; delete it and fetch again")
+    return path
 
 
 def _paths(section: str, extras: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -110,6 +130,7 @@ def in_one_line(endpoint: str, repository: str, revision: str, terms: str) -> It
         raise InputError(f"{endpoint} answered {code} for {repository}; try again later") from error
     except network as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\?\S+", "?…", reason)  # signed addresses are secrets
         raise InputError(f"{endpoint} cannot be reached ({reason}); is there a network?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{endpoint} answered what no hub does ({error}); is HF_ENDPOINT right?") from error

@@ -1,12 +1,11 @@
 """Models on the Hugging Face hub: a checkpoint's folder down from it, or up to it."""
 
-import os
 import re
 from pathlib import Path
 
 import genar
 from genar.errors import InputError
-from genar.fetch.hub import in_one_line
+from genar.fetch.hub import hub_endpoint, in_one_line, verified
 
 FILES = ("model.safetensors", "config.json", "README.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -31,7 +30,7 @@ def download_model(hub_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    endpoint = _endpoint()
+    endpoint = hub_endpoint()
     with in_one_line(endpoint, hub_id, revision or "main", _LOG_IN):
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=list(FILES), endpoint=endpoint, library_name="genar",
@@ -40,6 +39,7 @@ def download_model(hub_id: str, revision: str | None = None) -> Path:
     for name in FILES[:2]:
         if not (Path(folder) / name).is_file():
             raise InputError(f"{hub_id} on {endpoint}: not a GenAR checkpoint: it has no {name}")
+    verified(Path(folder) / FILES[0])
     return Path(folder)
 
 
@@ -52,7 +52,7 @@ def upload_model(folder: Path, hub_id: str, *, private: bool = False, revision: 
         raise InputError(f"{hub_id!r}: expected organisation/name")
     if constants.HF_HUB_OFFLINE:
         raise InputError("the hub is switched off by HF_HUB_OFFLINE; unset it to write there")
-    endpoint = _endpoint()
+    endpoint = hub_endpoint()
     api = HfApi(endpoint=endpoint, library_name="genar", library_version=genar.__version__)
     with in_one_line(endpoint, hub_id, revision or "main", _LOG_IN):
         api.create_repo(hub_id, private=private, exist_ok=True)
@@ -63,9 +63,3 @@ def upload_model(folder: Path, hub_id: str, *, private: bool = False, revision: 
             commit_message=f"Checkpoint of GenAR {genar.__version__}",
         )  # fmt: skip
     return f"{endpoint}/{hub_id}"
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")

@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import ssl
 import time
 import urllib.error
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +33,30 @@ _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 _LONGEST_WAIT_S = 60.0
 _TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 
+_THIS_MACHINE = {"127.0.0.1", "::1", "localhost"}
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
+
 Tick = Callable[[int], None]
 """Told of every bytes more (or, where a file starts anew, fewer)."""
+
+
+def check_url(url: str) -> str:
+    """The address, where bytes may come from it: ``https``, or ``http`` of this very machine (a mirror or a test).
+
+    Raises ``InputError`` for all others, and for one that holds a password: it would stand in messages and records.
+    """
+    try:
+        parts = urlsplit(url)
+        host, secret = parts.hostname, parts.password or parts.username
+    except ValueError:
+        raise InputError(f"{url[:100]!r} is no address; expected https://HOST/…") from None
+    if secret is not None:
+        raise InputError(f"an address of {host} holds a name or password; leave it out, and set HF_TOKEN for the hub")
+    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and host in _THIS_MACHINE)):
+        raise InputError(
+            f"{parts.scheme or 'an address'}://{host or ''} is not safe to fetch from; expected https://HOST/…"
+        )
+    return url
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,17 @@ class RemoteFile:
     """Bytes."""
     digest: str
     """``sha256:<hex>`` of the bytes, or ``git:<hex>``: git's SHA-1 of the blob."""
+
+    def __post_init__(self):
+        parts = PurePosixPath(self.path)
+        if parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", self.path) or not parts.name:
+            raise InputError(
+                f"the source lists a file {self.path!r}, which leads out of the folder; it cannot be trusted"
+            )
+        if not _DIGEST.fullmatch(self.digest) or type(self.size) is not int or self.size < 0:
+            raise InputError(
+                f"the source lists {self.path} of {self.size} bytes and hash {self.digest[:80]!r}; no such hash"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +127,7 @@ def download(file: RemoteFile, target: Path, *, parts: Path, access: Access, tic
     What a broken transfer left in ``parts`` is gone on with. Raises ``InputError`` with one line where the source
     refuses, has no such file, states another size, sends other bytes, or cannot be reached after several tries.
     """
+    check_url(file.url)
     part = part_of(file, parts)
     parts.mkdir(parents=True, exist_ok=True)
     while True:
@@ -114,6 +149,7 @@ def download(file: RemoteFile, target: Path, *, parts: Path, access: Access, tic
 
 def read_json(url: str, access: Access, what: str) -> Any:
     """The JSON answer of ``url``; ``InputError`` as :func:`download` raises it."""
+    check_url(url)
     for pause in (*_PAUSES_S[:2], None):
         try:
             with _open(urllib.request.Request(url, headers=dict(access.headers)), what, access) as response:
@@ -124,8 +160,13 @@ def read_json(url: str, access: Access, what: str) -> Any:
                     f"{what}: {urlsplit(url).netloc} cannot be reached ({error}); is there a network?"
                 ) from error
             time.sleep(max(pause, error.wait_s))
-        except ValueError as error:
-            raise InputError(f"{what}: {url} answered no JSON ({error}); is it the right address?") from error
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            where = urlsplit(url)
+            raise InputError(
+                f"{what}: {where.netloc}{where.path} answered no JSON ({error}); is it the right address?"
+            ) from error
     raise AssertionError  # the last try returns or raises
 
 
@@ -199,9 +240,13 @@ def _other_size(file: RemoteFile, found: str) -> InputError:
 
 
 class _SameHostRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but show the token to no other host (files lie on storage with signed addresses)."""
+    """Follow redirects over TLS, but show the token to no other host (files lie on storage with signed addresses), and
+    let no host of the network lead back to this machine."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        old, there = urlsplit(req.full_url).hostname, urlsplit(check_url(newurl)).hostname
+        if there in _THIS_MACHINE and old not in _THIS_MACHINE:
+            raise InputError(f"{old} redirects to this machine; it cannot be trusted")
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new is not None and urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
             new.remove_header("Authorization")
@@ -217,6 +262,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _open(request: urllib.request.Request, what: str, access: Access) -> http.client.HTTPResponse:
+    check_url(request.full_url)
     try:
         return _opener().open(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:

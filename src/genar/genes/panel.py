@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from genar.data.door import door
 from genar.data.files import write_text
 from genar.errors import InputError
 
@@ -25,7 +27,7 @@ class Panel:
         if not self.genes:
             raise InputError("a panel needs at least one gene, found none")
         if len(set(self.genes)) != len(self.genes):
-            twice = next(gene for gene in self.genes if self.genes.count(gene) > 1)
+            twice = Counter(self.genes).most_common(1)[0][0]
             raise InputError(f"the panel names {twice!r} more than once; a gene may stand in it once")
 
     @property
@@ -55,8 +57,11 @@ class Panel:
             genes = facts["genes"]
             if isinstance(genes, str) or not all(isinstance(gene, str) for gene in genes):
                 raise TypeError("genes must be a list of names")
-            panel = cls(tuple(genes), facts["recipe"], tuple(facts.get("sections", ())), facts.get("n_top", 0))
-        except (KeyError, TypeError) as error:
+            sections, n_top = tuple(facts.get("sections", ())), facts.get("n_top", 0)
+            if not all(isinstance(name, str) for name in (facts["recipe"], *sections)) or type(n_top) is not int:
+                raise TypeError("recipe and sections must be names, n_top a whole number")
+            panel = cls(tuple(genes), facts["recipe"], sections, n_top)
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a panel: expected the keys genes and recipe ({error!r})") from error
         if facts.get("sha256", panel.sha256) != panel.sha256:
             raise InputError(
@@ -75,13 +80,11 @@ def read_panel(path: str | Path) -> Panel:
     Raises ``InputError`` naming the file where it is missing, empty or not a panel.
     """
     path = Path(path)
-    try:
+    with door(path, "panel", "expected panel.json or one gene a line"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable panel ({error}); expected panel.json or one gene a line") from error
+        facts = json.loads(text) if path.suffix == ".json" else None
     try:
         if path.suffix == ".json":
-            facts = json.loads(text)
             return Panel.from_dict(facts if isinstance(facts, dict) else {"genes": facts, "recipe": path.stem})
         genes = (line.split("#")[0].strip() for line in text.splitlines())
         return Panel(tuple(gene for gene in genes if gene), recipe=path.name)
@@ -95,10 +98,8 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     Raises ``InputError`` naming the line where one is not of that form.
     """
     path = Path(path)
-    try:
+    with door(path, "list of other gene names", "expected two names a line"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable list of other gene names ({error})") from error
     aliases = {}
     for number, line in enumerate(lines, 1):
         if not (words := line.split("#")[0].split()):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from genar.data.door import door
 from genar.errors import InputError
 from genar.genes.scales import Scales
 
@@ -17,10 +18,8 @@ def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
     Raises ``InputError`` naming the line where one is not of that form.
     """
     path = Path(path)
-    try:
+    with door(path, "GMT file", "expected name, description and genes between tabs"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable GMT file ({error})") from error
     sets: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

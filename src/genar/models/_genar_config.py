@@ -12,6 +12,9 @@ FINAL_LOSSES = {
 """For each output, how a gene's loss may be had."""
 
 
+_MOST = 1_000_000
+
+
 @dataclass(frozen=True)
 class GenARConfig:
     """Size and options of the network. ``paper()`` and ``released()`` are the published ones, ``small()`` the
@@ -83,8 +86,8 @@ class GenARConfig:
             if getattr(self, name) not in allowed:
                 raise InputError(f"model: {name} must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
         for name in ("n_features", "n_blocks", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model: {name} must be at least 1, found {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise InputError(f"model: {name} must be at least 1 (at most {_MOST}), found {getattr(self, name)}")
         for name in ("dropout", "drop_path", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"model: {name} must be in [0, 1), found {getattr(self, name)}")

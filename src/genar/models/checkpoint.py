@@ -1,17 +1,22 @@
 """Save and load one self-describing folder: ``model.safetensors``, ``config.json``, ``README.md``. Loading runs no
 pickle."""
 
+import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import genar
+from genar.data.door import door, read_json, refuse_large
 from genar.data.files import replacing, write_text
 from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
@@ -115,14 +120,19 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """
     folder = checkpoint_folder(source, revision)
     facts = _read_config(folder / CONFIG)
-    try:
-        model = model_class(facts["name"]).from_facts(facts["model"])
+    with door(folder / WEIGHTS, "safetensors file", "copy the checkpoint again"):
+        shapes = _shapes(folder / WEIGHTS)
+    with door(folder / CONFIG, "GenAR checkpoint", "a key is missing or malformed: copy the checkpoint again"):
+        model = _model_of(folder / WEIGHTS, facts, shapes)
+        for key in ("features", "training"):
+            if not isinstance(facts[key], dict):
+                raise TypeError(f"{key} must be an object")
         checkpoint = Checkpoint(
-            facts["name"], model, Panel.from_dict(facts["panel"]), facts["features"], facts["training"], facts["sha256"]
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG}: not a GenAR checkpoint: {error!r} is missing or malformed") from error
-    _load_weights(folder / WEIGHTS, model, facts["format"])
+            facts["name"], model, Panel.from_dict(facts["panel"]), facts["features"], facts["training"],
+            str(facts["sha256"]),
+        )  # fmt: skip
+    with door(folder / WEIGHTS, "safetensors file", "copy the checkpoint again"):
+        _load_weights(folder / WEIGHTS, model, facts["format"])
     found = _hash(folder / WEIGHTS)
     if found != checkpoint.sha256:
         raise InputError(
@@ -141,38 +151,70 @@ def push_checkpoint(source: str | Path, hub_id: str, *, private: bool = False, r
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        facts = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path.parent}: not a checkpoint: {path.name} is missing; name a run or its checkpoint/"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+    if not path.is_file():
+        raise InputError(f"{path.parent}: not a checkpoint: {path.name} is missing; name a run or its checkpoint/")
+    facts = read_json(path, "JSON of a checkpoint", "copy the checkpoint again")
+    if not isinstance(facts.get("format"), int):
         raise InputError(f"{path}: not a GenAR checkpoint: it names no format")
     if facts["format"] > FORMAT:
         raise InputError(f"{path}: format {facts['format']} is newer than this GenAR ({genar.__version__}); upgrade it")
     return facts
 
 
-def _load_weights(path: Path, model: Model, version: int) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); copy the checkpoint again") from error
-    own, state = model.state_dict(), model.upgraded(state, version)
-    if set(own) != set(state):
-        odd = sorted(set(own) ^ set(state))
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor -> shape, by the head of the weights' file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
+    """The model of the configuration, with fresh weights.
+
+    It is made without memory first: a configuration of a few bytes may ask for any number and size of tensors, and must
+    not be believed before they are found to be those of the weights' file. Raises ``InputError`` where they are not.
+    """
+    cls = model_class(str(facts["name"]))
+    with _at_most(len(shapes), path), torch.device("meta"):
+        measured = cls.from_facts(copy.deepcopy(facts["model"]))
+    stored = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    own, stored = measured.state_dict(), measured.upgraded(stored, facts["format"])
+    if set(own) != set(stored):
+        odd = sorted(set(own) ^ set(stored))
         raise InputError(f"{path}: {len(odd)} tensors do not belong to the model of {CONFIG} (first: {odd[0]})")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            expected, got = list(own[name].shape), list(tensor.shape)
+    for name, tensor in stored.items():
+        if (got := list(tensor.shape)) != (expected := list(own[name].shape)):
             raise InputError(
                 f"{path}: tensor {name} has shape {got}, {CONFIG} expects {expected}; copy the checkpoint again"
             )
-    model.load_state_dict(state)
+    # which position sees which: a byte a pair, some times over while it is made
+    sizes = getattr(measured, "sizes", ())
+    if isinstance(sizes, tuple):
+        refuse_large(path, "attention", 8 * sum(sizes) ** 2, path.stat().st_size)
+    return cls.from_facts(facts["model"])
+
+
+@contextmanager
+def _at_most(n_tensors: int, path: Path) -> Iterator[None]:
+    """Refuse a model of far more parameters than the weights' file has, before the last of them is made."""
+    made = 0
+
+    def count(module, name, parameter) -> None:
+        nonlocal made
+        made += parameter is not None
+        if made > 2 * n_tensors + 100:  # a network may replace some that it made
+            raise InputError(f"{path}: holds {n_tensors} tensors, {CONFIG} asks for more; copy the checkpoint again")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _load_weights(path: Path, model: Model, version: int) -> None:
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model.load_state_dict(model.upgraded(state, version))
 
 
 def _hash(path: Path) -> str:

@@ -78,7 +78,7 @@ class GenAR(Model):
             nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.LayerNorm(width))
             for _ in scales.sizes[1:]
         )
-        drops = torch.linspace(0, config.drop_path, config.depth).tolist()
+        drops = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, drop) for drop in drops)
         self.head_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_steer = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -95,7 +95,8 @@ class GenAR(Model):
                 steer.weight.zero_()
                 steer.bias.copy_(torch.cat([torch.ones(width), torch.zeros(width)]))
             self.film = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), steer)
-        self._lay_out()
+        if not self.start.is_meta:  # else it is only measured: there is nothing to lay out
+            self._lay_out()
 
     # -- the order of positions -------------------------------------------------------------------------------------
 
@@ -436,13 +437,14 @@ class GenAR(Model):
         """In format 1 a group followed its parent alone."""
         if version > 1 or "linear_start.parent_slope" not in state:
             return state
-        slope = state["linear_start.parent_slope"]
-        follow = torch.zeros_like(self.linear_start.follow)
+        slope = state["linear_start.parent_slope"]  # [groups], or of another shape where the file is no good
+        follow = slope.new_zeros(self.linear_start.follow.shape)
         for k in range(1, len(self.sizes)):
-            parents = self._places[k - 1].start + getattr(self, f"parent_{k}")
-            if int(parents.max()) >= len(follow):
+            parents = torch.from_numpy(self._places[k - 1].start + self.scales.parent(k))
+            if len(parents) and int(parents[-1]) >= len(follow):
                 raise InputError("a checkpoint of format 1 with so many groups cannot be read any more; train it again")
-            follow[parents, torch.arange(self._places[k].start, self._places[k].stop)] = slope[self._places[k]]
+            groups = torch.arange(self._places[k].start, self._places[k].stop)
+            follow[parents.to(slope.device), groups.to(slope.device)] = slope[self._places[k]]
         kept = {name: tensor for name, tensor in state.items() if name != "linear_start.parent_slope"}
         return {**kept, "linear_start.follow": follow}
 

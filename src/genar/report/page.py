@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 import genar
 from genar.data import contract
+from genar.data.door import door
 from genar.data.files import json_ready, write_text
 from genar.report import figures
 from genar.report.matrices import pack
@@ -35,7 +36,8 @@ def write_page(subject: Subject, path: Path, *, say: Callable[[str], None] = pri
 
     A page beyond 15 MB is written, and said to be large.
     """
-    text = page_html(subject)
+    with door(f"section {subject.section}", "prediction or run", "a record of it is malformed: predict or train again"):
+        text = page_html(subject)
     write_text(path, text)
     if len(text) > _LARGE_BYTES:
         n = subject.predicted.shape

@@ -13,6 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from genar.data import SectionRef, contract, find_sections, options_for
+from genar.data.door import check_zarr, door
 from genar.data.reading import ReadOptions, disagreeing
 from genar.data.slide import image_head
 from genar.data.tissue import on_tissue, tissue_of
@@ -174,11 +175,13 @@ def _look_at_features(section: AnnData, store: Path | None, row: SectionReport) 
     row.features = []
     for path in sorted(Path(store).glob(f"{contract.name(section)}-*.zarr")):
         try:
-            group = zarr.open_group(path, mode="r")
-            spots = [str(name) for name in group["barcode"][:]]  # pyright: ignore
-            encoder = str(group.attrs["encoder"])
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
-            row.faults.append(f"{path}: not a readable feature store ({error}); delete it and embed again")
+            with door(path, "feature store", "delete it and embed again"):
+                check_zarr(path, "delete it and embed again")
+                group = zarr.open_group(path, mode="r")
+                spots = [str(name) for name in group["barcode"][:]]  # pyright: ignore
+                encoder = str(group.attrs["encoder"])
+        except InputError as error:
+            row.faults.append(str(error))
             continue
         if spots != list(section.obs_names):
             row.faults.append(

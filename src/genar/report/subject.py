@@ -1,17 +1,16 @@
 """What a report is of: a prediction, alone or of a training run, and the truth where it is known."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from genar.data import contract, find_sections, options_for, pick, read_section
+from genar.data import contract, find_sections, options_for, pick, read_section, reading
+from genar.data.door import door, read_json
 from genar.errors import InputError
 from genar.evaluation import align, intervals, score_aligned
 from genar.genes import Scales
@@ -89,12 +88,17 @@ def is_run(path: Path) -> bool:
 
 
 def _subject(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
+    with door(path, "prediction of a run", "a record of it is malformed: predict or train again"):
+        return _made_of(path, truth, home)
+
+
+def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
     predicted = _read(path)
     subject = Subject(predicted)
     if home is not None:
-        subject.run = json.loads((home / "run.json").read_text())
+        subject.run = read_json(home / "run.json", "record of a run")
         config = home / "checkpoint" / "config.json"
-        subject.checkpoint = json.loads(config.read_text()) if config.is_file() else {}
+        subject.checkpoint = read_json(config, "checkpoint's configuration") if config.is_file() else {}
     section = read_section(str(truth)) if truth is not None else _truth_of_run(subject)
     if section is None:
         return subject
@@ -131,10 +135,7 @@ def _check_places(predicted: AnnData, truth: AnnData) -> None:
 
 
 def _read(path: Path) -> AnnData:
-    try:
-        predicted = anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .h5ad file ({error}); is it complete?") from error
+    predicted = reading.read_adata(path)
     if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
         raise InputError(f"{path}: not a prediction of GenAR: no obsm['spatial'] or uns['genar']")
     if not predicted.n_obs or not predicted.n_vars:
@@ -165,7 +166,7 @@ def _scores_of_run(home: Path | None, section: str) -> tuple[dict, dict]:
         return {}, {}
     for name in ("intervals.json", "metrics.json"):
         if (home / name).is_file():
-            facts: Mapping = json.loads((home / name).read_text()).get(section, {})
+            facts: Mapping = read_json(home / name, "JSON of scores").get(section, {})
             if name == "metrics.json":
                 return dict(facts), {}
             if facts:

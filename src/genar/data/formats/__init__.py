@@ -14,6 +14,7 @@ from types import ModuleType
 from anndata import AnnData
 
 from genar.data.contract import section_key
+from genar.data.door import door
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -38,7 +39,8 @@ class SectionRef:
 
     def read(self, options: ReadOptions | None = None, **more) -> AnnData:
         """The section as the contract has it; ``more`` are fields of ``ReadOptions``, such as ``mpp`` (um per px)."""
-        return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
+        with door(f"{self.root}:{self.id}", f"section ({self.format})", "are its files complete?"):
+            return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
 
 
 def find_sections(path: str | Path, *, format: str | None = None) -> list[SectionRef]:

@@ -4,14 +4,13 @@ The pixel size is the metadata's ``pixel_size_um_estimated``: TIFFs that the HES
 ten times too small in their resolution tags.
 """
 
-import json
 from pathlib import Path
 
 import anndata
 
 from genar.data import contract, reading
+from genar.data.door import number, read_json
 from genar.data.reading import ReadOptions
-from genar.errors import InputError
 
 NAME = "hest"
 EXPECTED = "HEST-1k layout (st/<id>.h5ad, wsis/<id>.tif, metadata/<id>.json)"
@@ -33,13 +32,16 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     Raises ``InputError`` where the file is not an AnnData, breaks the contract or no pixel size is known.
     """
     adata = reading.read_adata(root / "st" / f"{section}.h5ad")
-    metadata = _read_metadata(root / "metadata" / f"{section}.json")
+    path = _metadata_of(root, section)
+    # the table's empty cells may be written as NaN
+    metadata = read_json(path, "JSON, the sample's row of the HEST table") if path.is_file() else {}
     slide = reading.named_image(section, options, root / "wsis")
-    pitch_um = float(metadata.get("inter_spot_dist") or 0)
+    pitch_um, diameter_um, stated = (
+        number(path, key, metadata.get(key)) for key in ("inter_spot_dist", "spot_diameter", "pixel_size_um_estimated")
+    )
     by_pitch = pitch_um / reading.pitch_px(adata.obsm[contract.SPATIAL]) if contract.SPATIAL in adata.obsm else None
-    stated = metadata.get("pixel_size_um_estimated")
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=by_pitch, slide=slide)
-    diameter_um = metadata.get("spot_diameter") or reading.spot_diameter_px(adata) * mpp
+    diameter_um = diameter_um or reading.spot_diameter_px(adata) * mpp
     counts_from = reading.keep_raw_counts(adata)
     return contract.new_section(
         adata,
@@ -49,20 +51,11 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
         spot_diameter_um=diameter_um,
         pitch_um=pitch_um,
         source="simulated" if metadata.get("simulated") else NAME,
-        patient=metadata.get("patient") or "",
+        patient=str(metadata.get("patient") or ""),
         mpp_by=by,
         counts_from=counts_from,
     )
 
 
-def _read_metadata(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        # the table's empty cells may be written as NaN
-        metadata = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); expected the sample's row of the HEST table") from error
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(metadata).__name__}")
-    return metadata
+def _metadata_of(root: Path, section: str) -> Path:
+    return root / "metadata" / f"{section}.json"

@@ -6,9 +6,8 @@ Counts have a row a spot, named ``10x21`` by its place in the array, and a colum
 (``ST-cnts/``, ``ST-spotfiles/``, ``ST-imgs/<patient>/<id>/<any name>.jpg``).
 """
 
-import gzip
 import re
-import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract, reading
+from genar.data.door import door, open_text, reason_of
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -65,7 +65,8 @@ def read_files(
     array = places[["new_x", "new_y"] if {"new_x", "new_y"} <= set(places) else ["x", "y"]].to_numpy(float)
     obs = pd.DataFrame({"array_row": places["x"], "array_col": places["y"]}).astype(int)
     obs.index = [f"{row:03d}x{col:03d}" for row, col in obs.to_numpy()]
-    adata = AnnData(sparse.csr_matrix(values[[spots.index(name) for name in kept]]), obs=obs)
+    row_of = {name: row for row, name in enumerate(spots)}
+    adata = AnnData(sparse.csr_matrix(values[[row_of[name] for name in kept]]), obs=obs)
     adata.var_names = genes
     adata.obsm[contract.SPATIAL] = xy
     mpp, by = reading.pixel_size(
@@ -86,44 +87,50 @@ def read_files(
     )
 
 
-def _read_counts(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+def _read_counts(path: Path) -> tuple[list[str], list[str], sparse.csr_matrix]:
     """Names of the spots as in the file, names of the genes, and the counts float32 [n, G]."""
+    rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    with door(path, "table", "expected tab-separated text, perhaps .gz"), open_text(path) as file:
+        genes = file.readline().rstrip("\r\n").split("\t")[1:]
+        for line in file:
+            if line.strip():
+                name, *cells = line.rstrip("\r\n").split("\t")
+                if name in rows:
+                    raise InputError(f"{path}: spot name {name!r} occurs more than once; make the spot names unique")
+                rows[name] = _row_of_counts(path, name, cells, len(genes))
+    if odd := next((name for name in rows if not re.fullmatch(r"\d+x\d+", name)), None):
+        raise InputError(f"{path}: expected rows named like 10x21, found {odd[:60]!r}")
+    if len(set(genes)) < len(genes):
+        twice = Counter(genes).most_common(1)[0][0]
+        raise InputError(f"{path}: gene name {twice!r} occurs more than once; make the gene names unique")
+    starts = np.cumsum([0, *(len(places) for places, _ in rows.values())])
+    places, values = (np.concatenate([part[i] for part in rows.values()]) if rows else np.empty(0) for i in (0, 1))
+    counts = sparse.csr_matrix((values.astype(np.float32), places, starts), shape=(len(rows), len(genes)))
+    return list(rows), genes, counts
+
+
+def _row_of_counts(path: Path, spot: str, cells: list[str], n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The genes of a spot that have counts, and the counts."""
+    if len(cells) != n_genes:
+        raise InputError(f"{path}: spot {spot} has {len(cells)} counts for {n_genes} genes; is it complete?")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            genes = file.readline().rstrip("\r\n").split("\t")[1:]
-            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: not a readable table ({error}); expected tab-separated text, perhaps .gz") from error
-    spots = [row[0] for row in rows]
-    if odd := [name for name in spots if not re.fullmatch(r"\d+x\d+", name)]:
-        raise InputError(f"{path}: expected rows named like 10x21, found {odd[0]!r}")
-    for kind, names in (("spot", spots), ("gene", genes)):
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
-    counts = np.empty((len(rows), len(genes)), np.float32)
-    for values, row in zip(counts, rows, strict=True):
-        if len(row) != len(genes) + 1:
-            raise InputError(f"{path}: spot {row[0]} has {len(row) - 1} counts for {len(genes)} genes; is it complete?")
-        try:
-            values[:] = row[1:]
-        except ValueError as error:
-            raise InputError(f"{path}: spot {row[0]}: {error}; expected a count in every cell") from error
-    return spots, genes, counts
+        values = np.array(cells, dtype=np.float32)
+    except ValueError as error:
+        raise InputError(f"{path}: spot {spot}: {reason_of(error)}; expected a count in every cell") from error
+    places = np.flatnonzero(values).astype(np.int32)
+    return places, values[places]
 
 
 def _read_selection(path: Path) -> pd.DataFrame:
-    try:
+    with door(path, "table", "expected tab-separated text"):
         places = pd.read_csv(path, sep="\t")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable table ({error}); expected tab-separated text") from error
     if missing := {"x", "y", "pixel_x", "pixel_y"} - set(places):
         raise InputError(f"{path}: expected columns x, y, pixel_x, pixel_y, found no {', '.join(sorted(missing))}")
     if "selected" in places:
         places = places.loc[places["selected"] != 0]
     try:
         places.index = pd.Index([f"{int(x)}x{int(y)}" for x, y in zip(places["x"], places["y"], strict=True)])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: columns x and y must be whole numbers ({error})") from error
     if twice := places.index[places.index.duplicated()].tolist():
         raise InputError(f"{path}: spot {twice[0]} is selected more than once; keep one row of it")

@@ -4,7 +4,6 @@ Spots are the centroids of the shapes, taken through the coordinate system that 
 image's full resolution. A store with tables of several regions is one section a region.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from anndata import AnnData
 
 from genar.data import contract, reading
+from genar.data.door import check_zarr, door, read_json
 from genar.data.formats.h5ad import as_section
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
@@ -30,10 +30,11 @@ def sections(root: Path) -> list[str]:
 def _is_store(folder: Path) -> bool:
     for name in ("zarr.json", ".zattrs"):
         try:
-            attributes = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            attributes = read_json(folder / name, "Zarr group")
+        except InputError:
             continue
-        if "spatialdata_attrs" in attributes.get("attributes", attributes):
+        inner = attributes.get("attributes", attributes)
+        if isinstance(inner, dict) and "spatialdata_attrs" in inner:
             return True
     return False
 
@@ -49,11 +50,11 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         import spatialdata
     except ImportError as error:
         raise reading.missing_package(path, "spatialdata", "spatialdata") from error
-    try:
+    with door(path, "SpatialData store"):
+        check_zarr(path / "tables")
         store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))  # pyright: ignore
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable SpatialData store ({error}); is it complete?") from error
-    adata, region = _table(store, path)
+        adata, region = _table(store, path)
+        reading.check_sparse(adata.X)
     name = _image_name(store, region, path) if options.image is None else None
     adata.obsm[contract.SPATIAL] = _centres_px(store, adata, region, name, path)
     image = reading.named_image(section, options)

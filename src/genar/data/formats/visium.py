@@ -4,9 +4,6 @@ A section is an ``outs`` folder; a folder of several is several sections, each c
 The full-resolution image is not among the outputs: it is named apart (``--image``). Spot centres are 100 um apart.
 """
 
-import gzip
-import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract, reading
+from genar.data.door import check_hdf5, door, number, open_bytes, open_text, read_json, refuse_large
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -107,18 +105,18 @@ def read_matrix(folder: Path) -> AnnData:
 def _read_h5(path: Path):
     import h5py
 
-    try:
+    with door(path, "10x matrix"):
+        check_hdf5(path)
         with h5py.File(path) as file:
             matrix: Any = file["matrix"]
             parts = tuple(matrix[name][:] for name in ("data", "indices", "indptr"))
             n_genes, n_spots = (int(n) for n in matrix["shape"][:])
-            x = sparse.csc_matrix(parts, shape=(n_genes, n_spots)).T.tocsr()  # stored gene by spot, column by column
             barcodes = [text.decode() for text in matrix["barcodes"][:]]
             names = [name for name in ("id", "name", "feature_type") if name in matrix["features"]]
-            features = {name: [text.decode() for text in matrix["features"][name][:]] for name in names}
-    except (OSError, KeyError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable 10x matrix ({error}); is it complete?") from error
-    return x, barcodes, pd.DataFrame(features)
+            features = pd.DataFrame({name: [text.decode() for text in matrix["features"][name][:]] for name in names})
+        by_spot = sparse.csc_matrix(parts, shape=(n_genes, n_spots))  # stored gene by spot, column by column
+        reading.check_sparse(by_spot)
+        return by_spot.T.tocsr(), barcodes, features
 
 
 def _read_mtx(folder: Path):
@@ -126,23 +124,33 @@ def _read_mtx(folder: Path):
         path = next((p for name in names for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
         if path is None:
             raise InputError(f"{folder}: expected {names[0]}.gz or {names[0]}, found neither; copy the folder again")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with open_text(path, share=32) as file:
             return [line.rstrip("\r\n").split("\t") for line in file]
 
-    try:
+    with door(folder, "10x matrix folder"):
         barcodes = [row[0] for row in lines("barcodes.tsv")]
         rows = [[*row, "Gene Expression"][:3] for row in lines("features.tsv", "genes.tsv")]
         path = next(
             (p for p in (folder / "matrix.mtx.gz", folder / "matrix.mtx") if p.is_file()), folder / "matrix.mtx"
         )
-        from scipy.io import mmread
+        x = _read_coordinates(path, (len(rows), len(barcodes)))
+        return x, barcodes, pd.DataFrame(rows, columns=pd.Index(["id", "name", "feature_type"]))
 
-        x = sparse.csr_matrix(mmread(path).T)  # pyright: ignore
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: not a readable 10x matrix folder ({error}); is it complete?") from error
-    return x, barcodes, pd.DataFrame(rows, columns=pd.Index(["id", "name", "feature_type"]))
+
+def _read_coordinates(path: Path, shape: tuple[int, int]) -> sparse.csr_matrix:
+    """A matrix market file of genes by spots, as spots by genes. Its head is looked at first: it is believed."""
+    from scipy.io import mminfo, mmread
+
+    with open_bytes(path) as file:
+        n_rows, n_columns, n_values, form, *_ = mminfo(file)  # pyright: ignore
+    if form != "coordinate" or (n_rows, n_columns) != shape:
+        raise InputError(
+            f"{path}: {form} matrix of {n_rows} x {n_columns} for {shape[0]} features and {shape[1]} barcodes; are "
+            "they of one section?"
+        )
+    refuse_large(path, "matrix", 16 * n_values, path.stat().st_size)
+    with open_bytes(path) as file:
+        return sparse.csr_matrix(mmread(file).T)  # pyright: ignore
 
 
 def read_positions(folder: Path) -> pd.DataFrame:
@@ -153,15 +161,14 @@ def read_positions(folder: Path) -> pd.DataFrame:
         raise InputError(f"{folder / 'spatial'}: expected one of {', '.join(_POSITIONS)}, found none; copy it there")
     try:
         if path.suffix == ".parquet":
-            places = pd.read_parquet(path)
+            places = _read_parquet(path)
         else:
-            with path.open(encoding="utf-8") as file:
-                named = file.readline().startswith("barcode")
-            places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
+            with door(path, "table of spot positions"):
+                with path.open(encoding="utf-8") as file:
+                    named = file.readline().startswith("barcode")
+                places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
     except ImportError as error:
         raise reading.missing_package(path, "pyarrow", "visium-hd") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable table of spot positions ({error}); is it complete?") from error
     if missing := set(_COLUMNS) - set(places) - {places.index.name}:
         raise InputError(f"{path}: expected columns {', '.join(_COLUMNS)}, found no {', '.join(sorted(missing))}")
     places = places.set_index("barcode") if "barcode" in places else places
@@ -170,15 +177,22 @@ def read_positions(folder: Path) -> pd.DataFrame:
     return places.rename_axis(None).loc[:, _COLUMNS[1:]]
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    with door(path, "table of spot positions"):
+        from pyarrow import parquet
+
+        groups = parquet.ParquetFile(path).metadata
+        sizes = (groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+        refuse_large(path, "a table", max(sum(sizes), 8 * groups.num_rows * groups.num_columns), path.stat().st_size)
+        return pd.read_parquet(path)
+
+
 def read_scalefactors(folder: Path) -> dict:
     """``spatial/scalefactors_json.json``."""
     path = folder / "spatial" / "scalefactors_json.json"
-    try:
-        factors = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}); copy the whole spatial folder of Space Ranger") from error
-    if not isinstance(factors, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(factors).__name__}")
+    factors = read_json(path, "JSON of scale factors", "copy the whole spatial folder of Space Ranger")
+    for key in ("microns_per_pixel", "tissue_hires_scalef", "tissue_lowres_scalef"):
+        number(path, key, factors.get(key))
     return factors
 
 
@@ -193,7 +207,10 @@ def refuse_downsampled(image: Path, spatial: Path, factors: dict) -> None:
         same = image.name == name
         if not same and (spatial / name).is_file():
             try:
-                with Image.open(image) as one, Image.open(spatial / name) as other:
+                with (
+                    Image.open(image, formats=("JPEG", "PNG")) as one,
+                    Image.open(spatial / name, formats=("PNG",)) as other,
+                ):
                     same = one.size == other.size
             except (OSError, SyntaxError, Image.DecompressionBombError):
                 continue  # who reads its pixels says so

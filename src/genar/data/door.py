@@ -1,0 +1,186 @@
+"""The door through which every file of a user comes in: what a library makes of a bad one becomes one line, and a small
+file is not let grow large in memory.
+
+Numbers: a file below 10 MB may unpack to 128 MiB, a larger one to 200 times its size. Real counts lie far inside
+(sparse counts grow 3 to 10 times, a dense matrix of them up to 60); a bomb of zeros grows a thousand times.
+"""
+
+import gzip
+import io
+import json
+import math
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from genar.errors import InputError
+
+SMALL_BYTES = 10_000_000
+_ROOM, _RATIO = 128 << 20, 200
+_TEXT_BYTES = 64  # of a string in Python, and its place in an array
+_LONGEST = 200  # characters of a library's own words
+# Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
+_OF_LIBRARIES = (
+    ("anndata._io.specs.registry", "IORegistryError"),
+    ("openslide", "OpenSlideError"),
+    ("pickle", "PickleError"),
+    ("pyarrow", "ArrowException"),
+    ("safetensors", "SafetensorError"),
+    ("shapely.errors", "ShapelyError"),
+    ("tifffile", "TiffFileError"),
+    ("tokenize", "TokenError"),
+    ("yaml", "YAMLError"),
+    ("zipfile", "BadZipFile"),
+)
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What readers raise where a file is damaged or another than expected. ``MemoryError`` is none of them: what would
+    fill the memory is refused before."""
+    loaded = ((sys.modules.get(module), name) for module, name in _OF_LIBRARIES)
+    more = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
+    own = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
+    return (*own, EOFError, SyntaxError, struct.error, zlib.error, *more)
+
+
+@contextmanager
+def door(path: str | Path, what: str, advice: str = "is it complete?") -> Iterator[None]:
+    """Read ``path`` inside: whatever a library raises leaves as an ``InputError`` that names the file, ``what`` it
+    should be, the reason and what to do. An ``InputError`` leaves as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _damage() as error:
+        raise InputError(f"{path}: not a readable {what} ({reason_of(error)}); {advice}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception, cut to a length that can be read; with its kind where the words alone say
+    little."""
+    text = " ".join(str(error).split("\n")[0].split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if text and isinstance(error, OSError | InputError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def room(n_bytes: int) -> int:
+    """Bytes that a file of ``n_bytes`` may take in memory."""
+    return _ROOM if n_bytes < SMALL_BYTES else max(_ROOM, _RATIO * n_bytes)
+
+
+def refuse_large(path: str | Path, what: str, unpacked: int, n_bytes: int) -> None:
+    """``InputError`` where ``what`` of a file of ``n_bytes`` says to be far larger than that."""
+    if unpacked > room(n_bytes):
+        raise InputError(
+            f"{path}: {what} of {unpacked / 2**20:,.0f} MiB in a file of {n_bytes / 2**20:,.1f} MiB; expected at most "
+            f"{room(n_bytes) / 2**20:,.0f}: is it damaged? Counts are stored as a sparse matrix"
+        )
+
+
+def check_hdf5(path: Path) -> None:
+    """Refuse an HDF5 file whose arrays say to be far larger than the file: by their heads alone, nothing is read."""
+    import h5py
+
+    total = 0
+
+    def add(name: str, item) -> None:
+        nonlocal total
+        if isinstance(item, h5py.Dataset) and item.shape is not None:
+            each = _TEXT_BYTES if item.dtype.kind == "O" else item.dtype.itemsize
+            total += each * max(math.prod(item.shape), math.prod(item.chunks or ()))
+
+    with h5py.File(path, "r") as file:
+        file.visititems(add)
+    refuse_large(path, "arrays", total, path.stat().st_size)
+
+
+def check_zarr(folder: Path, advice: str = "is it complete?") -> None:
+    """Refuse a Zarr group whose arrays say to be far larger than its files: by its metadata alone."""
+    total = stored = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            stored += path.stat().st_size
+            if path.name in ("zarr.json", ".zarray"):
+                total += _declared(read_json(path, "metadata of a Zarr array", advice))
+    refuse_large(folder, "arrays", total, stored)
+
+
+def _declared(facts: dict) -> int:
+    if "shape" not in facts:
+        return 0
+    chunks = facts.get("chunks") or facts.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape", ())
+    kind = str(facts.get("data_type", facts.get("dtype")))
+    digits = "".join(c for c in kind if c.isdigit())
+    each = _TEXT_BYTES if not digits else int(digits) // (8 if "data_type" in facts else 1)
+    return max(each, 1) * max(math.prod(map(int, facts["shape"])), math.prod(map(int, chunks)))
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a zip archive (a file of tensors is one) whose members say to be far larger than it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        refuse_large(path, "members", total, path.stat().st_size)
+
+
+def open_text(path: Path, share: int = 2) -> io.TextIOWrapper:
+    """Text, unpacked where the name ends in ``.gz``; ``InputError`` once more comes than a file of its size may hold.
+
+    The ``share``-th part of that room: as numbers text takes twice its bytes, as short strings thirty times.
+    """
+    return io.TextIOWrapper(open_bytes(path, share), encoding="utf-8")
+
+
+def open_bytes(path: Path, share: int = 1) -> io.BufferedReader:
+    """As :func:`open_text`, as bytes; the ``share``-th part of the room."""
+    file = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+    return io.BufferedReader(_Limited(file, path, room(path.stat().st_size) // share), 1 << 16)
+
+
+class _Limited(io.RawIOBase):
+    """A stream that ends in an error where more comes than was allowed."""
+
+    def __init__(self, file: Any, path: Path, limit: int):
+        self._file, self._path, self._limit, self._n = file, path, limit, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        n = self._file.readinto(buffer)
+        self._n += n
+        if self._n > self._limit and self._path.suffix == ".gz":
+            size = self._path.stat().st_size
+            raise InputError(
+                f"{self._path}: {size / 2**20:,.1f} MiB unpack to text of more than {self._limit / 2**20:,.0f} MiB; "
+                "expected a table of counts: is it damaged?"
+            )
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_json(path: Path, what: str, advice: str = "is it complete?") -> dict:
+    """A JSON object; NaN, which is none of JSON's, becomes ``None``. Raises ``InputError`` where it is no object."""
+    with door(path, what, advice):
+        facts = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    if not isinstance(facts, dict):
+        raise InputError(f"{path}: expected a JSON object ({what}), found {type(facts).__name__}; {advice}")
+    return facts
+
+
+def number(path: str | Path, key: str, value) -> float:
+    """The value of a key as a finite number >= 0, 0 where it is absent; ``InputError`` naming file and key."""
+    if value is None:
+        return 0.0
+    found = float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
+    if isinstance(value, bool) or not found >= 0:
+        raise InputError(f"{path}: {key} must be a finite number >= 0, found {str(value)[:60]!r}")
+    return found
