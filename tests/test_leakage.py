@@ -125,6 +125,7 @@ def trained(folder: Path, out: Path, model="genar", *, test=("B", "D"), only=(),
 def prints(out: Path) -> dict:
     """All that a leak could change: panel, configuration, facts of training, weights; of D prediction and scores."""
     facts = json.loads((out / "checkpoint" / "config.json").read_text())
+    assert "D" in facts["training"].pop("held_out")  # names alone, which differ where B is held out, too
     predicted = anndata.read_h5ad(out / "predictions" / "D.h5ad")
     found = {name: predicted.layers[name].tobytes() for name in predicted.layers}
     found |= {f"var {name}": predicted.var[name].to_numpy().tobytes() for name in predicted.var}

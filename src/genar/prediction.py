@@ -127,7 +127,7 @@ def _blocks(
 
 def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:
     """X and the layers of a prediction."""
-    layers = {name: values.float().numpy() for name, values in expected.layers.items()}
+    layers = {name: values.float().contiguous().numpy() for name, values in expected.layers.items()}
     return sparse.csr_matrix(point.point.numpy().astype(np.int32)), layers
 
 

@@ -22,7 +22,7 @@ WHITE = 255
 # Above this a plain (not pyramidal) image no longer fits comfortably in memory as RGB: 6 GB.
 _MAX_PLAIN_PX = 2_000_000_000
 # What a file may say of its size, px a byte: blank glass in JPEG takes a byte for 40. More takes minutes.
-_PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 80_000_000
+_PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 120_000_000
 _MAX_PAGES, _MAX_TILE_PX, _MAX_PATCH_PX = 1000, 1 << 25, 1 << 15
 _BLOCK_PX = 1024  # slides are looked through in blocks this wide
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs"}

@@ -170,7 +170,8 @@ def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:
 
 
 def _dense(values, where: str) -> np.ndarray:
-    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    # row by row in memory, wherever they come from: sums in another order differ in their last digits
+    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64, order="C")
     if not np.isfinite(values).all() or (values < 0).any():
         raise InputError(f"{where} holds NaN, infinite or negative values; expected counts >= 0")
     return values
