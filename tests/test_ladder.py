@@ -29,6 +29,7 @@ ROOMS = [
     "export",
     "recipes",
     "runs",
+    "demo",
     "lazyslide",
     "groups",
     "bench",

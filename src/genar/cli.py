@@ -56,12 +56,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> None:
     """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
-    from genar import runs
+    from genar.demo import demo_run
 
     say = _console.speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
     _console.tell_run(
-        runs.demo_run(out, seed=seed, say=say, bar=_console.bar(json)),
+        demo_run(out, seed=seed, say=say, bar=_console.bar(json)),
         json,
         "simulated tissue, not a result on patients",
     )

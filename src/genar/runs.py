@@ -40,7 +40,6 @@ from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
 from genar.report import maps
-from genar.report.index import write_report
 from genar.resume import RESUME_FILE
 from genar.settings import Settings
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
@@ -311,27 +310,6 @@ def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
     view, mask, size_px, _ = tissue_of(slide, contract.mpp(section))
     path = prediction.with_name(f"{prediction.stem}_tissue.png")
     return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
-
-
-def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
-    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page."""
-    from genar.data.simulate import write_tissue
-
-    tissue = out / "simulated_tissue"
-    say("simulating two tissue sections (no patient's)")
-    write_tissue(tissue, ("SIM1", "SIM2"), seed=seed)
-    plan = TrainPlan(tissue, ("SIM2",), out / "run", features=out / "features", **DEMO)
-    result = train_run(plan, say=say, bar=bar)
-    result.outputs["simulated tissue"] = tissue
-    result.outputs |= write_report(out / "run", out / "report.html", say=say)
-    return result
-
-
-DEMO: dict = {
-    "n_genes": 100,
-    "settings": Settings(decoding={"samples": 8}),
-}
-"""Settings of the demo: small enough for a few minutes on two cores."""
 
 
 @dataclass

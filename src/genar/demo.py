@@ -1,0 +1,28 @@
+"""The main job on simulated tissue, from nothing to a page to look at: ``genar demo``."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from genar.data.progress import Bar, no_bar
+from genar.data.simulate import write_tissue
+from genar.report.index import write_report
+from genar.runs import RunResult, TrainPlan, train_run
+from genar.settings import Settings
+
+N_GENES, SAMPLES = 100, 8
+"""small enough for a few minutes on two cores"""
+
+
+def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
+    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page."""
+    tissue = out / "simulated_tissue"
+    say("simulating two tissue sections (no patient's)")
+    write_tissue(tissue, ("SIM1", "SIM2"), seed=seed)
+    settings = Settings(decoding={"samples": SAMPLES})
+    plan = TrainPlan(
+        tissue, ("SIM2",), out / "run", features=out / "features", n_genes=N_GENES, settings=settings
+    )  # fmt: skip
+    result = train_run(plan, say=say, bar=bar)
+    result.outputs["simulated tissue"] = tissue
+    result.outputs |= write_report(out / "run", out / "report.html", say=say)
+    return result
