@@ -23,7 +23,7 @@ from genar.training import TrainConfig, _Module
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
     "feature_dropout": 0, "validation_share": 0.2, "validate_every": 1, "batch_size": 16, "ema_decay": 0,
-    "patience": 50,
+    "patience": 50, "widths_um": "[]", "context_spots": "[]",
 }  # fmt: skip
 LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_ID",
