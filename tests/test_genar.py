@@ -9,7 +9,7 @@ from genar.errors import InputError
 from genar.genes import Scales, default_sizes
 from genar.models import Batch, Decoding, Spots, _cosine_attention
 from genar.models._base import uniforms
-from genar.models._cosine_attention import as_it_comes, cosine_attention
+from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import bf16_products, count_bumps, position_code
@@ -85,26 +85,20 @@ def test_cached_generation_equals_uncached(model, decode):
     assert largest_difference(cached, uncached) < 1e-4
 
 
+@torch.no_grad()
 def test_cached_logits_equal_the_training_pass(model):
     spots = make_spots()
     batch = spots.batch()
     means = model.pool(spots.counts)
     tokens = [mean.round().long() for mean in means[:-1]]
-    h, table = model.condition(batch), model.embed.rows()
-    whole = model._trunk(model._sequence(table, tokens, len(spots)), h, model.cuts)
-    caches = [_cache(model) for _ in model.blocks]
+    steering, table = model._steering(model.condition(batch)), model.embed.rows()
+    whole = model._trunk(model._sequence(table, tokens, len(spots)), steering, model.cuts)
+    caches = [Cache(model._n_cached) for _ in model.blocks]
     for k in range(len(model.sizes)):
-        above = tokens[k - 1] if k else h.new_zeros(len(spots), 0, dtype=torch.long)
-        step = model._cached_pass(k, table, above, h, caches)
+        above = tokens[k - 1] if k else torch.zeros(len(spots), 0, dtype=torch.long)
+        step = model._cached_pass(k, table, above, steering, caches)
         at = slice(model._interpolated_start[k], model._interpolated_start[k + 1])
         assert (step - whole[:, at]).abs().max() < 1e-5
-
-
-def _cache(model):
-    from genar.models._genar_parts import Cache
-
-    new, old, _ = model._step(len(model.sizes) - 1)
-    return Cache(len(new) + len(old))
 
 
 @pytest.mark.parametrize("decode", ["greedy", "mean"])
@@ -123,14 +117,14 @@ def test_batch_size_and_order_never_change_a_prediction(model, decode, size):
 def test_no_position_sees_a_finer_or_its_own_token(model):
     """Changing the tokens of scale k changes nothing at scales up to k, and something beyond."""
     spots = make_spots()
-    batch, h = spots.batch(), model.condition(spots.batch())
-    table = model.embed.rows()
+    batch = spots.batch()
+    steering, table = model._steering(model.condition(batch)), model.embed.rows()
     tokens = [mean.round().long() for mean in model.pool(spots.counts)[:-1]]
-    before = model._trunk(model._sequence(table, tokens, len(batch.features)), h, model.cuts)
+    before = model._trunk(model._sequence(table, tokens, len(batch.features)), steering, model.cuts)
     for k in range(len(tokens)):
         changed = [t.clone() for t in tokens]
         changed[k] = (changed[k] + 3) % 32
-        after = model._trunk(model._sequence(table, changed, len(batch.features)), h, model.cuts)
+        after = model._trunk(model._sequence(table, changed, len(batch.features)), steering, model.cuts)
         difference = (after - before).abs().amax(dim=(0, 2))
         border = model._interpolated_start[k + 1]
         assert difference[model._interpolated_start[0] : border].max() == 0
@@ -188,25 +182,26 @@ def test_decoding_layers_are_a_distribution_s(model):
     assert torch.equal(predicted.point, mean.round().long())
 
 
+@torch.no_grad()
 def test_samples_average_distributions():
     """Many trajectories approach the expectation over the coarse token that one scale defines."""
     model = make_model(sizes=(1, N_GENES))
     batch = make_spots(4).batch()
     many = model.generate(batch, Decoding("mean", 400)).layers["mean"]
-    h, table = model.condition(batch), model.embed.rows()
-    caches = [_cache(model) for _ in model.blocks]
-    first = model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
+    steering, table = model._steering(model.condition(batch)), model.embed.rows()
+    nothing = torch.zeros(4, 0, dtype=torch.long)
+    first = model._cached_pass(0, table, nothing, steering, [Cache(model._n_cached) for _ in model.blocks])
     known = model._known(batch)
-    inputs = (model._places[0], model._read_out(0, first, h, model._film()), model._start(0, known, []))
+    inputs = (model._places[0], model._read_out(0, first, steering), model._start(0, known, []))
     p = model.head.logits(*inputs).softmax(dim=2)[:, 0]
     expected = torch.zeros(4, N_GENES)
     for token in range(32):
-        caches = [_cache(model) for _ in model.blocks]
-        model._cached_pass(0, table, h.new_zeros(4, 0, dtype=torch.long), h, caches)
+        caches = [Cache(model._n_cached) for _ in model.blocks]
+        model._cached_pass(0, table, nothing, steering, caches)
         parents = torch.full((4, 1), token)
-        x = model._cached_pass(1, table, parents, h, caches)
+        x = model._cached_pass(1, table, parents, steering, caches)
         start = model._start(1, known, [parents])
-        logits = model.head.logits(model._places[1], model._read_out(1, x, h, model._film()), start)
+        logits = model.head.logits(model._places[1], model._read_out(1, x, steering), start)
         expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
     torch.testing.assert_close(many, expected.detach()[:, model.inverse], atol=0.15, rtol=0.05)
 
@@ -373,24 +368,25 @@ def test_recomputed_activations_give_the_same_gradient():
 
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("variant", ["default", "tokens", "causal", "tokens-causal"])
-def test_attention_written_out_is_the_fused_one(variant, keeps, monkeypatch):
-    """Output and gradient, with the weights kept for the backward pass and made again, in chunks of a few heads."""
+def test_attention_trained_on_a_cpu_is_the_automatic_one(variant, keeps, monkeypatch):
+    """Output and gradient of the kernels and of the written products, these with the weights kept for the backward pass
+    and made again, in chunks of a few heads."""
     monkeypatch.setattr(_cosine_attention, "_CHUNK_WEIGHTS", 3 * 24 * 24)
     monkeypatch.setattr(_cosine_attention, "_MOST_KEPT", 1 << 20 if keeps else 0)
     cuts = make_model(VARIANTS[variant]).cuts
     length = sum(cut.n_queries for cut in cuts)
     qkv, sharpness = torch.randn(5, length, 3 * 16).requires_grad_(), torch.tensor([2.0, 9.0]).requires_grad_()
-    written, fused = (
-        _cosine_attention._Attention.apply(qkv, sharpness, list(cuts)),
-        cosine_attention(qkv, sharpness, cuts),
-    )
-    torch.testing.assert_close(written, fused)
-    slope = torch.randn(fused.shape)
-    theirs = torch.autograd.grad(fused, (qkv, sharpness), slope)
-    torch.testing.assert_close(torch.autograd.grad(written, (qkv, sharpness), slope), theirs, rtol=1e-4, atol=1e-5)
+    slope = torch.randn(5, length, 16)
+    automatic = cosine_attention(qkv.double(), sharpness.double(), cuts)
+    theirs = torch.autograd.grad(automatic, (qkv, sharpness), slope.double())
+    for function in (_cosine_attention._Fused, _cosine_attention._Written):
+        mine = function.apply(qkv, sharpness, list(cuts))
+        torch.testing.assert_close(mine, automatic.float())
+        torch.testing.assert_close(torch.autograd.grad(mine, (qkv, sharpness), slope), theirs, rtol=1e-4, atol=1e-5)
 
+    assert "_Fused" in type(cosine_attention(qkv, sharpness, cuts).grad_fn).__name__
     low = qkv.detach().bfloat16().requires_grad_()
-    assert "_Attention" in type(cosine_attention(low, sharpness, cuts).grad_fn).__name__  # what training in bf16 runs
+    assert "_Written" in type(cosine_attention(low, sharpness, cuts).grad_fn).__name__  # what training in bf16 runs
     mine = torch.autograd.grad(cosine_attention(low, sharpness, cuts), (low, sharpness), slope.bfloat16())
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype in (torch.bfloat16, torch.float32)

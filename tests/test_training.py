@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -323,3 +325,13 @@ def test_cut_weights_and_missing_folders_are_refused(saved, tmp_path):
         load_checkpoint(saved)
     with pytest.raises(InputError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_bf16_that_this_cpu_is_slow_at_is_said(tissue_sections, panel, gain, monkeypatch, recwarn):
+    monkeypatch.setattr("genar.training.bf16_gain", lambda: gain)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spots = make_spots(tissue_sections[0], random_features(tissue_sections[0]), panel.genes)
+    model = model_class("genar").create(N_FEATURES, spots, "small", TINY)
+    fit(model, spots, replace(QUICK, max_epochs=1, precision="bf16"))
+    assert any("0.5 times the speed" in str(w.message) for w in recwarn) == (gain < 1)

@@ -45,6 +45,25 @@ def _of_libc(name: str):
     return lambda *arguments: 0
 
 
+def bf16_gain() -> float:
+    """How many times as fast as in float32 this CPU multiplies matrices in bf16.
+
+    Measured (0.1 s), for the instructions say little: where the matrix unit is missing or hidden by a virtual machine,
+    those for vectors may be slower than float32.
+    """
+    import torch
+
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - started)
+        seconds.append(min(times[1:]))
+    return seconds[1] / seconds[0]
+
+
 class Clock:
     """Seconds by stage, and the peak of resident memory since it was started, what earlier runs freed not counted."""
 

@@ -95,17 +95,21 @@ class Block(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, cache: Cache | None = None) -> Tensor:
-        """x [B, L, D], h [B, D] -> [B, L, D]; ``cuts`` say which positions see which."""
-        gamma1, scale1, shift1, gamma2, scale2, shift2 = self.steer(h)[:, None].chunk(6, dim=2)  # each [B, 1, D]
-        y = self._attend(torch.addcmul(shift1, self.norm(x), 1 + scale1), cuts, cache)
-        x = torch.addcmul(x, self._keep(x, gamma1), y)
-        y = self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2))
-        return torch.addcmul(x, self._keep(x, gamma2), y)
-
-    def _attend(self, x: Tensor, cuts: nn.ModuleList, cache: Cache | None) -> Tensor:
+    def steering(self, h: Tensor) -> tuple[Tensor, ...]:
+        """gamma, 1 + scale and shift of attention and of the MLP, [B, 1, D] each, of h [B, D]; the sharpness [H]."""
+        gamma1, scale1, shift1, gamma2, scale2, shift2 = self.steer(h)[:, None].chunk(6, dim=2)
         sharpness = self.log_scale.clamp(max=_MAX_LOGIT_SCALE).exp()[:, 0, 0]
-        return self.out(cosine_attention(self.qkv(x), sharpness, cuts, cache))
+        return gamma1, 1 + scale1, shift1, gamma2, 1 + scale2, shift2, sharpness
+
+    def forward(
+        self, x: Tensor, steering: tuple[Tensor, ...], cuts: nn.ModuleList, cache: Cache | None = None
+    ) -> Tensor:
+        """x [B, L, D], :meth:`steering` -> [B, L, D]; ``cuts`` say which positions see which."""
+        gamma1, scale1, shift1, gamma2, scale2, shift2, sharpness = steering
+        qkv = self.qkv(torch.addcmul(shift1, self.norm(x), scale1))
+        x = torch.addcmul(x, self._keep(x, gamma1), self.out(cosine_attention(qkv, sharpness, cuts, cache)))
+        y = self.mlp(torch.addcmul(shift2, self.norm(x), scale2))
+        return torch.addcmul(x, self._keep(x, gamma2), y)
 
     def _keep(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Drop-path: gamma [B, 1, D] with zeros for a share of the spots, whose branch is left out."""

@@ -15,7 +15,7 @@ F features, V classes.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,19 @@ __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 STRUCTURE = {"scales": tuple[int, ...], "order": str}
 # Trajectories generated at a time.
 _TRAJECTORIES = 64
+
+
+@dataclass(frozen=True)
+class _Steering:
+    """What the condition and the genes tell the network, made once for all scales."""
+
+    blocks: list[tuple[Tensor, ...]]
+    """of each block, see ``Block.steering``"""
+    head_scale: Tensor
+    """[B, 1, D], as the shift"""
+    head_shift: Tensor
+    film: tuple[Tensor, Tensor] | None
+    """gamma and beta of every group, [sum M, D] each"""
 
 
 class GenAR(Model):
@@ -124,9 +137,11 @@ class GenAR(Model):
         # the positions of a scale see the same ones and need no mask, unless each sees those before it alone
         runs = (*n_history, *sizes) if self.config.within == "full" else (len(seen) - sizes[-1], sizes[-1])
         self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split(runs) if len(rows))
-        self.steps = nn.ModuleList()
-        for new, old, _ in map(self._step, range(len(sizes))):
+        self.steps, self._n_keep = nn.ModuleList(), []
+        for new, old, n_keep in map(self._step, range(len(sizes))):
             self.steps.append(Cut(seen[new][:, torch.cat([old, new])]))
+            self._n_keep.append(n_keep)
+        self._n_cached = len(old) + len(new)
         for k in range(1, len(sizes)):
             self.register_buffer(f"parent_{k}", torch.from_numpy(self.scales.parent(k)).long(), persistent=False)
         edges = [torch.from_numpy(self.scales.edges(k)).long() for k in range(len(sizes))]
@@ -155,26 +170,34 @@ class GenAR(Model):
         """Tokens [B, M_k] of scale k as history [B, M_k, D]; k = -1 is the start."""
         if k < 0:
             return self.start.expand(len(tokens), 1, -1)
-        return table[tokens] + self.history_position[self._places[k]] + self.scale_embedding[k]
+        return fn.embedding(tokens, table) + self.history_position[self._places[k]] + self.scale_embedding[k]
 
     def _interpolated(self, k: int, table: Tensor, parents: Tensor) -> Tensor:
         """Positions of scale k [B, M_k, D], made of the tokens of the scale above [B, M_{k-1}] (eq. 3)."""
         place = self.position[self._places[k]] + self.scale_embedding[k]
         if k == 0:
             return place.expand(len(parents), -1, -1)
-        x = self.transition[k - 1](table[parents])[:, getattr(self, f"parent_{k}")]
+        x = self.transition[k - 1](fn.embedding(parents, table)).index_select(1, getattr(self, f"parent_{k}"))
         if k == len(self.sizes) - 1 and self.config.gene_identity:
-            x = 0.7 * x + 0.3 * self.identity
+            return torch.add(place + 0.3 * self.identity, x, alpha=0.7)
         return x + place
 
-    def _trunk(self, x: Tensor, h: Tensor, cuts: nn.ModuleList, caches: list[Cache] | None = None) -> Tensor:
+    def _steering(self, h: Tensor) -> "_Steering":
+        """What a spot's condition [B, D] and the identity of the genes tell the blocks and the head, at every scale."""
+        scale, shift = self.head_steer(h)[:, None].chunk(2, dim=2)
+        blocks = [block.steering(h) for block in self.blocks]  # pyright: ignore
+        return _Steering(blocks, 1 + scale, shift, self._film())
+
+    def _trunk(
+        self, x: Tensor, steering: "_Steering", cuts: nn.ModuleList, caches: list[Cache] | None = None
+    ) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # else every sum would go back to float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for i, block in enumerate(self.blocks):
+        for i, (block, steered) in enumerate(zip(self.blocks, steering.blocks, strict=True)):
             if self.config.recompute and caches is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, h, cuts, use_reentrant=False)  # pyright: ignore
+                x = checkpoint(block, x, steered, cuts, use_reentrant=False)  # pyright: ignore
             else:
-                x = block(x, h, cuts, caches[i] if caches else None)
+                x = block(x, steered, cuts, caches[i] if caches else None)
         return x
 
     def _film(self) -> tuple[Tensor, Tensor] | None:
@@ -188,11 +211,13 @@ class GenAR(Model):
         gamma, beta = self.film(g).chunk(2, dim=1)
         return gamma, beta
 
-    def _read_out(self, k: int, x: Tensor, h: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _read_out(self, k: int, x: Tensor, steering: "_Steering") -> Tensor:
         """What the head of scale k reads, float32 [B, M_k, D]: AdaLN, then FiLM."""
-        scale, shift = self.head_steer(h)[:, None].chunk(2, dim=2)
-        x = self.head_norm(x) * (1 + scale) + shift
-        return (x if film is None else x * film[0][self._places[k]] + film[1][self._places[k]]).float()
+        x = torch.addcmul(steering.head_shift, self.head_norm(x), steering.head_scale)
+        if steering.film is not None:
+            gamma, beta = (part[self._places[k]] for part in steering.film)
+            x = torch.addcmul(beta, x, gamma)
+        return x.float()
 
     def _start(self, k: int, known: Tensor | None, counts: list[Tensor]) -> tuple[LinearStart, Tensor] | None:
         """The linear start and the ln(1 + count) [B, M_k] that it expects, from components [B, C] and the tokens (or
@@ -260,15 +285,14 @@ class GenAR(Model):
         means = self.pool(batch.counts.clamp(max=self.config.max_count))
         given = self._noisy(means[:-1])
         tokens = [mean.round().long() for mean in given]
-        h, known, table, film = self.condition(batch), self._known(batch), self.embed.rows(), self._film()
-        x = self._trunk(self._sequence(table, tokens, len(h)), h, self.cuts)
-        losses = []
+        known, steering = self._known(batch), self._steering(self.condition(batch))
+        x = self._trunk(self._sequence(self.embed.rows(), tokens, len(batch.counts)), steering, self.cuts)
+        scales, losses = x[:, self._interpolated_start[0] :].split(self.sizes, dim=1), []
         for k, mean in enumerate(means):
-            at = slice(self._interpolated_start[k], self._interpolated_start[k + 1])
-            read, start = self._read_out(k, x[:, at], h, film), self._start(k, known, given[:k])
+            read, start = self._read_out(k, scales[k], steering), self._start(k, known, given[:k])
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
             with as_it_comes(x.device.type):
-                losses.append(loss(self._places[k], read, start, mean) / len(h))
+                losses.append(loss(self._places[k], read, start, mean) / len(mean))
         per_scale = torch.stack(losses)
         weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
         return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
@@ -362,14 +386,16 @@ class GenAR(Model):
         h = self.condition(batch).repeat_interleave(how.trajectories, dim=0)  # [B S, D]
         known = self._known(batch)
         known = None if known is None else known.repeat_interleave(how.trajectories, dim=0)
-        table, film = self.embed.rows(), self._film()
-        n_kept = self._step(len(self.sizes) - 1)
-        caches = [Cache(len(n_kept[0]) + len(n_kept[1])) for _ in self.blocks]
+        table, steering = self.embed.rows(), self._steering(h)
+        caches = [Cache(self._n_cached) for _ in self.blocks]
         tokens = torch.zeros(len(h), 0, dtype=torch.long, device=h.device)
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
-            x = self._cached_pass(k, table, tokens, h, caches) if cache else self._full_pass(k, table, made, h)
-            inputs = (self._places[k], self._read_out(k, x, h, film), self._start(k, known, made))
+            if cache:
+                x = self._cached_pass(k, table, tokens, steering, caches)
+            else:
+                x = self._full_pass(k, table, made, steering, len(h))
+            inputs = (self._places[k], self._read_out(k, x, steering), self._start(k, known, made))
             with as_it_comes(x.device.type):
                 if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
                     return self.head.values(*inputs)[0]
@@ -380,20 +406,19 @@ class GenAR(Model):
             made.append(tokens)
         raise AssertionError("a model has at least one scale")
 
-    def _cached_pass(self, k: int, table: Tensor, tokens: Tensor, h: Tensor, caches: list[Cache]) -> Tensor:
+    def _cached_pass(self, k: int, table: Tensor, tokens: Tensor, steering: "_Steering", caches: list[Cache]) -> Tensor:
         """Trunk output [B, M_k, D] of scale k, feeding only what is new."""
-        n_keep = self._step(k)[2]
         x = self._interpolated(k, table, tokens)
         if self.config.history == "tokens":
             x = torch.cat([self._history(k - 1, table, tokens), x], dim=1)
         for cache in caches:
-            cache.n_keep = n_keep
-        return self._trunk(x, h, self.steps[k : k + 1], caches)[:, -self.sizes[k] :]
+            cache.n_keep = self._n_keep[k]
+        return self._trunk(x, steering, self.steps[k : k + 1], caches)[:, -self.sizes[k] :]
 
-    def _full_pass(self, k: int, table: Tensor, made: list[Tensor], h: Tensor) -> Tensor:
+    def _full_pass(self, k: int, table: Tensor, made: list[Tensor], steering: "_Steering", n_spots: int) -> Tensor:
         """The same by the training pass, with zeros for the tokens that are not known yet (the masks hide them)."""
-        zeros = [h.new_zeros(len(h), m, dtype=torch.long) for m in self.sizes[len(made) : -1]]
-        x = self._trunk(self._sequence(table, [*made, *zeros], len(h)), h, self.cuts)
+        zeros = [table.new_zeros(n_spots, m, dtype=torch.long) for m in self.sizes[len(made) : -1]]
+        x = self._trunk(self._sequence(table, [*made, *zeros], n_spots), steering, self.cuts)
         return x[:, self._interpolated_start[k] : self._interpolated_start[k + 1]]
 
     # -- making and saving ------------------------------------------------------------------------------------------
