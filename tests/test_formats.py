@@ -455,6 +455,39 @@ def test_any_h5ad_is_a_section(tmp_path):
     assert [ref.id for ref in find_sections(tmp_path)] == ["one", "two"]
 
 
+def heap_without_end(path):
+    """A piece of free room of no bytes in the heap of texts: HDF5 1.14 steps over it for ever."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"GCOL") + 16
+    while any(content[at : at + 2]):
+        at += 16 + -(-int.from_bytes(content[at + 8 : at + 16], "little") // 8) * 8
+    content[at + 8 : at + 16] = bytes(8)
+    path.write_bytes(content)
+
+
+def group_in_itself(path):
+    with h5py.File(path, "r+") as file:
+        file["obs/again"] = file["obs"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(heap_without_end, "damaged heap of texts"), (group_in_itself, "group /obs/again holds itself")],
+)
+def test_an_h5ad_that_its_library_would_never_leave_is_refused(tmp_path, damage, says):
+    write_h5ad(tmp_path / "one.h5ad")
+    read_section(tmp_path / "one.h5ad", mpp=0.5)
+    damage(tmp_path / "one.h5ad")
+    with pytest.raises(InputError, match=rf"one\.h5ad: .*{says}"):
+        read_section(tmp_path / "one.h5ad", mpp=0.5)
+
+
+def test_an_array_where_scanpy_keeps_images_holds_none(tissue_sections):
+    section = tissue_sections[0].copy()
+    section.uns["spatial"] = np.zeros((3, 2))
+    assert contract.picture(section) is None
+
+
 def test_h5ad_layer_counts_wins_and_pixel_size_is_asked_for(tmp_path):
     adata = write_h5ad(tmp_path / "one.h5ad", visium=False)
     adata.layers["counts"] = adata.X.copy()

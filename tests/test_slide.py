@@ -8,6 +8,7 @@ import tifffile
 from PIL import Image
 
 from genar.data import contract, open_slide, read_section
+from genar.data.slide import glance
 from genar.errors import InputError
 
 MPP, SQUARE = 0.5, (300, 180, 40)  # um per px; left, top, side of a black square on grey, px
@@ -244,6 +245,17 @@ def test_damaged_pixels_are_refused(tmp_path, pixels, kind):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"bad\.tif: "):
         open_slide(path).read_patch_px((250, 200), 64, 64)
+
+
+def test_a_compression_without_decoder_is_named(tmp_path, pixels):
+    path = tmp_path / "fax.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", compression="deflate", rowsperstrip=16)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages.first.tags["Compression"].overwrite(3)  # CCITT fax, for pages of two colours
+    with pytest.raises(InputError, match=r"fax\.tif: "):
+        open_slide(path).read_patch_px((250, 200), 64, 64)
+    with pytest.raises(InputError, match=r"fax\.tif: "):
+        glance(path, 100)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".svs", ".png", ".jpg", ".ndpi"])

@@ -107,11 +107,17 @@ def slide_path(adata: AnnData) -> Path | None:
     return Path(slide) if slide else None
 
 
+def libraries(adata: AnnData) -> list[dict]:
+    """The dicts of ``uns["spatial"]``, one a library, as scanpy keeps them."""
+    spatial = adata.uns.get(SPATIAL, {})
+    return [library for library in spatial.values() if isinstance(library, dict)] if isinstance(spatial, dict) else []
+
+
 def picture(adata: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
     """The largest image within ``uns["spatial"]``, uint8 [h, w, 3], and the full-resolution size (W, H) px that its
     scale factor gives it; ``None`` where there is none."""
     found = []
-    for library in adata.uns.get(SPATIAL, {}).values():
+    for library in libraries(adata):
         for kind, image in library.get("images", {}).items():
             scale = library.get("scalefactors", {}).get(f"tissue_{kind}_scalef")
             values = np.asarray(image)
@@ -132,7 +138,7 @@ def mpp(adata: AnnData) -> float:
 
 def spot_diameter_px(adata: AnnData) -> float:
     """Diameter of a spot in full-resolution px; 55 um where it is not known (0)."""
-    return (float(adata.uns[GENAR][SPOT_DIAMETER_UM]) or 55.0) / mpp(adata)
+    return (float(adata.uns[GENAR].get(SPOT_DIAMETER_UM, 0)) or 55.0) / mpp(adata)
 
 
 def coords_px(adata: AnnData) -> np.ndarray:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import mmap
 import struct
 import sys
 import zipfile
@@ -23,10 +24,16 @@ from genar.errors import InputError
 SMALL_BYTES = 10_000_000
 _ROOM, _RATIO = 128 << 20, 200
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
+_MOST_PARTS = 100_000  # of an HDF5 file
+_HEAP, _HEAP_HEAD = (
+    b"GCOL\x01\0\0\0",
+    16,
+)  # of a heap in which HDF5 keeps texts, and the bytes of its head and of a part's
 _LONGEST = 200  # characters of a library's own words
 # Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
 _OF_LIBRARIES = (
     ("anndata._io.specs.registry", "IORegistryError"),
+    ("imagecodecs", "DelayedImportError"),
     ("openslide", "OpenSlideError"),
     ("pickle", "PickleError"),
     ("pyarrow", "ArrowException"),
@@ -40,8 +47,7 @@ _OF_LIBRARIES = (
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What readers raise where a file is damaged or another than expected. ``MemoryError`` is none of them: what would
-    fill the memory is refused before."""
+    """What readers raise where a file is damaged or another than expected."""
     loaded = ((sys.modules.get(module), name) for module, name in _OF_LIBRARIES)
     more = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
     own = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
@@ -56,6 +62,8 @@ def door(path: str | Path, what: str, advice: str = "is it complete?") -> Iterat
         yield
     except InputError:
         raise
+    except MemoryError as error:  # the length of a part is known to its decoder alone
+        raise InputError(f"{path}: a {what} that memory does not hold ({reason_of(error)}); {advice}") from error
     except _damage() as error:
         raise InputError(f"{path}: not a readable {what} ({reason_of(error)}); {advice}") from error
 
@@ -83,20 +91,51 @@ def refuse_large(path: str | Path, what: str, unpacked: int, n_bytes: int) -> No
 
 
 def check_hdf5(path: Path) -> None:
-    """Refuse an HDF5 file whose arrays say to be far larger than the file: by their heads alone, nothing is read."""
+    """Refuse an HDF5 file whose arrays say to be far larger than the file, whose groups hold themselves, or that its
+    library would never come to an end with: by their heads alone, no array is read."""
     import h5py
+    from h5py import h5o  # pyright: ignore
 
-    total = 0
+    _check_heaps(path)
+    n_bytes, total, seen = path.stat().st_size, 0, 0
 
-    def add(name: str, item) -> None:
-        nonlocal total
-        if isinstance(item, h5py.Dataset) and item.shape is not None:
-            each = _TEXT_BYTES if item.dtype.kind == "O" else item.dtype.itemsize
-            total += each * max(math.prod(item.shape), math.prod(item.chunks or ()))
+    def add(group: h5py.Group, above: frozenset[int]) -> None:
+        nonlocal total, seen
+        for item in map(group.get, group):  # None where a link leads nowhere
+            seen += 1
+            if seen > _MOST_PARTS:
+                raise InputError(f"{path}: more than {_MOST_PARTS:,} groups and arrays: is it damaged?")
+            if isinstance(item, h5py.Dataset) and item.shape is not None:
+                each = _TEXT_BYTES if item.dtype.kind == "O" else item.dtype.itemsize
+                total += each * max(math.prod(item.shape), math.prod(item.chunks or ()))
+                refuse_large(path, "arrays", total, n_bytes)
+            elif isinstance(item, h5py.Group):
+                place = h5o.get_info(item.id).addr
+                if place in above:
+                    raise InputError(f"{path}: its group {item.name} holds itself: is it damaged?")
+                add(item, above | {place})
 
     with h5py.File(path, "r") as file:
-        file.visititems(add)
-    refuse_large(path, "arrays", total, path.stat().st_size)
+        add(file, frozenset({h5o.get_info(file.id).addr}))
+
+
+def _check_heaps(path: Path) -> None:
+    """Refuse an HDF5 file with a piece of free room of no bytes in a global heap: its library (1.14) steps over such
+    pieces one by one, without end."""
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(_HEAP)
+        while at >= 0:
+            step, end = at + _HEAP_HEAD, at
+            if step <= len(content):
+                end = min(at + struct.unpack_from("<Q", content, at + 8)[0], len(content))
+            while step + _HEAP_HEAD <= end:
+                index, _, n_bytes = struct.unpack_from("<HHxxxxQ", content, step)
+                if index == 0 and n_bytes == 0:
+                    raise InputError(f"{path}: a damaged heap of texts, at byte {at}; copy the file anew")
+                step += n_bytes if index == 0 else _HEAP_HEAD + -(-n_bytes // 8) * 8
+            at = content.find(_HEAP, at + 1)
 
 
 def check_zarr(folder: Path, advice: str = "is it complete?") -> None:

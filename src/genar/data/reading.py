@@ -198,16 +198,10 @@ def keep_raw_counts(adata) -> str:
 
 def spot_diameter_px(adata) -> float:
     """Diameter of a spot, full-resolution px, by scanpy's scalefactors; 0 where they are silent."""
-    for library in libraries(adata):
+    for library in contract.libraries(adata):
         if diameter := library.get("scalefactors", {}).get("spot_diameter_fullres"):
             return float(diameter)
     return 0.0
-
-
-def libraries(adata) -> Iterable[dict]:
-    """The dicts of ``uns["spatial"]``, one a library, as scanpy keeps them."""
-    spatial = adata.uns.get("spatial", {})
-    return [library for library in spatial.values() if isinstance(library, dict)] if isinstance(spatial, dict) else []
 
 
 def missing_package(path: Path, package: str, extra: str) -> InputError:

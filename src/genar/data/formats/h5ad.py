@@ -41,7 +41,7 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
     if not pitch_um and reading.looks_like_visium(adata):
         diameter_um, pitch_um = reading.VISIUM_SPOT_UM, reading.VISIUM_PITCH_UM
     stated = told.get(contract.MPP) or next(
-        (lib["scalefactors"]["microns_per_pixel"] for lib in reading.libraries(adata)
+        (lib["scalefactors"]["microns_per_pixel"] for lib in contract.libraries(adata)
          if "microns_per_pixel" in lib.get("scalefactors", {})), None)  # fmt: skip
     pitch = pitch_um / reading.pitch_px(adata.obsm[contract.SPATIAL]) if contract.SPATIAL in adata.obsm else 0  # pyright: ignore
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
@@ -62,6 +62,6 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
 def _named_inside(adata: AnnData) -> Path | None:
     """The image that the file names, where it is still there: GenAR's own slot, or scanpy's source image."""
     named = [adata.uns.get(contract.GENAR, {}).get(contract.SLIDE)]
-    named += [library.get("metadata", {}).get("source_image_path") for library in reading.libraries(adata)]
+    named += [library.get("metadata", {}).get("source_image_path") for library in contract.libraries(adata)]
     paths = [Path(str(name)) for name in named if name]
     return next((path for path in paths if path.is_file()), None)
