@@ -43,7 +43,7 @@ class StoredInputs:
     def __init__(self, paths: Sequence[Path], section: AnnData, inputs: Inputs):
         self._stores = [_Store(path, section) for path in paths]
         self._context = inputs.context_spots
-        self._near = _neighbours(contract.coords_um(section), max(inputs.context_spots)) if self._context else None
+        self._near = neighbours(contract.coords_um(section), max(inputs.context_spots)) if self._context else None
         n_spots, views, width = self._stores[0].shape
         self.shape = (n_spots, views, width * inputs.n_blocks)
 
@@ -99,7 +99,7 @@ class _Store:
         return features
 
 
-def _neighbours(coords_um: np.ndarray, n: int) -> np.ndarray:
+def neighbours(coords_um: np.ndarray, n: int) -> np.ndarray:
     """For each spot its ``n`` nearest others [N, n], nearest first; all others where they are fewer, itself where there
     are none."""
     n_most = min(n, len(coords_um) - 1)
