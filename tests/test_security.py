@@ -25,6 +25,7 @@ from genar.features.imports import read_file
 from genar.fetch.hub import verified
 from genar.fetch.transfer import Access, RemoteFile, _SameHostRedirect, check_url, download, read_json
 from genar.models.checkpoint import load_checkpoint
+from genar.resume import check_whole
 from genar.settings import read_settings
 
 CHECKPOINT = Path(__file__).parent / "data" / "checkpoint_format1"
@@ -110,6 +111,9 @@ def test_no_file_that_carries_a_pickle_runs_it(tmp_path, payload, write, tissue_
     write(tmp_path / "model" / "config.json", payload)
     with pytest.raises(InputError, match=r"config\.json"):
         load_checkpoint(tmp_path / "model")
+    write(tmp_path / "last.ckpt", payload)
+    with pytest.raises(InputError, match=r"last\.ckpt: not .*; delete it, and the same command starts anew"):
+        check_whole(tmp_path / "last.ckpt")
     assert not (tmp_path / "marker").exists()
 
 

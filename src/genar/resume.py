@@ -2,6 +2,7 @@
 stop."""
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -84,6 +85,13 @@ class Saver(Checkpoint):
 
 
 def check_whole(path: Path) -> None:
-    """Raise ``InputError`` where a resume file was cut short."""
+    """Raise ``InputError`` where a resume file was cut short, or holds more than tensors and plain values: nothing of
+    it is run."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: not a whole resume file; delete it, and the same command starts anew")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # looks at no number
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path}: not a resume file of tensors and plain values; delete it, and the same command starts anew"
+        ) from error

@@ -245,7 +245,7 @@ def fit(
         default_root_dir=folder,
     )
     try:
-        trainer.fit(module, ckpt_path=resume, weights_only=False if resume else None)  # our own file
+        trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     except RuntimeError as error:
         if group.size > 1 and _is_lost(error):
             raise LostProcessError(
@@ -253,7 +253,7 @@ def fit(
             ) from error
         raise
     if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
-        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=False)["state_dict"])  # our own file
+        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
     module.restore_best()
     model.eval()
     return module.summary
