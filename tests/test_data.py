@@ -54,6 +54,8 @@ def with_spatial(xy):
         (make_adata(np.ones((0, 3))), "at least one spot, found none"),
         (with_names(obs_names=["a", "b", "b", "c"]), "spot name 'b' occurs more than once"),
         (with_names(var_names=["A", "A", "B"]), "gene name 'A' occurs more than once"),
+        (with_names(var_names=["A", "", "B"]), "gene name '' is empty or holds a NUL"),
+        (with_names(obs_names=["a", "b", "c\0", "c"]), r"spot name 'c\\x00' is empty or holds a NUL"),
         (with_value(np.nan), "NaN or infinite"),
         (with_value(np.inf), "NaN or infinite"),
         (with_value(-3), r"negative values \(least -3\)"),

@@ -14,6 +14,8 @@ from random import Random
 import h5py
 import numpy as np
 
+from genar.data.door import check_heaps
+
 HUGE = 10**12
 VALUES = (
     None, True, False, "", "x", "../../x", "é\u202e\0", "nan", -1, 0, 1, 2**31, -(2**63), HUGE, 10**30, 1e308, 0.5, math.nan,
@@ -196,6 +198,7 @@ def bomb(path: Path, rng: Random) -> None:
 
 def change_hdf5(path: Path, rng: Random) -> None:
     """A dataset, group or attribute dropped, moved, retyped, resized, or declared huge and left empty."""
+    check_heaps(path)  # else this very process would never come back
     with h5py.File(path, "r+") as file:
         names: list[str] = []
         file.visit(names.append)
@@ -273,6 +276,7 @@ def _retyped(old, kind: int, rng: Random):
 
 def bomb_hdf5(path: Path, rng: Random) -> None:
     """A dataset made ten thousand times as long, every value written, and compressed."""
+    check_heaps(path)  # else this very process would never come back
     with h5py.File(path, "r+") as file:
         names = []
         file.visititems(

@@ -199,7 +199,7 @@ def check(adata: AnnData) -> None:
     """Refuse what is not a section of raw counts.
 
     Raises ``InputError`` with one line that names the section, what was found and what to do: no spots,
-    duplicate spot or gene names, NaN or infinite, negative, fractional (log-transformed or normalised) counts,
+    spot or gene names that are empty or not unique, NaN or infinite, negative, fractional (log-transformed or normalised) counts,
     coordinates that are missing, not finite or all alike.
     """
     where = f"section {name(adata)}"
@@ -209,6 +209,8 @@ def check(adata: AnnData) -> None:
         if not names.is_unique:
             twice = names[names.duplicated()][0]
             raise InputError(f"{where}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
+        if bad := [one for one in names if not one or "\0" in one]:  # NumPy would cut them short
+            raise InputError(f"{where}: {kind} name {bad[0]!r} is empty or holds a NUL; name each {kind}")
     _check_counts(adata, where)
     if SPATIAL not in adata.obsm:
         raise InputError(f'{where}: expected spot centres in obsm["{SPATIAL}"], found none; add them in px, (x, y)')

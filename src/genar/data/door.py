@@ -96,7 +96,7 @@ def check_hdf5(path: Path) -> None:
     import h5py
     from h5py import h5o  # pyright: ignore
 
-    _check_heaps(path)
+    check_heaps(path)
     n_bytes, total, seen = path.stat().st_size, 0, 0
 
     def add(group: h5py.Group, above: frozenset[int]) -> None:
@@ -119,7 +119,7 @@ def check_hdf5(path: Path) -> None:
         add(file, frozenset({h5o.get_info(file.id).addr}))
 
 
-def _check_heaps(path: Path) -> None:
+def check_heaps(path: Path) -> None:
     """Refuse an HDF5 file with a piece of free room of no bytes in a global heap: its library (1.14) steps over such
     pieces one by one, without end."""
     if not path.stat().st_size:
