@@ -3,6 +3,7 @@
 import glob
 import re
 import shlex
+import shutil
 
 import click
 import pytest
@@ -10,6 +11,7 @@ import typer
 
 from commands import run
 from genar.cli import app
+from genar.data.simulate import TissueConfig, write_tissue
 from pages import DOCS, run_page
 
 ROOT = DOCS.parent
@@ -66,6 +68,47 @@ def test_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
             assert run(monkeypatch, *words[1:]) == 0, line
 
     run_page(name, shell)
+
+
+# Commands that are run, with settings of a size for tests behind those that train; in this order, in one folder.
+RUN = ["README.md", "docs/evaluation.md", "docs/report.md", "docs/other_programs.md", "docs/start.md"]
+TINY = ("width=16", "depth=1", "heads=2", "max_count=255", "max_epochs=1")
+SMALL = ["--n-genes", "80", "--views", "1", "--samples", "2", *(word for one in TINY for word in ("--set", one))]
+ELSEWHERE = {
+    r"^make ": "the Makefile runs this test",
+    r"^pip install": "the workflow installs the package",
+    r"^genar demo$": "tests/test_demo.py",
+}
+
+
+def lines(page):
+    for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
+        yield from (line.partition(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+
+
+def test_the_commands_of_the_pages_run(tmp_path, monkeypatch):
+    """On simulated sections of the names that the pages use, and a slide without counts."""
+    monkeypatch.chdir(tmp_path)
+    tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
+    write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+    write_tissue(tmp_path / "sections", ("ID", "OTHER"), config=tissue)
+    shutil.copy(tmp_path / "her2st" / "wsis" / "SPA139.tif", "slide.svs")
+    ran = []
+    for page in RUN:
+        for line in lines(page):
+            if any(re.search(pattern, line) for pattern in ELSEWHERE):
+                continue
+            words = shlex.split(line)
+            assert words[0] == "genar", line
+            for out in ("scores", "runs/first", "report.html"):  # of the page before
+                if out in words and "--out" in words and words[words.index("--out") + 1] == out:
+                    shutil.rmtree(out, ignore_errors=True)
+            assert run(monkeypatch, *words[1:], *(SMALL if words[1] == "train" else [])) == 0, line
+            ran.append(words[1])
+            if "pred.h5ad" in words and words[1] == "predict":
+                shutil.copy("pred.h5ad", "rival.h5ad")
+    assert set(ran) == {"check", "train", "predict", "evaluate", "report", "export"}
+    assert len(ran) > 15
 
 
 def test_links_between_pages_lead_somewhere():

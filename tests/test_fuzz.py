@@ -160,6 +160,7 @@ WRONG_ONCE = [
     ("hest", "st/A1.h5ad", edit_hdf5(lambda f: f["var"].attrs.update({"encoding-type": 1})), "not a readable"),
     ("hest", "st/A1.h5ad", edit_hdf5(loop), "not a readable"),
     ("hest", "st/A1.h5ad", put("X/data", np.ones(3, np.float32)), "not a readable"),
+    ("hest", "st/A1.h5ad", put("X/indices", np.full(211, np.nan)), "must be whole numbers"),
     ("hest", "st/A1.h5ad", declare("X/data", (10**12,), "f4"), "arrays of"),
     ("h5ad", "A1.h5ad", put("layers/counts/indices", np.full(99999, 2**31 - 1, np.int32)), "not a readable"),
     ("h5ad", "A1.h5ad", put("layers/counts/indptr", np.array([0, 9**9, 5, 1, 7, 2, 0], np.int32)), "not a readable"),

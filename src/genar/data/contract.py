@@ -198,8 +198,8 @@ def digest(adata: AnnData) -> str:
 def check(adata: AnnData) -> None:
     """Refuse what is not a section of raw counts.
 
-    Raises ``InputError`` with one line that names the section, what was found and what to do: no spots,
-    spot or gene names that are empty or not unique, NaN or infinite, negative, fractional (log-transformed or normalised) counts,
+    Raises ``InputError`` with one line that names the section, what was found and what to do: no spots, spot or gene
+    names that are empty or not unique, NaN or infinite, negative, fractional (log-transformed or normalised) counts,
     coordinates that are missing, not finite or all alike.
     """
     where = f"section {name(adata)}"
