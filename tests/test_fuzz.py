@@ -98,6 +98,12 @@ def declare(name, shape, dtype):
     return edit_hdf5(change)
 
 
+def narrowed(file):
+    starts = file["X/indptr"][()]
+    del file["X/indptr"]
+    file["X/indptr"] = starts.astype(np.int8)
+
+
 def loop(file):
     del file["uns"]
     file["uns"] = h5py.SoftLink("/uns")
@@ -161,6 +167,7 @@ WRONG_ONCE = [
     ("hest", "st/A1.h5ad", edit_hdf5(loop), "not a readable"),
     ("hest", "st/A1.h5ad", put("X/data", np.ones(3, np.float32)), "not a readable"),
     ("hest", "st/A1.h5ad", put("X/indices", np.full(211, np.nan)), "must be whole numbers"),
+    ("hest", "st/A1.h5ad", edit_hdf5(narrowed), "must grow"),
     ("hest", "st/A1.h5ad", declare("X/data", (10**12,), "f4"), "arrays of"),
     ("h5ad", "A1.h5ad", put("layers/counts/indices", np.full(99999, 2**31 - 1, np.int32)), "not a readable"),
     ("h5ad", "A1.h5ad", put("layers/counts/indptr", np.array([0, 9**9, 5, 1, 7, 2, 0], np.int32)), "not a readable"),

@@ -156,7 +156,8 @@ def check_sparse(matrix) -> None:
     if sparse.issparse(matrix) and hasattr(matrix, "check_format"):
         if not all(np.issubdtype(part.dtype, np.integer) for part in (matrix.indptr, matrix.indices)):
             raise ValueError("the indices of a sparse matrix must be whole numbers")  # NaN passes scipy's check
-        if (np.diff(matrix.indptr) < 0).any():  # where the last is 0, scipy looks at none
+        starts = matrix.indptr.astype(np.int64)  # differences of small numbers would wrap around
+        if (np.diff(starts) < 0).any():  # where the last is 0, scipy looks at none
             raise ValueError("the row or column starts of a sparse matrix must grow")
         matrix.check_format(full_check=True)
 
