@@ -209,6 +209,7 @@ WRONG_ONCE = [
     ("features", "A1.zarr/zarr.json", text("[]"), "delete it and embed again"),
     ("features", "A1.zarr/features/zarr.json", edit_json(shape=[16, 1, 10**12]), "arrays of"),
     ("imports", "npy/A1.npy", lambda p: p.write_bytes(NPY + b"\xa0\x0f" + b"(40, " * 800), "npy"),
+    ("prediction", "p.h5ad", edit_hdf5(lambda f: f["uns/genar"].pop("mpp")), "no pixel size"),
     ("run", "run.json", text(DEEP), "record of a run"),
     ("run", "checkpoint/config.json", edit_json(model=3), "run"),
 ]  # fmt: skip

@@ -132,8 +132,11 @@ def picture(adata: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
 
 
 def mpp(adata: AnnData) -> float:
-    """Pixel size of the full-resolution image, um per px."""
-    return float(adata.uns[GENAR][MPP])
+    """Pixel size of the full-resolution image, um per px. Raises ``InputError`` where nothing says it."""
+    told = adata.uns.get(GENAR, {})
+    if MPP not in told:
+        raise InputError(f"no pixel size: expected uns['{GENAR}']['{MPP}'] in um per px, as `genar predict` writes it")
+    return float(told[MPP])
 
 
 def spot_diameter_px(adata: AnnData) -> float:
