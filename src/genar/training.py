@@ -55,7 +55,7 @@ class TrainConfig:
     """spots a step, over all processes; a model whose unit is the section takes one section a step and process"""
     accumulate: int = 1
     """batches whose gradients are added before a step"""
-    lr: float = 1e-3
+    lr: float = 3e-4
     optimizer: str = "adamw"
     """``adamw``, ``adam`` with the decay as an L2 term (paper), or ``sgd`` with momentum 0.9"""
     weight_decay: float = 0.05

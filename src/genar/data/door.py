@@ -25,10 +25,8 @@ SMALL_BYTES = 10_000_000
 _ROOM, _RATIO = 128 << 20, 200
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _MOST_PARTS = 100_000  # of an HDF5 file
-_HEAP, _HEAP_HEAD = (
-    b"GCOL\x01\0\0\0",
-    16,
-)  # of a heap in which HDF5 keeps texts, and the bytes of its head and of a part's
+_HEAP = b"GCOL\x01\0\0\0"  # begins a heap in which HDF5 keeps texts
+_HEAP_HEAD = 16  # bytes of its head, and of the head of each part
 _LONGEST = 200  # characters of a library's own words
 # Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
 _OF_LIBRARIES = (
