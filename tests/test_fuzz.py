@@ -188,6 +188,7 @@ WRONG_ONCE = [
     ("tiff_striped", "a.tif", tag(257, 10**6), "px in"),
     ("tiff_pyramid", "a.tif", tag(322, 65520), "a.tif"),
     ("tiff_pyramid", "a.tif", tag(256, 2, at=4), "TIFF"),
+    ("tiff_striped", "a.tif", tag(256, 0), "a.tif"),
     ("tiff_striped", "a.tif", circle, "a.tif"),
     ("tiff_flat", "a.tif", inflated, "a.tif"),
     ("panels", "panel.json", text(DEEP), "not a readable panel"),
