@@ -48,7 +48,7 @@ def _of_libc(name: str):
 def bf16_gain() -> float:
     """How many times as fast as in float32 this CPU multiplies matrices in bf16.
 
-    Measured (0.1 s), for the instructions say little: where the matrix unit is missing or hidden by a virtual machine,
+    Measured (0.02 s), for the instructions say little: where the matrix unit is missing or hidden by a virtual machine,
     those for vectors may be slower than float32.
     """
     import torch
