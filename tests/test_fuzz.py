@@ -182,6 +182,7 @@ WRONG_ONCE = [
     ("visium", "P1/spatial/scalefactors_json.json", text(DEEP), "scale factors"),
     ("visium_mtx", "P1/filtered_feature_bc_matrix/barcodes.tsv.gz", bomb(b"A\n"), "text of"),
     ("visium_mtx", "P1/filtered_feature_bc_matrix/matrix.mtx.gz", bomb(b"%"), "matrix"),
+    ("legacy_st", "X1_selection.tsv", text("x\ty\tpixel_x\tpixel_y\t" * 200_000), "columns"),
     ("legacy_st", "X1.tsv.gz", bomb(b"1\t"), "text of"),
     ("legacy_st", "X1.tsv.gz", bomb(b"\0"), "text of"),
     ("tiff_flat", "a.tif", tag(256, 2**32 - 1), "px in"),

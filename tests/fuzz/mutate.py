@@ -166,6 +166,9 @@ def _pack(path: Path, data: bytes) -> None:
     path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
 
 
+_LARGEST_TABLE = 8_000_000  # bytes; what a small file may cost is the question
+
+
 def change_cells(path: Path, rng: Random) -> None:
     """A cell replaced, a line dropped, doubled or cut, the separator changed."""
     lines = _unpacked(path).split(b"\n")
@@ -183,7 +186,7 @@ def change_cells(path: Path, rng: Random) -> None:
     else:
         cells[rng.randrange(len(cells))] = rng.choice(CELLS).encode()
         lines[at] = separator.join(cells)
-    _pack(path, b"\n".join(lines))
+    _pack(path, b"\n".join(lines)[:_LARGEST_TABLE])
 
 
 def bomb(path: Path, rng: Random) -> None:

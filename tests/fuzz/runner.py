@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
+import torch
+
 from genar.errors import InputError
 
 from .mutate import change_folder, fresh
@@ -82,6 +84,7 @@ def _forget_peak() -> int:
 
 def _child(target: str, first: int, seeds: str, work: str, pipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)  # a pool of threads that the parent had is not here, and would be waited for
     log = os.open(os.devnull, os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -25,6 +25,7 @@ SMALL_BYTES = 10_000_000
 _ROOM, _RATIO = 128 << 20, 200
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _MOST_PARTS = 100_000  # of an HDF5 file
+_MOST_COLUMNS = 1000  # of a table of spots
 _HEAP = b"GCOL\x01\0\0\0"  # begins a heap in which HDF5 keeps texts
 _HEAP_HEAD = 16  # bytes of its head, and of the head of each part
 _LONGEST = 200  # characters of a library's own words
@@ -163,6 +164,17 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             total = sum(member.file_size for member in archive.infolist())
         refuse_large(path, "members", total, path.stat().st_size)
+
+
+def check_columns(path: Path, separator: str) -> None:
+    """Refuse a table of spots with very many columns, by its first line: equal names are told apart in quadratic
+    time."""
+    with path.open("rb") as file:
+        n = file.readline().count(separator.encode()) + 1
+    if n > _MOST_COLUMNS:
+        raise InputError(
+            f"{path}: {n:,} columns in a table of spots; expected at most {_MOST_COLUMNS:,}: is it damaged?"
+        )
 
 
 def open_text(path: Path, share: int = 2) -> io.TextIOWrapper:

@@ -16,7 +16,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract, reading
-from genar.data.door import door, open_text, reason_of
+from genar.data.door import check_columns, door, open_text, reason_of
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -123,6 +123,7 @@ def _row_of_counts(path: Path, spot: str, cells: list[str], n_genes: int) -> tup
 
 def _read_selection(path: Path) -> pd.DataFrame:
     with door(path, "table", "expected tab-separated text"):
+        check_columns(path, "\t")
         places = pd.read_csv(path, sep="\t")
     if missing := {"x", "y", "pixel_x", "pixel_y"} - set(places):
         raise InputError(f"{path}: expected columns x, y, pixel_x, pixel_y, found no {', '.join(sorted(missing))}")

@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract, reading
-from genar.data.door import check_hdf5, door, number, open_bytes, open_text, read_json, refuse_large
+from genar.data.door import check_columns, check_hdf5, door, number, open_bytes, open_text, read_json, refuse_large
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -164,6 +164,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
             places = _read_parquet(path)
         else:
             with door(path, "table of spot positions"):
+                check_columns(path, ",")
                 with path.open(encoding="utf-8") as file:
                     named = file.readline().startswith("barcode")
                 places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
