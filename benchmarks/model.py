@@ -29,6 +29,7 @@ SIZES = {"small": (128, 4, 4), "released": (512, 8, 8)}
 RELEASED_COUNT, NEEDED_COUNT = 2000, 511
 RECOMPUTE_GIB = 0.75  # ``memory_gib`` of the variant that saves memory
 SCALES = (1, 4, 8, 40, 100, 200)
+SECONDS = 3  # a measurement lasts so long at least
 VARIANTS = ("plain", "tokens", "queries", "recompute", "compiled")
 
 
@@ -117,7 +118,7 @@ def measure(job):
     started = time.perf_counter()
     step()
     first, seconds = time.perf_counter() - started, []
-    for _ in range(job["repeats"]):
+    while len(seconds) < job["repeats"] or sum(seconds) < SECONDS:
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)

@@ -73,7 +73,7 @@ class CountHead(nn.Module):
     def logits(self, place: slice, read: Tensor, start: "tuple[LinearStart, Tensor] | None") -> Tensor:
         """[B, M, V]"""
         read, table, bias = self._inputs(place, read, start)
-        return fn.linear(read, table) + bias
+        return fn.linear(read, table).add_(bias)
 
     def _inputs(self, place: slice, read: Tensor, start) -> tuple[Tensor, Tensor, Tensor]:
         """Columns [B, M, R], weights [V, R] and bias [1 or M, V] of the logits; a linear start's tilt is a column."""

