@@ -346,7 +346,10 @@ def test_panel_and_features_commands(tissue, tmp_path, monkeypatch, capsys):
 
 def test_version(monkeypatch, capsys):
     assert run(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("genar 0.")
+    told = capsys.readouterr().out
+    assert told.startswith("genar 0.")
+    as_module = subprocess.run([sys.executable, "-m", "genar", "--version"], capture_output=True, text=True, check=True)
+    assert as_module.stdout == told
 
 
 def test_predictions_open_in_scanpy(trained):

@@ -1,13 +1,16 @@
 """The pages: every command of theirs is one that the command line knows, and the tutorials run as they stand."""
 
 import glob
+import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import click
 import pytest
 import typer
+from anndata import read_h5ad
 
 from commands import run
 from genar.cli import app
@@ -77,7 +80,7 @@ SMALL = ["--n-genes", "80", "--views", "1", "--samples", "2", *(word for one in 
 ELSEWHERE = {
     r"^make ": "the Makefile runs this test",
     r"^pip install": "the workflow installs the package",
-    r"^genar demo$": "minutes long: `make demo`, and the workflow's wheel",
+    r"^genar demo$": "the test below, on a smaller tissue",
 }
 
 
@@ -108,6 +111,23 @@ def test_the_commands_of_the_pages_run(tmp_path, monkeypatch):
                 shutil.copy("pred.h5ad", "rival.h5ad")
     assert set(ran) == {"check", "train", "predict", "evaluate", "report", "export"}
     assert len(ran) > 15
+
+
+def test_the_demo_runs(tmp_path, monkeypatch, capsys):
+    """As ``genar demo`` does, on a smaller tissue."""
+    from genar import demo
+
+    monkeypatch.setattr(demo, "TISSUE", TissueConfig(n_rows=4, n_cols=4, n_genes=120))
+    monkeypatch.setattr(demo, "N_GENES", 20)
+    monkeypatch.setattr(demo, "SAMPLES", 2)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "demo") == 0
+    told = capsys.readouterr().out
+    assert "not a result on patients" in told
+    assert "genar-demo/report.html" in told
+    assert "</html>" in Path("genar-demo/report.html").read_text()
+    assert json.loads(Path("genar-demo/run/metrics.json").read_text())["SIM2"].keys() >= {"genar", "mean", "ridge"}
+    assert read_h5ad("genar-demo/run/predictions/SIM2.h5ad").n_vars == 20
 
 
 def test_links_between_pages_lead_somewhere():

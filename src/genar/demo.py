@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from genar.data.progress import Bar, no_bar
-from genar.data.simulate import write_tissue
+from genar.data.simulate import TissueConfig, write_tissue
 from genar.report.index import write_report
 from genar.runs import RunResult, TrainPlan, train_run
 from genar.settings import Settings
 
-N_GENES, SAMPLES = 100, 8
+TISSUE, N_GENES, SAMPLES = TissueConfig(), 100, 8
 """small enough for a few minutes on two cores"""
 
 
@@ -17,7 +17,7 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
     """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page."""
     tissue = out / "simulated_tissue"
     say("simulating two tissue sections (no patient's)")
-    write_tissue(tissue, ("SIM1", "SIM2"), seed=seed)
+    write_tissue(tissue, ("SIM1", "SIM2"), seed, TISSUE)
     settings = Settings(decoding={"samples": SAMPLES})
     plan = TrainPlan(
         tissue, ("SIM2",), out / "run", features=out / "features", n_genes=N_GENES, settings=settings
