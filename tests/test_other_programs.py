@@ -89,6 +89,11 @@ def test_a_tissuumaps_project_names_files_that_are_there(prediction, tmp_path, m
     assert 0 < table["x"].max() < image.shape[1]
     assert 0 < table["y"].max() < image.shape[0]
     shrink = table["x"].max() / contract.coords_px(predicted)[:, 0].max()
+    assert {setting["function"]: setting["value"] for setting in project["settings"]} == {
+        "_useAbsoluteMarkerSize": {markers["uid"]: True}
+    }
+    diameter = float(markers["expectedHeader"]["scale_factor"])  # px of the image
+    assert 0.8 < diameter / (shrink * contract.spot_diameter_px(predicted)) < 0.9
     assert project["mpp"] * shrink == pytest.approx(contract.mpp(predicted), rel=1e-2)
 
 
@@ -210,7 +215,8 @@ def _to_tensor(image):
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "says"), [("a.txt", None, "was not given"), ("a.zarr", "pdf", "--format pdf")]
+    ("name", "asked", "says"),
+    [("a.txt", None, "was not given"), ("a.zarr", "pdf", "--format pdf"), ("a", "tissuumaps", ".tmap")],
 )
 def test_an_unknown_format_is_refused(name, asked, says, prediction, tmp_path, monkeypatch, capsys):
     words = ["export", prediction, "--out", tmp_path / name, *(["--format", asked] if asked else [])]

@@ -44,6 +44,8 @@ def format_of(path: Path, asked: str | None = None) -> str:
             f"--format {found or 'was not given'}: expected {', '.join(FORMATS)}, or an --out that ends in "
             f"{', '.join(_SUFFIXES)}; found {path.name}"
         )
+    if found == "tissuumaps" and path.suffix != ".tmap":
+        raise InputError(f"--out {path}: TissUUmaps opens projects that end in .tmap; name it {path.stem}.tmap")
     return found
 
 

@@ -13,22 +13,25 @@ from genar.data.files import replacing, write_text
 from genar.export._common import IMAGE_PX, cut, expected
 from genar.report.maps import background
 
+_UID = "genar"
+_DISC = 0.85  # TissUUmaps (3.2) draws a disc wider than its size by so much
+
 
 def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
     """Write ``NAME.tmap`` with ``NAME.csv`` (a row a spot, expected counts a column a gene) and ``NAME.tif`` beside it.
 
-    TissUUmaps colours the spots by the gene that is chosen in the drop-down list. Positions are px of the image written
-    here; without an image, full-resolution px. The project file is written last. Raises ``InputError`` as
-    ``write_export`` does.
+    TissUUmaps colours the spots, drawn as wide as they are, by the gene that is chosen in the drop-down list. Positions
+    are px of the image written here; without an image, full-resolution px. The project file is written last. Raises
+    ``InputError`` as ``write_export`` does.
     """
     chosen = cut(predicted, genes)
     names = list(map(str, chosen.var_names))
     xy, mpp = contract.coords_px(chosen), contract.mpp(chosen)
-    layers = []
+    layers, diameter = [], contract.spot_diameter_px(chosen)
     if (found := background(chosen, IMAGE_PX)) is not None:
         image, (width, _) = found
         shrink = image.shape[1] / width
-        xy, mpp = xy * shrink, mpp / shrink
+        xy, mpp, diameter = xy * shrink, mpp / shrink, diameter * shrink
         picture = path.with_suffix(".tif")
         with replacing(picture) as temporary:
             tifffile.imwrite(temporary, image, photometric="rgb", compression="jpeg", tile=(256, 256))
@@ -41,9 +44,9 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
     write_text(spots, table.to_csv(index=False, float_format="%.5g"))
     header = {
         "X": "x", "Y": "y", "gb_col": "null", "gb_name": "null", "cb_cmap": "interpolateViridis",
-        "cb_col": f"gene {names[0]}", "cb_gr_dict": "", "scale_col": "null", "scale_factor": "1", "coord_factor": "1",
-        "shape_col": "null", "shape_fixed": "disc", "shape_gr_dict": "", "pie_col": "null", "opacity": "0.85",
-        "tooltip_fmt": "{spot}",
+        "cb_col": f"gene {names[0]}", "cb_gr_dict": "", "scale_col": "null", "coord_factor": "1",
+        "scale_factor": f"{_DISC * diameter:.5g}", "shape_col": "null", "shape_fixed": "disc",
+        "shape_gr_dict": "", "pie_col": "null", "opacity": "0.85", "tooltip_fmt": "{spot}",
     }  # fmt: skip
     radios = {
         "cb_col": True, "cb_gr": False, "cb_gr_rand": False, "cb_gr_dict": False, "cb_gr_key": False,
@@ -51,7 +54,7 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
         "shape_gr_rand": False, "shape_gr_dict": False,
     }  # fmt: skip
     markers = {
-        "title": "Predicted genes", "name": "Predicted genes", "comment": "Expected counts", "uid": "genar",
+        "title": "Predicted genes", "name": "Predicted genes", "comment": "Expected counts", "uid": _UID,
         "autoLoad": True, "hideSettings": True, "path": spots.name, "expectedHeader": header, "expectedRadios": radios,
         "dropdownOptions": [
             {"optionName": name, "name": name, "expectedHeader.cb_col": f"gene {name}"} for name in names
@@ -63,7 +66,8 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
         "layers": layers,
         "markerFiles": [markers],
         "mpp": mpp,
-        "settings": [],
+        # a spot is as wide as it is in the tissue, whatever the zoom: scale_factor is in px of the image
+        "settings": [{"module": "glUtils", "function": "_useAbsoluteMarkerSize", "value": {_UID: True}}],
     }
     write_text(path, json.dumps(project, indent=1))
     return path
