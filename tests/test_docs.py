@@ -12,6 +12,7 @@ import pytest
 import typer
 from anndata import read_h5ad
 
+import genar
 from commands import run
 from genar.cli import app
 from genar.data.simulate import TissueConfig, write_tissue
@@ -64,13 +65,37 @@ def test_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def shell(block):
+    run_page(name, shell(monkeypatch))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["tutorials/train.md", "tutorials/uncertainty.md"])  # comparing takes minutes there
+def test_a_tutorial_runs_on_real_sections(name, shared, tmp_path, monkeypatch):
+    """On two HER2ST sections in place of the simulated ones."""
+    monkeypatch.chdir(tmp_path)
+    link_sections(shared, tmp_path / "sections", {"A": "SPA138", "B": "SPA139"})
+    monkeypatch.setattr(genar, "write_tissue", lambda *_, **__: None)
+    run_page(name, shell(monkeypatch))
+
+
+def shell(monkeypatch):
+    """Runs a block of ``genar`` commands."""
+
+    def run_block(block):
         for line in block.replace("\\\n", " ").splitlines():
             words = [found for word in shlex.split(line, comments=True) for found in glob.glob(word) or [word]]
             assert words[0] == "genar"
             assert run(monkeypatch, *words[1:]) == 0, line
 
-    run_page(name, shell)
+    return run_block
+
+
+def link_sections(shared, folder, names):
+    """HER2ST sections under other names, in the layout of HEST-1k."""
+    for name, real in names.items():
+        for kind, suffix in (("st", ".h5ad"), ("wsis", ".tif"), ("metadata", ".json")):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            (folder / kind / f"{name}{suffix}").symlink_to(shared / "data" / "her2st" / kind / f"{real}{suffix}")
 
 
 # Commands that are run, with settings of a size for tests behind those that train; in this order, in one folder.
@@ -89,11 +114,16 @@ def lines(page):
         yield from (line.partition(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
 
 
-def test_the_commands_of_the_pages_run(tmp_path, monkeypatch):
-    """On simulated sections of the names that the pages use, and a slide without counts."""
+@pytest.mark.parametrize("source", ["simulated", pytest.param("her2st", marks=pytest.mark.real)])
+def test_the_commands_of_the_pages_run(source, tmp_path, monkeypatch, request):
+    """On sections of the names that the pages use, simulated or real, and a slide without counts."""
     monkeypatch.chdir(tmp_path)
     tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
-    write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+    if source == "simulated":
+        write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+    else:
+        names = ("SPA138", "SPA139")
+        link_sections(request.getfixturevalue("shared"), tmp_path / "her2st", dict(zip(names, names, strict=True)))
     write_tissue(tmp_path / "sections", ("ID", "OTHER"), config=tissue)
     shutil.copy(tmp_path / "her2st" / "wsis" / "SPA139.tif", "slide.svs")
     ran = []

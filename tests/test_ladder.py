@@ -35,6 +35,7 @@ ROOMS = [
     "bench",
     "_console",
     "cli",
+    "__main__",
 ]  # each imports itself and those before
 EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")
 
