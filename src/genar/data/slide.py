@@ -225,9 +225,16 @@ def glance(path: str | Path, longest_px: int) -> Glance:
 def image_head(path: str | Path) -> tuple[tuple[int, int], float | None]:
     """Size (W, H) px of a slide and the pixel size (um) its own tags claim, by its head alone: nothing is decoded.
 
-    Raises ``InputError`` where it is missing or not an image; whether it is whole shows where its pixels are needed.
+    Raises ``InputError`` where it is missing, not an image or of no pixels; whether it is whole shows where its pixels
+    are needed.
     """
-    path = Path(path)
+    size_px, mpp = _head(Path(path))
+    if min(size_px) < 1:
+        raise InputError(f"{path}: the image says to be of {size_px[0]} x {size_px[1]} px; is it damaged?")
+    return size_px, mpp
+
+
+def _head(path: Path) -> tuple[tuple[int, int], float | None]:
     if (slide := _open_pyramid(path)) is not None:
         with contextlib.closing(slide):
             return slide.size_px, slide.mpp

@@ -106,8 +106,6 @@ def tissue_of(slide: str | Path, mpp: float | None = None) -> tuple[np.ndarray, 
     Raises ``InputError`` where the image is damaged, or names no pixel size and ``mpp`` is not given.
     """
     size_px, tag = image_head(slide)
-    if min(size_px) < 1:
-        raise InputError(f"{slide}: the image says to be of {size_px[0]} x {size_px[1]} px; is it damaged?")
     mpp = mpp or tag
     if mpp is None:
         raise InputError(f"{slide}: the image names no pixel size; pass --mpp (um per px)")

@@ -14,7 +14,7 @@ from genar.export._common import IMAGE_PX, cut, expected
 from genar.report.maps import background
 
 _UID = "genar"
-_DISC = 0.85  # TissUUmaps (3.2) draws a disc wider than its size by so much
+_DISC = 0.85  # of its diameter is the size of a disc: TissUUmaps (3.2) draws it wider
 
 
 def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
