@@ -23,7 +23,7 @@ from genar.training import TrainConfig, _Module
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
     "feature_dropout": 0, "validation_share": 0.2, "validate_every": 1, "batch_size": 16, "ema_decay": 0,
-    "patience": 50, "widths_um": "[]", "context_spots": "[]",
+    "patience": 50, "max_epochs": 3, "widths_um": "[]", "context_spots": "[]",
 }  # fmt: skip
 LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_ID",
@@ -41,10 +41,10 @@ def _nobody_started_us(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def command(tissue, store, out, *more, max_epochs=3, **settings):
+def command(tissue, store, out, *more, **settings):
     words = ["train", tissue, "--test", "SIM2", "--out", out, "--features", store, "--n-genes", "20", "--views", "1"]
     words += ["--samples", "2", *more]
-    for name, value in {**SETTINGS, "max_epochs": max_epochs, **settings}.items():
+    for name, value in {**SETTINGS, **settings}.items():
         words += ["--set", f"{name}={value}"]
     return [sys.executable, "-m", "genar.cli", *map(str, words)]
 
@@ -68,6 +68,16 @@ def alone(tissue, store, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def shared(tissue, store, tmp_path_factory):
+    """A run of two processes, and what it said."""
+    out = tmp_path_factory.mktemp("shared") / "run"
+    words = command(tissue, store, out, "--devices", 2, "--json")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
 def check_same(run, alone):
     """Weights, history and predictions of a shared run are those of one process but for the order of its sums."""
     one, two = (load_file(folder / "checkpoint" / "model.safetensors") for folder in (alone, run))
@@ -83,13 +93,11 @@ def check_same(run, alone):
     assert not (run / "resume").exists()
 
 
-def test_two_processes_train_what_one_does(tissue, store, alone, tmp_path):
-    words = command(tissue, store, tmp_path / "run", "--devices", 2, "--json")
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_what_one_does(alone, shared):
+    run, done = shared
     assert len(done.stdout.splitlines()) == 1  # one process speaks
     assert done.stderr.count("epoch 1/3") == 1
-    check_same(tmp_path / "run", alone)
+    check_same(run, alone)
 
 
 def test_processes_started_by_srun_find_each_other(tissue, store, alone, tmp_path):
@@ -107,8 +115,8 @@ def test_processes_started_by_srun_find_each_other(tissue, store, alone, tmp_pat
     check_same(tmp_path / "run", alone)
 
 
-def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, tmp_path):
-    words = command(tissue, store, tmp_path / "run", "--devices", 2, max_epochs=4, checkpoint_every_s=0)
+def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, shared, tmp_path):
+    words = command(tissue, store, tmp_path / "run", "--devices", 2, checkpoint_every_s=0)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     for line in process.stdout:
         if line.startswith("epoch 2/"):
@@ -131,16 +139,9 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, tmp_pa
         assert "start the same command again" in error
     again = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "epoch 1/4" not in again.stdout
+    assert "epoch 1/3" not in again.stdout
     assert "going on after step" in again.stdout
-    undisturbed = tmp_path / "undisturbed"
-    subprocess.run(
-        command(tissue, store, undisturbed, "--devices", 2, max_epochs=4),
-        env=environment(),
-        check=True,
-        capture_output=True,
-    )
-    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", undisturbed)]
+    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", shared[0])]
     assert weights[0] == weights[1]
 
 

@@ -109,6 +109,7 @@ def test_a_vitessce_configuration_names_what_the_store_holds(prediction, tmp_pat
     options = file["options"]
     for part in (options["image"], options["obsSpots"], options["obsFeatureMatrix"]):
         assert (store / part["path"]).exists(), part
+    assert list(facts["coordinationSpace"]["photometricInterpretation"].values()) == ["RGB"]
 
 
 def test_lazyslide_predicts_with_a_registered_checkpoint(prediction, tmp_path):

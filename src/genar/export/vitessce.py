@@ -1,6 +1,7 @@
 """A folder that Vitessce shows: a SpatialData store and the configuration of its views."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,16 @@ def write_vitessce(predicted: AnnData, path: Path, *, genes: Sequence[str] = ())
     Raises ``InputError`` as ``write_export`` does.
     """
     try:
-        from vitessce import SpatialDataWrapper, VitessceConfig, hconcat, vconcat  # pyright: ignore
-        from vitessce import ViewType as View  # pyright: ignore
+        with warnings.catch_warnings(action="ignore"):  # of its widgets, which nobody asked for
+            from vitessce import (  # pyright: ignore
+                CoordinationLevel,
+                SpatialDataWrapper,
+                VitessceConfig,
+                get_initial_coordination_scope_prefix,
+                hconcat,
+                vconcat,
+            )
+            from vitessce import ViewType as View  # pyright: ignore
     except ImportError as error:
         raise missing("vitessce", "vitessce") from error
     chosen = cut(predicted, genes)
@@ -53,6 +62,10 @@ def write_vitessce(predicted: AnnData, path: Path, *, genes: Sequence[str] = ())
         views, ["obsType", "featureSelection", "obsColorEncoding"],
         ["spot", [str(chosen.var_names[0])], "geneSelection"],
     )  # fmt: skip
+    if has_image:  # else its red is drawn in blue
+        prefix = get_initial_coordination_scope_prefix("prediction", "image")
+        layer = CoordinationLevel([{"photometricInterpretation": "RGB"}])
+        config.link_views_by_dict([spatial, layers], {"imageLayer": layer}, scope_prefix=prefix)
     config.layout(hconcat(vconcat(spatial, heat), vconcat(listed, layers), split=[3, 1]))
     with replacing(path) as temporary:
         temporary.mkdir()
