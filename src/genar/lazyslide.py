@@ -75,15 +75,8 @@ def register_model(
             if context:
                 near, last = neighbours(corners, max(context)), x[:, -(x.shape[1] // n_widths) :]
                 x = np.concatenate([x, *(last[near[:, :n]].mean(axis=1) for n in context)], axis=1)
-            ids = [zlib.crc32(f"{a:.0f}x{b:.0f}".encode()) for a, b in corners]  # a tile's draws follow its place
-            xy = corners * (mpp or 1.0)
-            extent = np.where(np.ptp(xy, axis=0) > 0, np.ptp(xy, axis=0), 1)
             device = next(iter(model.state_dict().values())).device
-            batch = Batch(
-                torch.from_numpy(x), torch.from_numpy(xy).float(),
-                torch.from_numpy((xy - xy.min(axis=0)) / extent).float(), torch.tensor(ids),
-                section=torch.zeros(len(x), dtype=torch.long),
-            ).to(device)  # fmt: skip
+            batch = _batch(x, corners, mpp or 1.0).to(device)
             with torch.inference_mode(), torch.autocast(device.type, enabled=False):
                 made = model.predict(batch, how)
             mean = made.layers["mean"] if "mean" in made.layers else made.layers["log1p_mean"].expm1()
@@ -96,6 +89,18 @@ def register_model(
         description="Raw gene counts of tiles, generated scale by scale from encoder features.",
         vision_encoder=str(facts.get("encoder", "")),
     )(GenARModel)  # fmt: skip
+
+
+def _batch(features: np.ndarray, corners: np.ndarray, mpp: float) -> Batch:
+    """Tiles of one slide: features [n, F] and corners [n, 2] in px of ``mpp`` um."""
+    ids = [zlib.crc32(f"{a:.0f}x{b:.0f}".encode()) for a, b in corners]  # a tile's draws follow its place
+    xy = corners * mpp
+    extent = np.where(np.ptp(xy, axis=0) > 0, np.ptp(xy, axis=0), 1)
+    return Batch(
+        torch.from_numpy(features), torch.from_numpy(xy).float(),
+        torch.from_numpy((xy - xy.min(axis=0)) / extent).float(), torch.tensor(ids),
+        section=torch.zeros(len(features), dtype=torch.long),
+    )  # fmt: skip
 
 
 def widen_tiles(wsi, width_um: float, *, tile_px: int = 224, tile_key: str = "tiles", key_added: str = "") -> str:

@@ -223,27 +223,7 @@ def fit(
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     if resume:
         check_whole(resume)
-    trainer = pl.Trainer(
-        max_epochs=config.max_epochs,
-        accelerator="auto",
-        devices=group.devices,
-        num_nodes=group.num_nodes,
-        strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
-        plugins=[WholeFiles(), *([] if group.by else [LightningEnvironment()])],
-        use_distributed_sampler=False,  # our loaders share out each batch
-        precision=PRECISIONS[config.precision],  # pyright: ignore
-        gradient_clip_val=config.clip,
-        accumulate_grad_batches=module.n_parts,
-        deterministic="warn",  # on a CPU everything is; some CUDA kernels have no deterministic form
-        logger=False,
-        enable_checkpointing=folder is not None,
-        enable_model_summary=False,
-        enable_progress_bar=progress,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=config.validate_every,
-        callbacks=_callbacks(config, folder, progress),
-        default_root_dir=folder,
-    )
+    trainer = _trainer(config, module.n_parts, folder, progress, group)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     except RuntimeError as error:
@@ -257,6 +237,30 @@ def fit(
     module.restore_best()
     model.eval()
     return module.summary
+
+
+def _trainer(config: TrainConfig, n_parts: int, folder: Path | None, progress: bool, group: Group) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=config.max_epochs,
+        accelerator="auto",
+        devices=group.devices,
+        num_nodes=group.num_nodes,
+        strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
+        plugins=[WholeFiles(), *([] if group.by else [LightningEnvironment()])],
+        use_distributed_sampler=False,  # our loaders share out each batch
+        precision=PRECISIONS[config.precision],  # pyright: ignore
+        gradient_clip_val=config.clip,
+        accumulate_grad_batches=n_parts,
+        deterministic="warn",  # on a CPU everything is; some CUDA kernels have no deterministic form
+        logger=False,
+        enable_checkpointing=folder is not None,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=config.validate_every,
+        callbacks=_callbacks(config, folder, progress),
+        default_root_dir=folder,
+    )
 
 
 def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots | None]:
