@@ -128,6 +128,10 @@ def _blocks(
 def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:
     """X and the layers of a prediction."""
     layers = {name: values.float().contiguous().numpy() for name, values in expected.layers.items()}
+    if bad := [name for name, values in layers.items() if not np.isfinite(values).all()]:
+        raise InputError(
+            f"the model predicts NaN or infinite values ({', '.join(bad)}): are its weights and inputs sound?"
+        )
     return sparse.csr_matrix(point.point.numpy().astype(np.int32)), layers
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from genar.data.files import replacing
@@ -32,6 +32,32 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+
+
+class Averages(EMAWeightAveraging):
+    """Averaged weights from ``first`` step on; until then there is no average, and the weights themselves count, in
+    validation and at the end."""
+
+    def __init__(self, decay: float, first: int):
+        super().__init__(decay=decay, update_starting_at_step=first, use_buffers=False)  # buffers are constants
+
+    def _begun(self) -> bool:
+        return self._average_model is not None and bool(self._average_model.n_averaged > 0)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        """The averages are validated, where there are some."""
+        if self._begun():
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        """Back to the weights that are trained."""
+        if self._begun():
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        """The averages stay, where there are some."""
+        if self._begun():
+            super().on_train_end(trainer, pl_module)
 
 
 class Saver(Checkpoint):

@@ -138,6 +138,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     model_settings = pixels.input_settings(plan.input, plan.model, plan.preset, plan.settings.model, plan.inputs)
     model_settings, sets = _gene_sets(model_settings)
     cls.check_settings(plan.preset, model_settings)
+    cls.check_decoding(plan.preset, model_settings, how)
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
@@ -166,11 +167,11 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
     if rank:
         return RunResult({}, {}, {})  # the first process writes and scores
-    if cost := model.cost(sum(section.n_obs for section in held_out), how):
-        say(cost)
     facts = _training_facts(plan, config, training, held_out, spots, summary)
     checkpoint = Checkpoint(plan.model, model, panel, seen.facts, facts)
     outputs = {"checkpoint": save_checkpoint(plan.out / "checkpoint", checkpoint), "panel": plan.out / "panel.json"}
+    if cost := model.cost(sum(section.n_obs for section in held_out), how):
+        say(cost)
     clock.lap("training")
 
     scores = _predict_and_score(plan, checkpoint, how, spots, held_out, seen, outputs, bar)

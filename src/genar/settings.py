@@ -27,10 +27,13 @@ class Settings:
     inputs: dict = field(default_factory=dict)
 
 
-def read_settings(config: Path | None, assignments: Sequence[str], model: str = "genar") -> Settings:
+def read_settings(
+    config: Path | None, assignments: Sequence[str], model: str = "genar", *, owners: Sequence[str] = ()
+) -> Settings:
     """Settings from a YAML file and ``KEY=VALUE`` lines, which win.
 
-    A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``. Raises ``InputError``
+    A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``; of those that know it
+    the first one's, ``owners`` before all others. Raises ``InputError``
     naming one that is none of them, or a value of another type.
     """
     settings: dict = {}
@@ -47,6 +50,7 @@ def read_settings(config: Path | None, assignments: Sequence[str], model: str = 
             settings[key.strip()] = _number(load_yaml(value))
     kinds = {"model": model_class(model).settings_types()}
     kinds |= {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
+    kinds = {name: kinds[name] for name in (*owners, *(name for name in kinds if name not in owners))}
     sorted_out: dict[str, dict] = {owner: {} for owner in kinds}
     for key, value in settings.items():
         owner = next((owner for owner, known in kinds.items() if key in known), None)
@@ -59,7 +63,7 @@ def read_settings(config: Path | None, assignments: Sequence[str], model: str = 
 
 def read_decoding(assignments: Sequence[str]) -> dict:
     """Fields of ``Decoding`` from ``KEY=VALUE`` lines. Raises ``InputError`` naming another key."""
-    settings = read_settings(None, assignments)
+    settings = read_settings(None, assignments, owners=("decoding",))
     if others := [*settings.model, *settings.train, *settings.inputs]:
         known = ", ".join(f.name for f in fields(Decoding))
         raise InputError(f"setting {others[0]!r} is the training's; a prediction takes {known}")

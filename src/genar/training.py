@@ -19,7 +19,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from anndata import AnnData
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, RichProgressBar
+from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
 from genar.processes import ALONE, Group
-from genar.resume import RESUME_FILE, Saver, WholeFiles, check_whole
+from genar.resume import RESUME_FILE, Averages, Saver, WholeFiles, check_whole
 from genar.streaming import AnySpots, StoredSpots, StreamedLoader, look_at
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = 64
     """spots a step, over all processes; a model whose unit is the section takes one section a step and process"""
     accumulate: int = 1
-    """batches whose gradients are added before a step"""
+    """batches of spots whose gradients are added before a step"""
     lr: float = 3e-4
     optimizer: str = "adamw"
     """``adamw``, ``adam`` with the decay as an L2 term (paper), or ``sgd`` with momentum 0.9"""
@@ -66,12 +66,13 @@ class TrainConfig:
     clip: float = 1.0
     """largest gradient norm"""
     ema_decay: float = 0.98
-    """of the averaged weights, per step; 0 keeps the last weights"""
+    """of the averaged weights, per step, from the end of the warm-up or two thirds of a short training on; 0 keeps the
+    last weights"""
     validation_share: float = 0.0
-    """share of each training section's spots, in one strip, on which the epoch is chosen; 0 trains on all for
-    max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots are worth more"""
+    """share of each training section's spots (a half, a third, …), in one strip, on which the epoch is chosen; 0 trains
+    on all for max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots are worth more"""
     validate_every: int = 3
-    """epochs between validations"""
+    """epochs between validations; the last is one, too"""
     patience: int = 4
     """validations without a better one before training stops"""
     validation_samples: int = 4
@@ -103,6 +104,10 @@ class TrainConfig:
             raise InputError(f"train: checkpoint_every_s must be at least 0, found {self.checkpoint_every_s}")
         if not self.memory_gib > 0:
             raise InputError(f"train: memory_gib must be > 0, found {self.memory_gib}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"train: seed must be at least 0 and below 2**32, found {self.seed}")
+        if not (self.weight_decay >= 0 and self.clip >= 0 and self.warmup_steps >= 0):
+            raise InputError("train: weight_decay, clip and warmup_steps must not be negative")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
             raise InputError("train: lr must be > 0, ema_decay in [0, 1), validation_share in [0, 0.5)")
 
@@ -205,6 +210,8 @@ def fit(
         model.prepare(look_at(model, spots))
         model.eval()
         return FitSummary()
+    if model.unit == "section" and config.accumulate > 1:
+        raise InputError("train: accumulate adds batches of spots; this model takes a section a step, leave it at 1")
     if config.precision == "bf16" and not torch.cuda.is_available() and (gain := bf16_gain()) < 1:
         warnings.warn(
             f"bf16 will be slower than fp32: this CPU multiplies matrices in it at {gain:.2g} times the speed",
@@ -223,7 +230,7 @@ def fit(
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     if resume:
         check_whole(resume)
-    trainer = _trainer(config, module.n_parts, folder, progress, group)
+    trainer = _trainer(config, module, folder, progress, group)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     except RuntimeError as error:
@@ -239,7 +246,7 @@ def fit(
     return module.summary
 
 
-def _trainer(config: TrainConfig, n_parts: int, folder: Path | None, progress: bool, group: Group) -> pl.Trainer:
+def _trainer(config: TrainConfig, module: "_Module", folder: Path | None, progress: bool, group: Group) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=config.max_epochs,
         accelerator="auto",
@@ -250,15 +257,14 @@ def _trainer(config: TrainConfig, n_parts: int, folder: Path | None, progress: b
         use_distributed_sampler=False,  # our loaders share out each batch
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
-        accumulate_grad_batches=n_parts,
+        accumulate_grad_batches=module.n_parts,
         deterministic="warn",  # on a CPU everything is; some CUDA kernels have no deterministic form
         logger=False,
         enable_checkpointing=folder is not None,
         enable_model_summary=False,
         enable_progress_bar=progress,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=config.validate_every,
-        callbacks=_callbacks(config, folder, progress),
+        callbacks=_callbacks(config, config.max_epochs * module.n_batches, folder, progress),
         default_root_dir=folder,
     )
 
@@ -363,6 +369,11 @@ class _Module(pl.LightningModule):
         total = torch.stack(self._losses).sum(dim=0) if self._losses else torch.zeros(2, device=self.device)
         self._losses = []
         loss, n_spots = self._summed(total).tolist()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training: the loss is {loss} in epoch {self.current_epoch + 1}; a lower lr (now {self.config.lr:g}) "
+                "or other settings of the model may help"
+            )
         return loss / max(n_spots, 1)
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -370,6 +381,8 @@ class _Module(pl.LightningModule):
         return values if self.n_ranks == 1 else self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if (self.current_epoch + 1) % self.config.validate_every and self.current_epoch + 1 < self.config.max_epochs:
+            return
         how = Decoding(samples=self.config.validation_samples, seed=self.config.seed)
         mine = self._own_rows(batch)
         assert batch.counts is not None
@@ -464,16 +477,10 @@ def _log2_scores(predicted: Tensor, counts: Tensor | None) -> tuple[float, float
     return float((predicted - truth).square().mean()), float(pcc.mean())
 
 
-def _callbacks(config: TrainConfig, folder: Path | None, progress: bool) -> list[Callback]:
+def _callbacks(config: TrainConfig, n_steps: int, folder: Path | None, progress: bool) -> list[Callback]:
     callbacks: list[Callback] = [RichProgressBar(leave=False)] if progress else []
-    if config.ema_decay:
-        callbacks.append(
-            EMAWeightAveraging(
-                decay=config.ema_decay,
-                update_starting_at_step=config.warmup_steps,
-                use_buffers=False,  # they are constants
-            )
-        )
+    if config.ema_decay:  # of a short training the warm-up may be all
+        callbacks.append(Averages(config.ema_decay, min(config.warmup_steps, 2 * n_steps // 3)))
     if folder is not None:
         callbacks.append(Saver(folder, config.checkpoint_every_s))
     return callbacks

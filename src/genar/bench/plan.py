@@ -100,6 +100,12 @@ def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | Non
             raise InputError(f"two folds would lie in one folder: {', '.join(fold.name for fold in cut)}; rename one")
         for method in recipe.methods:
             own = [fold for fold in cut if not method.held_out or set(fold.test) <= set(method.held_out)]
+            for fold in cut:
+                if fold not in own and (some := set(fold.test) & set(method.held_out)):
+                    raise InputError(
+                        f"method {method.name!r}: its held_out names {', '.join(sorted(some))} alone, and fold "
+                        f"{fold.name} holds out {', '.join(fold.test)} together; name all of them, or none"
+                    )
             if not own:
                 raise InputError(
                     f"method {method.name!r}: its held_out {', '.join(method.held_out)} makes no fold of the recipe's"
@@ -131,7 +137,10 @@ def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed
         only=(*others, *fold.test), input=own.model.get("input", "features"),
     )  # fmt: skip
     folder = _folder(recipe, cohort, method, plan.inputs)
-    return replace(plan, out=out / "runs" / folder / f"{_slug(fold.name)}-{seed}")
+    leaf = _slug(fold.name)
+    if fold.test != (fold.name,):  # a patient or a number says not which sections are held out
+        leaf += "-" + hashlib.sha256(json.dumps(sorted(fold.test)).encode()).hexdigest()[:8]
+    return replace(plan, out=out / "runs" / folder / f"{leaf}-{seed}")
 
 
 def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs) -> str:

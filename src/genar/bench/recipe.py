@@ -19,6 +19,7 @@ from genar.evaluation.protocol import PROTOCOLS
 from genar.genes import RECIPES as PANEL_RECIPES
 from genar.genes import read_panel
 from genar.models import model_class
+from genar.prediction import decoding
 from genar.settings import Settings, read_settings
 from genar.training import train_config_from_dict
 
@@ -224,7 +225,11 @@ def _method(path: Path, entry, encoder: str) -> Method:
         )  # fmt: skip
         encoders.check_name(method.encoder)
         train_config_from_dict(settings.train, method.recipe)
-        cls.check_settings(method.preset, {k: v for k, v in settings.model.items() if k != "order"})
+        if "seed" in settings.train:
+            raise InputError("seed is the recipe's: seeds")
+        own = {name: value for name, value in settings.model.items() if name != "order"}
+        cls.check_settings(method.preset, own)
+        cls.check_decoding(method.preset, own, decoding(cls, {"decode": "mean", **settings.decoding}))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return method
@@ -318,11 +323,15 @@ def _check(path: Path, recipe: Recipe) -> None:
     """What can only be told of the whole."""
     if recipe.protocol not in PROTOCOLS:
         raise InputError(f"{path}: protocol {recipe.protocol!r} is not known; expected one of {', '.join(PROTOCOLS)}")
+    if recipe.held_out and recipe.protocol not in ("section", "patient"):
+        raise InputError(f"{path}: held_out has no meaning under protocol {recipe.protocol}; leave it out")
     for cohort in recipe.cohorts:
         if recipe.protocol == "paper" and not cohort.paper:
             raise InputError(f"{path}: protocol paper needs data sets of the paper ({', '.join(DATASETS)})")
-        if wrong := [s for s in recipe.held_out if s not in cohort.sections]:
-            raise InputError(f"{path}: held_out {wrong[0]!r} is none of {', '.join(cohort.sections)}")
+        patients = cohort.sections.values() if recipe.protocol == "patient" else ()
+        known = [*cohort.sections, *dict.fromkeys(filter(None, patients))]
+        if wrong := [s for s in recipe.held_out if s not in known]:
+            raise InputError(f"{path}: held_out {wrong[0]!r} is none of {', '.join(known)}")
         for method in recipe.methods:
             if wrong := [s for s in method.held_out if s not in (recipe.held_out or cohort.sections)]:
                 raise InputError(f"{path}: method {method.name!r}: held_out {wrong[0]!r} is not held out by the recipe")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from genar.data import contract, reading
 from genar.data.door import read_json
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
+from genar.genes import RECIPES, read_panel
 
 Key = tuple[str, str]
 """Cohort and method."""
@@ -28,6 +30,8 @@ class BenchScores:
     """the same, share of true counts in the 90 % interval; NaN where a method has none"""
     runs: pd.DataFrame
     """a row a run: seed, hashes, seconds, memory"""
+    notes: tuple[str, ...] = ()
+    """what a reader of the scores must know: of the folds, and of panels that saw what is held out"""
 
     def row(self, key: Key, only: Sequence[str] = ()) -> dict[str, tuple[float, float, float]]:
         """Metric -> value, low, high: means over the held-out sections, or over ``only`` some of them."""
@@ -59,6 +63,7 @@ def score_runs(plan: Plan) -> BenchScores:
     coverage: dict[Key, dict[str, list[float]]] = {}
     for (cohort, section), runs in _by_section(plan.runs).items():
         truth = plan.refs[cohort][section].read()
+        _refuse_other(truth, runs, section)
         weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
         for run in runs:
             predicted = read_run(run, section)
@@ -72,7 +77,33 @@ def score_runs(plan: Plan) -> BenchScores:
         for key, sections in seeds.items()
     }
     held = {key: {s: float(np.mean(shares)) for s, shares in by.items()} for key, by in coverage.items()}
-    return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]))
+    return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]), _notes(plan.runs))
+
+
+def _refuse_other(truth: AnnData, runs: Iterable[Run], section: str) -> None:
+    """``InputError`` where a finished run was made with another section of this name."""
+    digest = contract.digest(truth)
+    for run in runs:
+        told = read_json(run.plan.out / "run.json", "record of a run", "delete the folder and run again")
+        if told.get("data", {}).get(section, digest) != digest:
+            raise InputError(
+                f"{run.plan.out}: was made with another section {section} than the data hold now; give the data it was "
+                "made with, or delete the folder to make it again"
+            )
+
+
+def _notes(runs: Iterable[Run]) -> tuple[str, ...]:
+    """Of the folds, and of panels that were selected with sections that are held out."""
+    notes: dict[str, None] = {}
+    for run in runs:
+        if run.fold.note:
+            notes[run.fold.note] = None
+        if Path(run.cohort.panel).is_file():
+            panel = read_panel(run.cohort.panel)
+            if panel.recipe in RECIPES and (seen := panel.seen(run.fold.test)):
+                known = f"panel {Path(run.cohort.panel).name} was selected with {', '.join(seen)} among its sections"
+                notes[f"{known}, held out here: the choice of the genes knows the answers"] = None
+    return tuple(notes)
 
 
 def _by_section(runs: Iterable[Run]) -> dict[Key, list[Run]]:

@@ -85,9 +85,9 @@ def write_tables(recipe: Recipe, scores: BenchScores, out: Path) -> dict[str, Pa
         lines = table_lines(recipe, table, scores)
         whole = table is recipe.tables[0]
         texts = {
-            "md": _markdown(recipe, table, lines, gains if whole else [], scores.runs if whole else None),
+            "md": _markdown(recipe, table, scores.notes, lines, gains if whole else [], scores.runs if whole else None),
             "csv": frame(lines, _per_method(scores.runs, table)).to_csv(float_format="%.6g"),
-            "tex": _latex(recipe, table, lines),
+            "tex": _latex(recipe, table, scores.notes, lines),
         }
         for suffix, text in texts.items():
             write_text(out / f"{table.name}.{suffix}", text)
@@ -143,13 +143,13 @@ def _per_method(runs: pd.DataFrame, table: TableOfRecipe) -> dict[tuple[str, str
     return facts
 
 
-def _about(recipe: Recipe, table: TableOfRecipe) -> str:
+def _about(recipe: Recipe, table: TableOfRecipe, notes: Sequence[str] = ()) -> str:
     """What a reader must know: what was held out, the panel, where the paper's values are from."""
     only = recipe.shared(table.rows.values()) or recipe.held_out
     how = {
         "section": f"{_join(only)} held out" if only else "each section held out in turn",
         "paper": "the paper's section held out",
-        "patient": "each patient held out in turn",
+        "patient": f"the patients of {_join(only)} held out in turn" if only else "each patient held out in turn",
         "kfold": f"{recipe.k} folds",
     }[recipe.protocol]
     told = [f"Protocol {recipe.protocol}: {how}. Means over held-out sections and seeds ({_join(recipe.seeds)})."]
@@ -162,6 +162,7 @@ def _about(recipe: Recipe, table: TableOfRecipe) -> str:
                 told.append(f"{cohort.sisters} other sections of its donor are in training.")
     if any(Path(cohort.panel) in shipped() for cohort in recipe.cohorts):
         told.append("The panel is the paper's list, which was selected over all sections, those held out included.")
+    told += [f"{note[0].upper()}{note[1:]}." for note in notes]
     if table.paper:
         where = f" on {table.dataset}" if table.dataset else ""
         told.append(f"Beside ours, table {table.paper} of the paper{where}.")
@@ -209,9 +210,9 @@ def _cell(values: Triple, sign: str = "") -> str:
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def _markdown(recipe: Recipe, table: TableOfRecipe, lines, gains, runs: pd.DataFrame | None) -> str:
+def _markdown(recipe: Recipe, table: TableOfRecipe, notes, lines, gains, runs: pd.DataFrame | None) -> str:
     title = recipe.title if table is recipe.tables[0] else f"{recipe.title}: {table.name.replace('_', ' ')}"
-    parts = [f"# {title}", _about(recipe, table), _pipes(*_grid(lines))]
+    parts = [f"# {title}", _about(recipe, table, notes), _pipes(*_grid(lines))]
     if gains:
         parts.append(_pipes(*_grid(gains, signed=True)))
     if runs is not None:
@@ -247,14 +248,14 @@ def _pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _latex(recipe: Recipe, table: TableOfRecipe, lines: Sequence[Line]) -> str:
+def _latex(recipe: Recipe, table: TableOfRecipe, notes, lines: Sequence[Line]) -> str:
     """A ``table`` environment for ``booktabs``."""
     head, rows = _grid(lines)
     n_text = len(head) - len(_columns(lines))
     body = [" & ".join(map(escape, row)) + r" \\" for row in (head, *rows)]
     label = f"{recipe.title}: {table.name}" if table is not recipe.tables[0] else recipe.title
     return "\n".join([
-        r"\begin{table}", r"\centering", rf"\caption{{{escape(label)}. {escape(_about(recipe, table))}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{escape(label)}. {escape(_about(recipe, table, notes))}}}",
         rf"\begin{{tabular}}{{{'l' * n_text}{'r' * (len(head) - n_text)}}}", r"\toprule", body[0], r"\midrule",
         *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip

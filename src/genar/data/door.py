@@ -1,8 +1,9 @@
 """The door through which every file of a user comes in: what a library makes of a bad one becomes one line, and a small
 file is not let grow large in memory.
 
-Numbers: a file below 10 MB may unpack to 128 MiB, a larger one to 200 times its size. Real counts lie far inside
-(sparse counts grow 3 to 10 times, a dense matrix of them up to 60); a bomb of zeros grows a thousand times.
+Numbers: a file below 10 MB may unpack to 40 times its size and to 128 MiB in any case, a larger one to 200 times its
+size. Real counts lie inside (sparse counts grow 3 to 10 times, a dense matrix of them up to 20, or 60 where it is
+large); a bomb of zeros grows a thousand times.
 """
 
 import gzip
@@ -22,7 +23,7 @@ from typing import Any
 from genar.errors import InputError
 
 SMALL_BYTES = 10_000_000
-_ROOM, _RATIO = 128 << 20, 200
+_ROOM, _RATIO, _RATIO_SMALL = 128 << 20, 200, 40
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _MOST_PARTS = 100_000  # of an HDF5 file
 _MOST_COLUMNS = 1000  # of a table of spots
@@ -77,7 +78,7 @@ def reason_of(error: BaseException) -> str:
 
 def room(n_bytes: int) -> int:
     """Bytes that a file of ``n_bytes`` may take in memory."""
-    return _ROOM if n_bytes < SMALL_BYTES else max(_ROOM, _RATIO * n_bytes)
+    return max(_ROOM, (_RATIO_SMALL if n_bytes < SMALL_BYTES else _RATIO) * n_bytes)
 
 
 def refuse_large(path: str | Path, what: str, unpacked: int, n_bytes: int) -> None:
@@ -166,15 +167,17 @@ def check_archive(path: Path) -> None:
         refuse_large(path, "members", total, path.stat().st_size)
 
 
-def check_columns(path: Path, separator: str) -> None:
+def check_columns(path: Path, separator: str) -> str:
     """Refuse a table of spots with very many columns, by its first line: equal names are told apart in quadratic
-    time."""
-    with path.open("rb") as file:
-        n = file.readline().count(separator.encode()) + 1
+    time. Returns that line."""
+    with open_text(path) as file:
+        head = file.readline()
+    n = head.count(separator) + 1
     if n > _MOST_COLUMNS:
         raise InputError(
             f"{path}: {n:,} columns in a table of spots; expected at most {_MOST_COLUMNS:,}: is it damaged?"
         )
+    return head
 
 
 def open_text(path: Path, share: int = 2) -> io.TextIOWrapper:
@@ -218,8 +221,8 @@ class _Limited(io.RawIOBase):
 
 def read_json(path: Path, what: str, advice: str = "is it complete?") -> dict:
     """A JSON object; NaN, which is none of JSON's, becomes ``None``. Raises ``InputError`` where it is no object."""
-    with door(path, what, advice):
-        facts = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    with door(path, what, advice), open_text(path) as file:
+        facts = json.load(file, parse_constant=lambda _: None)
     if not isinstance(facts, dict):
         raise InputError(f"{path}: expected a JSON object ({what}), found {type(facts).__name__}; {advice}")
     return facts

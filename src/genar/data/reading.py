@@ -1,5 +1,6 @@
 """What the readers of all formats share: their options, the pixel size of a section and its image."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from genar.data.door import check_hdf5, door, number
 from genar.data.slide import image_mpp
 from genar.errors import InputError
 
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".jpg", ".jpeg", ".png")
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".mrxs", ".scn", ".bif", ".jpg", ".jpeg", ".png")
 # Two sources of the pixel size that differ by more are worth a warning.
 MPP_TOLERANCE = 0.05
 VISIUM_PITCH_UM, VISIUM_SPOT_UM = 100.0, 55.0
@@ -62,7 +63,11 @@ def named_image(section: str, options: ReadOptions, folder: Path | None = None) 
 
 
 def _stem_in(folder: Path, stem: str) -> Path | None:
-    return next((p for suffix in SLIDE_SUFFIXES if (p := folder / f"{stem}{suffix}").is_file()), None)
+    found = next((p for suffix in SLIDE_SUFFIXES if (p := folder / f"{stem}{suffix}").is_file()), None)
+    if found is None and folder.is_dir():  # .TIF, .JPG
+        named = (p for p in sorted(folder.iterdir()) if p.stem == stem and p.suffix.lower() in SLIDE_SUFFIXES)
+        found = next((p for p in named if p.is_file()), None)
+    return found
 
 
 def pixel_size(
@@ -131,6 +136,24 @@ def array_pitch_px(array: np.ndarray, xy: np.ndarray) -> float:
     return float(np.linalg.norm(slopes[:2], axis=1).mean()) if rank == 3 else float("nan")
 
 
+def visium_pitch_px(array: np.ndarray, xy) -> float:
+    """Distance of neighbouring Visium spots, px, from array positions (row, column) [N, 2] and px [N, 2]: right also
+    where most spots are left out. From the neighbours' distances where the array tells nothing.
+
+    Neighbours in a row are two columns apart, so a column is 50 um, and a row is the square root of 3 times that.
+    """
+    step = array_pitch_px(np.asarray(array, dtype=float) * [math.sqrt(3), 1], np.asarray(xy, dtype=float))
+    return 2 * step if step > 0 else pitch_px(xy)
+
+
+def spot_pitch_px(adata) -> float:
+    """Distance of neighbouring spots, px: by the array positions where they are Visium's, else by the neighbours."""
+    xy = adata.obsm[contract.SPATIAL]
+    if looks_like_visium(adata) and np.asarray(xy).shape == (adata.n_obs, 2):
+        return visium_pitch_px(adata.obs[["array_row", "array_col"]].to_numpy(float), xy)
+    return pitch_px(xy)
+
+
 def looks_like_visium(adata) -> bool:
     """Whether ``obs`` holds Visium's array positions: row and column have the same parity at every spot."""
     if not {"array_row", "array_col"} <= set(adata.obs) or adata.n_obs < 10:
@@ -173,6 +196,7 @@ def _check_uns(path: Path, adata: anndata.AnnData) -> None:
         number(path, f"uns['genar']['{key}']", _plain(told.get(key)))
     spatial = adata.uns.get(contract.SPATIAL, {})
     libraries: Iterable[Any] = spatial.values() if isinstance(spatial, Mapping) else ()
+    libraries = [value for value in libraries if not isinstance(value, bool | np.bool_)]  # CELLxGENE's is_single
     for library in libraries:
         parts: list[Any] = [0]
         if isinstance(library, Mapping):

@@ -25,7 +25,8 @@ _MAX_PLAIN_PX = 2_000_000_000
 _PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 120_000_000
 _MAX_PAGES, _MAX_TILE_PX, _MAX_PATCH_PX = 1000, 1 << 25, 1 << 15
 _BLOCK_PX = 1024  # slides are looked through in blocks this wide
-_TIFF_SUFFIXES = {".tif", ".tiff", ".svs"}
+_TIFF_SUFFIXES = {".tif", ".tiff", ".svs", ".btf", ".tf8"}
+_PHOTOMETRIC = {0: "inverted grey", 3: "a palette", 5: "CMYK"}  # of TIFFs: those whose numbers are no red, green, blue
 
 
 class Slide(abc.ABC):
@@ -102,9 +103,7 @@ class _PyramidSlide(Slide):
             raise InputError(
                 f"{self.path}: the image is damaged near px {corner_px} ({error}); copy it anew"
             ) from error
-        glass = Image.new("RGB", size, (WHITE,) * 3)
-        glass.paste(rgba, mask=rgba.getchannel("A"))
-        return glass
+        return _over_glass(rgba)
 
     def _level_near(self, downsample):
         level = self._handle.get_best_level_for_downsample(max(downsample, 1.0) * 1.001)
@@ -219,7 +218,7 @@ def glance(path: str | Path, longest_px: int) -> Glance:
     with _opened(path) as image:
         size = image.size
         image.draft("RGB", (longest_px, longest_px))  # a JPEG is decoded at an eighth of its size, if that is enough
-        return Glance(_shrunk(image.convert("RGB"), longest_px), size, None)
+        return Glance(_shrunk(_over_glass(image), longest_px), size, None)
 
 
 def image_head(path: str | Path) -> tuple[tuple[int, int], float | None]:
@@ -253,6 +252,16 @@ def image_mpp(path: str | Path) -> float | None:
         return None
 
 
+def _over_glass(image: Image.Image) -> Image.Image:
+    """As RGB; what is transparent is white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    glass = Image.new("RGB", rgba.size, (WHITE,) * 3)
+    glass.paste(rgba, mask=rgba.getchannel("A"))
+    return glass
+
+
 def _refuse_truncated_tiff(path: Path) -> None:
     import tifffile
 
@@ -266,10 +275,21 @@ def _refuse_truncated_tiff(path: Path) -> None:
                     f"{_MAX_PAGES} pages, and tiles below {_MAX_TILE_PX:,} px; is it damaged?"
                 )
             refuse_endless(path, page.imagewidth * page.imagelength, size)
+            if number == 0:
+                _refuse_planes(path, tiff, page)
             ends = (offset + n for offset, n in zip(page.dataoffsets, page.databytecounts, strict=False))
             end = max(end, *ends, 1)
     if not 1 < end <= size:
         raise InputError(f"{path}: truncated TIFF: expected {end:,} bytes, found {size:,}; copy it again")
+
+
+def _refuse_planes(path: Path, tiff: Any, page: Any) -> None:
+    """``InputError`` where each colour has a page of its own: read as a slide, the first alone would be seen, grey."""
+    if page.samplesperpixel > 1 or page.photometric not in (0, 1):
+        return
+    axes = dict(zip(tiff.series[0].axes, tiff.series[0].shape, strict=True))
+    if axes.get("C", 1) > 1 or math.prod(axes.values()) == 3 * page.size:  # those that do not say so
+        raise InputError(f"{path}: its colours are on pages of their own; write it as RGB with the colours in one page")
 
 
 def refuse_endless(path: Path, n_px: int, n_bytes: int) -> None:
@@ -286,7 +306,7 @@ def _read_plain(path: Path) -> tuple[np.ndarray, float | None]:
     if path.suffix.lower() in _TIFF_SUFFIXES:
         return _read_plain_tiff(path)
     with _opened(path) as image:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), None
+        return np.asarray(image if image.mode == "RGB" else _over_glass(image)), None
 
 
 @contextlib.contextmanager
@@ -314,18 +334,22 @@ def _first_page(path: Path):
         deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
         if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):
             raise InputError(f"{path}: expected an 8-bit RGB image, found shape {page.shape} of {page.dtype}")
+        if kind := _PHOTOMETRIC.get(int(page.photometric)):
+            raise InputError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to RGB")
         yield page
 
 
-def _rgb(pixels: np.ndarray) -> np.ndarray:
-    """Grey [h, w] or [h, w, 1] or RGB and more as RGB [h, w, 3]."""
+def _rgb(pixels: np.ndarray, page) -> np.ndarray:
+    """Grey [h, w] or [h, w, 1] or RGB and more of a TIFF's page as RGB [h, w, 3]; what is transparent is white."""
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] == 4 and page.extrasamples:
+        return np.asarray(_over_glass(Image.fromarray(np.ascontiguousarray(pixels))))
     return np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2))
 
 
 def _read_plain_tiff(path: Path) -> tuple[np.ndarray, float | None]:
     with _first_page(path) as page:
-        return _rgb(page.asarray()), _resolution_mpp(page)
+        return _rgb(page.asarray(), page), _resolution_mpp(page)
 
 
 def _glance_at_tiff(path: Path, longest_px: int) -> Glance:
@@ -333,7 +357,7 @@ def _glance_at_tiff(path: Path, longest_px: int) -> Glance:
         size = (page.imagewidth, page.imagelength)
         canvas = _Canvas(size, longest_px)
         for top, left, block in _pieces(page):
-            canvas.put((left, top), block.shape[1::-1], Image.fromarray(_rgb(block)))
+            canvas.put((left, top), block.shape[1::-1], Image.fromarray(_rgb(block, page)))
         return Glance(canvas.pixels, size, _resolution_mpp(page))
 
 

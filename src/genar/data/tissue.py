@@ -21,6 +21,7 @@ from genar.errors import InputError
 VIEW_UM = 8.0  # width of a pixel of the view on which tissue is looked for
 _LONGEST_PX = 4000
 _SPOT_UM = 55.0
+_FINEST_UM = 0.1  # pixel size of an image's tag
 # Excess of green, natural units of optical density. Tissue has a place above STRONG and reaches as far as WEAK.
 _STRONG, _WEAK = 0.06, 0.015
 _SOLID, _TEXTURE = 0.2, 0.02  # paler than SOLID, it must vary by TEXTURE (sd of the optical density within 16 um)
@@ -121,17 +122,26 @@ def on_tissue(xy_px: np.ndarray, mask: np.ndarray, size_px: tuple[int, int]) -> 
     return inside & mask[row.clip(0, shape[1] - 1), col.clip(0, shape[0] - 1)]
 
 
-def place_spots(slide: str | Path, *, spacing_um: float = 100.0, mpp: float | None = None) -> AnnData:
+def place_spots(
+    slide: str | Path, *, spacing_um: float = 100.0, mpp: float | None = None, section: str = ""
+) -> AnnData:
     """Spots on the tissue of a bare slide: N spots x 0 genes, as the contract has it, named by row and column.
 
     A square grid of ``spacing_um`` um over the whole slide; spots whose centre lies on tissue stay. ``mpp`` (um per px)
-    overrides the pixel size. Raises ``InputError`` where no pixel size is known, no tissue is found or none of it lies
-    on the grid.
+    overrides the pixel size; ``section`` is its name, the file's where none is given. Raises ``InputError`` where no
+    pixel size is known or the image's tag says a finer one than any scanner's, no tissue is found or none of it lies on
+    the grid.
     """
     slide = Path(slide)
+    section = section or slide.stem
     if not spacing_um > 0:
         raise InputError(f"--spacing-um must be positive, found {spacing_um}")
     view, mask, size_px, mpp_used = tissue_of(slide, mpp)
+    if not mpp and mpp_used < _FINEST_UM:
+        raise InputError(
+            f"{slide}: its tag says {mpp_used:.4g} um a pixel, finer than any scanner; TIFFs of the HEST library say "
+            f"a tenth of the truth: pass --mpp {10 * mpp_used:.4g}, or --mpp {mpp_used:.4g} if it is so"
+        )
     step = spacing_um / mpp_used
     if step < 1:
         raise InputError(f"{slide}: --spacing-um {spacing_um:g} is less than a pixel ({mpp_used:g} um)")
@@ -149,9 +159,9 @@ def place_spots(slide: str | Path, *, spacing_um: float = 100.0, mpp: float | No
     adata.obsm[contract.SPATIAL] = xy[kept]
     scale = view.shape[1] / size_px[0]
     factors = {"spot_diameter_fullres": _SPOT_UM / mpp_used, "tissue_lowres_scalef": scale}
-    adata.uns[contract.SPATIAL] = {slide.stem: {"images": {"lowres": view}, "scalefactors": factors}}
+    adata.uns[contract.SPATIAL] = {section: {"images": {"lowres": view}, "scalefactors": factors}}
     by = {} if mpp else {"image": mpp_used}
     return contract.new_section(
-        adata, section=slide.stem, slide=slide, mpp=mpp_used, spot_diameter_um=_SPOT_UM, pitch_um=spacing_um,
+        adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=_SPOT_UM, pitch_um=spacing_um,
         source="slide", mpp_by=by,
     )  # fmt: skip

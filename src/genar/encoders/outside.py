@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from genar.data.door import reason_of
 from genar.encoders.networks import Encoder, hash_state
 from genar.encoders.table import OWN, EncoderRow
 from genar.encoders.weights import find_weights, fit_weights, read_state, unreachable
@@ -51,6 +52,10 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
         network = timm.create_model(short, pretrained=weights is None, num_classes=0)
     except OSError as error:
         raise unreachable(row, error) from error
+    except RuntimeError as error:
+        raise InputError(
+            f"encoder {name}: timm refuses it ({reason_of(error)}); is its name, with the tag, right?"
+        ) from error
     if weights is not None:
         file, _ = find_weights(row, weights)
         fit_weights(network, read_state(file), f"encoder {name}: {file}")
@@ -107,13 +112,21 @@ def _own_row(name: str, facts) -> EncoderRow:
             f"encoder {name}: expected the facts {', '.join(_FACTS)} (and perhaps {', '.join(_MORE_FACTS)}), "
             f"found {', '.join(sorted(map(str, found))) or type(facts).__name__}"
         )
-    mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or int(facts["input_px"]) < 1:
-        raise InputError(f"encoder {name}: mean and std must be three numbers each, std and input_px positive")
-    more = {"licence": "own", "views": 1, **{key: facts[key] for key in _MORE_FACTS if key in facts}}
+    wrong = InputError(
+        f"encoder {name}: mean and std must be three numbers each, std and input_px positive, views 1 or 8"
+    )
+    try:
+        mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
+        input_px, views = int(facts["input_px"]), int(facts.get("views", 1))
+        mpp = float(facts.get("mpp", 0.5))
+    except (TypeError, ValueError) as error:
+        raise wrong from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or input_px < 1 or views not in (1, 8):
+        raise wrong
+    licence = str(facts.get("licence", "own"))
     return EncoderRow(
-        name, "", "", 0, int(facts["input_px"]), mean, std, pooling=OWN, library="", source="own function", **more
-    )  # pyright: ignore
+        name, "", "", 0, input_px, mean, std, licence, mpp, pooling=OWN, views=views, source="own function", library=""
+    )  # fmt: skip
 
 
 def _function(name: str):

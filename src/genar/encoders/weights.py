@@ -24,6 +24,8 @@ def find_weights(row: EncoderRow, given: Path | None) -> tuple[Path, Path | None
     if given is None:
         file = _download(row)
         return file, _download_config(row) if row.library == "transformers" else None
+    if not given.exists():
+        raise InputError(f"--weights {given}: no such file or folder")
     file = _in_folder(given) if given.is_dir() else given
     config = file.with_name("config.json")
     return file, config if given.is_dir() and config.is_file() else None
@@ -149,9 +151,8 @@ def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) 
     """Put ``state`` into a network of timm, whole or not at all: ``InputError`` where names or shapes differ."""
     if isinstance(network, VisionTower):
         state = tower_state(state, network)
-    head = str(network.pretrained_cfg["classifier"])  # pyright: ignore  # a classifier has no place in an encoder
     own = network.state_dict()
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+    state = {name: tensor for name, tensor in state.items() if name in own or not _of_classifier(name, network)}
     names = [name for name in {**own, **state} if not name.endswith("num_batches_tracked")]
     wrong = [name for name in names if name not in own or name not in state or own[name].shape != state[name].shape]
     if wrong:
@@ -162,6 +163,14 @@ def fit_weights(network: nn.Module, state: dict[str, torch.Tensor], where: str) 
     counters = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith("num_batches_tracked")}
     state = counters | {name: tensor.to(own[name].dtype) for name, tensor in state.items() if name in own}
     network.load_state_dict(state, assign=True)  # nothing of an empty network stays
+
+
+def _of_classifier(name: str, network: nn.Module) -> bool:
+    """Whether a tensor is of the classifier, which has no place in an encoder. It may have two (of distillation), and
+    norms of its own beside its weights."""
+    named: Any = network.pretrained_cfg["classifier"]  # pyright: ignore
+    heads: tuple[str, ...] = (named,) if isinstance(named, str) else tuple(named or ())
+    return any(name.startswith((f"{head}.", f"{head.rpartition('.')[0] or head}.")) for head in heads)
 
 
 def embedded_lite0(network: nn.Module) -> dict[str, torch.Tensor]:

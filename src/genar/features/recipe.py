@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 from anndata import AnnData
 
@@ -14,6 +15,7 @@ from genar.encoders import Encoder, check_precision
 from genar.errors import InputError
 
 PATCHES = ("hest", "genar", "stem")
+_LOOKS, _WINDOW = 33, 1 << 16
 RECIPE_VERSION = 1
 """Raised when the same recipe would give other features, so that no store of the old way is taken for one of the
 new."""
@@ -115,10 +117,23 @@ def store_path(section: AnnData, recipe: FeatureRecipe, store: Path) -> Path:
 
 
 def _fingerprint(slide: Path) -> str:
-    """Identity of a slide file without reading gigabytes: its size, its first and its last MiB."""
-    size, window = slide.stat().st_size, 1 << 20
-    with slide.open("rb") as file:
-        digest = hashlib.sha256(file.read(window))
-        file.seek(max(0, size - window))
-        digest.update(file.read(window))
-    return f"{size}-{digest.hexdigest()}"
+    """Identity of a slide without reading gigabytes: its size and :data:`_LOOKS` windows spread over it; of the image
+    of a SpatialData store, the names and sizes of its files and windows of as many of them."""
+    if slide.name not in ("zarr.json", ".zattrs"):
+        size = slide.stat().st_size
+        return f"{size}-{_windows([(slide, int(at)) for at in np.linspace(0, max(0, size - _WINDOW), _LOOKS)])}"
+    files = sorted(path for path in slide.parent.rglob("*") if path.is_file())
+    listed = [(path.relative_to(slide.parent).as_posix(), path.stat().st_size) for path in files]
+    chosen = sorted({int(i) for i in np.linspace(0, len(files) - 1, _LOOKS)})
+    names = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return f"{names}-{_windows([(files[i], 0) for i in chosen])}"
+
+
+def _windows(places: list[tuple[Path, int]]) -> str:
+    """Hash of ``_WINDOW`` bytes of each file from its place."""
+    digest = hashlib.sha256()
+    for path, at in places:
+        with path.open("rb") as file:
+            file.seek(at)
+            digest.update(file.read(_WINDOW))
+    return digest.hexdigest()

@@ -161,4 +161,10 @@ def _encode_views(encoder: Encoder, patches: np.ndarray, views: int, batch_size:
     if views == 8:
         turned += [view.flip(2) for view in turned]
     encoded = [torch.cat([encoder(batch) for batch in view.split(batch_size)]) for view in turned]
-    return torch.stack(encoded, dim=1).half().numpy()
+    features = torch.stack(encoded, dim=1).half()
+    if not features.isfinite().all():
+        raise InputError(
+            f"encoder {encoder.row.name}: features that are NaN or beyond 65504 (they are stored in half precision); "
+            "are its weights and its mean and std right?"
+        )
+    return features.numpy()

@@ -148,6 +148,8 @@ def _best(sections: Sequence[AnnData], n_genes: int | None, recipe: str) -> tupl
     n_genes = len(genes) if n_genes is None else n_genes
     score = _SCORES[recipe]([section[:, genes] for section in sections])
     defined = np.isfinite(score).sum()
+    if not defined:
+        raise InputError(f"panel: recipe {recipe} can rank no gene of these sections; do they hold counts?")
     if n_genes > defined:
         raise InputError(
             f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to the "
@@ -169,6 +171,9 @@ def _variability(sections: Sequence[AnnData]) -> np.ndarray:
 
     genes = sections[0].var_names
     parts = [_normalised(section) for section in sections]
+    parts = [part for part in parts if part.n_obs > 1 and part.X.nnz]  # pyright: ignore  # others vary in nothing
+    if not parts:
+        return np.full(len(genes), np.nan)
     joined = anndata.concat({str(i): part for i, part in enumerate(parts)}, label="section", join="outer", fill_value=0)
     n_top = min(_N_HVG, joined.n_vars)
     sc.pp.highly_variable_genes(joined, n_top_genes=n_top, batch_key="section" if len(parts) > 1 else None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from genar.models.checkpoint import Checkpoint
 
 LN2 = math.log(2.0)
+_MOST_LOG2 = 31.0 - 1e-3  # of a count that an int32 holds
 PREPARED_SPOTS = 20_000
 """of more training spots, a model that says so is prepared on a sample of this size"""
 _PART = 4096  # spots in a part of all
@@ -188,8 +189,9 @@ class Counts:
 
     @staticmethod
     def from_log2(values: Tensor) -> "Counts":
-        """Of a method that predicts log2(1 + count) [B, G]; what is below zero is raised to it."""
-        log1p = values.clamp(min=0) * LN2
+        """Of a method that predicts log2(1 + count) [B, G]; what is below zero is raised to it, and what is beyond any
+        count of 31 bits lowered."""
+        log1p = values.clamp(min=0, max=_MOST_LOG2) * LN2
         return Counts(torch.expm1(log1p).round().long(), "mean", {"log1p_mean": log1p})
 
 
@@ -243,6 +245,12 @@ class Model(nn.Module, abc.ABC):
     def settings_types(cls) -> dict[str, Any]:
         """Name and type of each setting that a user may give."""
         return {}
+
+    @classmethod
+    def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
+        """Refuse, before it is trained, what a model of these settings cannot decode. Raises ``InputError``."""
+        if how.decode not in cls.decodings:
+            raise InputError(f"the model decodes by {', '.join(cls.decodings)}, not by {how.decode!r}")
 
     def cost(self, n_spots: int, how: Decoding) -> str:
         """A line to tell before a prediction that will take long; empty for all others."""

@@ -45,6 +45,8 @@ class Decoding:
             raise InputError(f"decode must be one of {', '.join(DECODINGS)}, found {self.decode!r}")
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, found {self.samples}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}")
         if self.steps < 0:
             raise InputError(f"steps must be at least 0, found {self.steps}")
         if not self.temperature > 0:
@@ -68,6 +70,12 @@ class Decoding:
 
 
 DEFAULT = Decoding()
+
+
+def refuse_distribution(how: Decoding) -> None:
+    """``InputError`` where a model that gives a value is asked for more."""
+    if how.decode not in ("greedy", "mean"):
+        raise InputError(f"a model of squared error decodes by greedy or mean, not by {how.decode!r}")
 
 
 def summarise(p: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:

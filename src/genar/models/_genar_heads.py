@@ -141,7 +141,7 @@ class ValueHead(nn.Module):
         With squared error there is no spread: all of it goes to the nearest count.
         """
         value, log_sd = self.values(place, read, start)
-        within = value.clamp(0, float(self.edges[-2]))  # else all classes were out of reach
+        within = value.clamp(0, math.log1p(self.config.max_count))  # else all classes were out of reach
         cumulative = torch.special.ndtr(((self.edges - within[:, :, None]) / log_sd.exp()[:, :, None]).double())
         return cumulative.diff(dim=2).clamp(min=1e-30).log().float()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genar.errors import InputError
 from genar.models._base import Spots, log2p1
 from genar.models.ridge import folds, mean_and_scale
 
@@ -53,6 +54,8 @@ def find_components(spots: Spots, n: int) -> Components:
     """The ``n`` strongest components, under the stiffest penalty whose squared error in log2(1 + count) on left-out
     folds is about as little as any."""
     assert spots.counts is not None
+    if len(spots) < 2:
+        raise InputError("components are of two training spots at least; set components=0 and linear_start=false")
     x, y, fold = spots.features.mean(dim=1).double(), log2p1(spots.counts).double(), folds(spots)
     mean, scale = mean_and_scale(x)
     whiteners = [_whitener(noise) for noise in _view_covariances(spots, scale)]

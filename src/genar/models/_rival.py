@@ -52,7 +52,19 @@ class Rival(Model):
         if unknown := sorted(set(settings) - set(cls.settings_types())):
             known = ", ".join(cls.settings_types())
             raise InputError(f"model {cls._name()} has no setting {', '.join(unknown)}; it has {known}")
+        cls._refuse_sizes(settings)
         return cls.config(**{**cls.presets[preset], **settings})
+
+    @classmethod
+    def _refuse_sizes(cls, settings: Mapping) -> None:
+        """Numbers of things are whole and above 0 where the default is, rates of dropout shares."""
+        defaults = {f.name: f.default for f in fields(cls.config)}
+        for name, value in settings.items():
+            default = defaults[name]
+            if type(default) is int and default > 0 and value < 1:
+                raise InputError(f"model {cls._name()}: {name} must be at least 1, found {value}")
+            if "dropout" in name and not 0 <= value < 1:
+                raise InputError(f"model {cls._name()}: {name} must be in [0, 1), found {value}")
 
     @classmethod
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import genar
-from genar.data.door import door, read_json, refuse_large
+from genar.data.door import door, read_json, room
 from genar.data.files import replacing, write_text
 from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
@@ -25,6 +25,7 @@ from genar.models import Model, model_class
 from genar.models._card import write_card
 
 FORMAT = 2
+_ATTENTION_BYTES = 1 << 30
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -189,7 +190,12 @@ def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
     # which position sees which: a byte a pair, some times over while it is made
     sizes = getattr(measured, "sizes", ())
     if isinstance(sizes, tuple):
-        refuse_large(path, "attention", 8 * sum(sizes) ** 2, path.stat().st_size)
+        n_bytes = 8 * sum(sizes) ** 2
+        if n_bytes > max(_ATTENTION_BYTES, room(path.stat().st_size)):
+            raise InputError(
+                f"{path}: attention of {n_bytes / 2**30:,.1f} GiB between {sum(sizes):,} groups of genes, in a file of "
+                f"{path.stat().st_size / 2**20:.1f} MiB: is it damaged?"
+            )
     return cls.from_facts(facts["model"])
 
 

@@ -27,7 +27,7 @@ from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._cosine_attention import Cache, Cut, as_it_comes
-from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, summarise
+from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, refuse_distribution, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
 from genar.models._genar_parts import Block, Condition, CountTable, LinearStart, bf16_products
@@ -377,8 +377,7 @@ class GenAR(Model):
 
     def _generate_values(self, batch: Batch, how: Decoding, cache: bool) -> Counts:
         """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
-        if how.decode not in ("greedy", "mean"):
-            raise InputError(f"a model of squared error decodes by greedy or mean, not by {how.decode!r}")
+        refuse_distribution(how)
         how = replace(how, samples=1)
         value = self._last(batch, how, None, cache, values=True).clamp(min=0)[:, self.inverse]
         known = {"log1p_mean": value, "mean": torch.expm1(value)}
@@ -441,11 +440,20 @@ class GenAR(Model):
         order = settings.get("order", "kmeans")
         if isinstance(order, str) and order not in ORDERS:
             raise InputError(f"model: order must be {', '.join(ORDERS)} or a GMT file of gene sets, found {order!r}")
-        if n_genes is not None:
-            Scales(
-                tuple(range(n_genes)) if isinstance(order, str) else tuple(order),
-                tuple(settings.get("scales", default_sizes(n_genes))),
-            )
+        if n_genes is None:
+            return
+        sizes = tuple(settings.get("scales", default_sizes(n_genes)))
+        Scales(tuple(range(n_genes)) if isinstance(order, str) else tuple(order), sizes)
+        if len(weights := settings.get("scale_weights", ())) not in (0, len(sizes)):
+            raise InputError(f"model: scale_weights must be one a scale, {len(sizes)} of them, found {len(weights)}")
+
+    @classmethod
+    def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
+        """Squared error gives a value and no distribution."""
+        super().check_decoding(preset, settings, how)
+        config = config_from_dict({name: value for name, value in settings.items() if name not in STRUCTURE}, preset)
+        if config.final_loss == "squared_error":
+            refuse_distribution(how)
 
     @classmethod
     def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "GenAR":

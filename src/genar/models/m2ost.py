@@ -51,6 +51,8 @@ class M2OSTConfig:
         check_input("m2ost", self.input)
         if self.width % self.heads:
             raise InputError(f"model m2ost: width {self.width} must be a multiple of heads {self.heads}")
+        if self.spots_per_step < 1:
+            raise InputError(f"model m2ost: spots_per_step must be at least 1, found {self.spots_per_step}")
 
 
 class Embedding(nn.Module):

@@ -8,6 +8,7 @@ bound is the probability of the *count's* bin; the original's is made for pixel 
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -230,11 +231,16 @@ class STEM(SpotRival):
         kept = self.diffusion.alpha_bar[step][:, None]
         return (x - kept.sqrt() * guess) / (1 - kept).sqrt(), v.clamp(-1, 1)
 
+    @classmethod
+    def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
+        """There are no more steps than those of the noising chain."""
+        super().check_decoding(preset, settings, how)
+        _refuse_steps(how.steps, cls.configure(preset, settings).n_total)
+
     def chain(self, how: Decoding) -> Diffusion:
         """The steps of a prediction. Raises ``InputError`` where there are more than the model was trained on."""
         steps = how.steps or min(STEPS, self.settings.n_total)
-        if steps > self.settings.n_total:
-            raise InputError(f"model stem: steps must be at most {self.settings.n_total}, found {steps}")
+        _refuse_steps(steps, self.settings.n_total)
         return Diffusion(self.settings.n_total, steps).to(self.gene_mean.device)
 
     def predict_block(self, batch: Batch, how: Decoding) -> Counts:
@@ -286,6 +292,11 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _refuse_steps(steps: int, most: int) -> None:
+    if steps > most:
+        raise InputError(f"model stem: steps must be at most {most}, found {steps}")
 
 
 MODEL = STEM

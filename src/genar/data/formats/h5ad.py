@@ -6,12 +6,15 @@ from the pitch where the array positions are Visium's, then from the image. The 
 ``uns`` names if it is still there, or ``<id>.tif`` (``.svs``, ``.jpg``, …) beside the file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from anndata import AnnData
 
 from genar.data import contract, reading
 from genar.data.reading import ReadOptions
+from genar.errors import InputError
 
 NAME = "h5ad"
 EXPECTED = "AnnData files (*.h5ad with raw counts and obsm['spatial'])"
@@ -30,6 +33,7 @@ def of_file(path: Path) -> tuple[Path, str] | None:
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one file as the contract has it."""
     adata = reading.read_adata(root / f"{section}.h5ad")
+    _keep_one_library(adata, root / f"{section}.h5ad")
     image = reading.named_image(section, options) or _named_inside(adata) or reading.named_image(section, options, root)
     return as_section(adata, section, options, image, NAME)
 
@@ -43,7 +47,8 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
     stated = told.get(contract.MPP) or next(
         (lib["scalefactors"]["microns_per_pixel"] for lib in contract.libraries(adata)
          if "microns_per_pixel" in lib.get("scalefactors", {})), None)  # fmt: skip
-    pitch = pitch_um / reading.pitch_px(adata.obsm[contract.SPATIAL]) if contract.SPATIAL in adata.obsm else 0  # pyright: ignore
+    pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else 0
+    adata, note = _under_tissue(adata)
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
     return contract.new_section(
         adata,
@@ -56,7 +61,33 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
         patient=str(told.get(contract.PATIENT) or ""),
         mpp_by=by,
         counts_from=counts_from,
+        note=note,
     )
+
+
+def _under_tissue(adata: AnnData) -> tuple[AnnData, str]:
+    """Without the spots whose ``obs["in_tissue"]`` is 0, as Space Ranger's outputs are read, and a note of them."""
+    if "in_tissue" not in adata.obs:
+        return adata, ""
+    outside = np.asarray(adata.obs["in_tissue"].astype(str).isin(["0", "0.0", "False"]))
+    if not outside.any() or outside.all():
+        return adata, ""
+    return adata[~outside].copy(), f"{outside.sum()} spots are not under tissue and are dropped"
+
+
+def _keep_one_library(adata: AnnData, path: Path) -> None:
+    """Refuse several sections in one file; of several libraries in ``uns`` keep the one that all spots belong to."""
+    spatial = adata.uns.get(contract.SPATIAL)
+    names = [name for name, value in spatial.items() if isinstance(value, Mapping)] if spatial else []  # pyright: ignore
+    if len(names) < 2:
+        return
+    own = set(adata.obs["library_id"].astype(str)) if "library_id" in adata.obs else set()
+    if len(own) != 1 or not own <= set(names):
+        raise InputError(
+            f"{path}: uns['spatial'] holds {len(names)} libraries ({', '.join(names[:3])}); expected one section a "
+            "file: write the spots of each library to a file of their own, with that library alone in uns['spatial']"
+        )
+    adata.uns[contract.SPATIAL] = {name: value for name, value in spatial.items() if name in own}  # pyright: ignore
 
 
 def _named_inside(adata: AnnData) -> Path | None:

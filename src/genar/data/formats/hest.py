@@ -18,7 +18,8 @@ EXPECTED = "HEST-1k layout (st/<id>.h5ad, wsis/<id>.tif, metadata/<id>.json)"
 
 def sections(root: Path) -> list[str]:
     """Ids of the sections in ``root``; empty where ``root`` is not in this layout."""
-    return [path.stem for path in (root / "st").glob("*.h5ad")] if (root / "st").is_dir() else []
+    found = (root / "st").glob("*.h5ad") if (root / "st").is_dir() else ()
+    return [path.stem for path in found if not path.name.startswith(".")]
 
 
 def of_file(path: Path) -> tuple[Path, str] | None:
@@ -39,7 +40,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     pitch_um, diameter_um, stated = (
         number(path, key, metadata.get(key)) for key in ("inter_spot_dist", "spot_diameter", "pixel_size_um_estimated")
     )
-    by_pitch = pitch_um / reading.pitch_px(adata.obsm[contract.SPATIAL]) if contract.SPATIAL in adata.obsm else None
+    by_pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else None
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=by_pitch, slide=slide)
     diameter_um = diameter_um or reading.spot_diameter_px(adata) * mpp
     counts_from = reading.keep_raw_counts(adata)

@@ -90,7 +90,7 @@ def read_files(
 def _read_counts(path: Path) -> tuple[list[str], list[str], sparse.csr_matrix]:
     """Names of the spots as in the file, names of the genes, and the counts float32 [n, G]."""
     rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    with door(path, "table", "expected tab-separated text, perhaps .gz"), open_text(path) as file:
+    with door(path, "table", "expected tab-separated text, perhaps .gz"), open_text(path, share=1) as file:
         genes = file.readline().rstrip("\r\n").split("\t")[1:]
         for line in file:
             if line.strip():
@@ -140,7 +140,7 @@ def _read_selection(path: Path) -> pd.DataFrame:
 
 def _selections(root: Path) -> dict[str, Path]:
     found = [*root.glob(f"*{_SELECTION}"), *root.glob(f"*/*{_SELECTION}")]
-    return {path.name.removesuffix(_SELECTION): path for path in found}
+    return {path.name.removesuffix(_SELECTION): path for path in found if not path.name.startswith(".")}
 
 
 def _counts_of(root: Path, section: str) -> Path | None:
@@ -152,8 +152,8 @@ def _image_of(root: Path, section: str) -> Path | None:
     """The image called like the section, or the only one in a folder called like it."""
     suffixes = reading.SLIDE_SUFFIXES
     for depth in ("", "*/", "*/*/"):
-        named = [p for p in root.glob(f"{depth}{section}.*") if p.suffix.lower() in suffixes]
-        inside = [p for p in root.glob(f"{depth}{section}/*") if p.suffix.lower() in suffixes]
+        named = [p for p in root.glob(f"{depth}{section}.*") if p.stem == section and p.suffix.lower() in suffixes]
+        inside = [p for p in root.glob(f"{depth}{section}/*") if p.suffix.lower() in suffixes and p.name[0] != "."]
         if len(found := named or inside) > 1:
             raise InputError(f"section {section}: {len(found)} images ({found[0]}, {found[1]}); name one with --image")
         if found:

@@ -1,9 +1,11 @@
 """Bare slides: an image and no counts. Tissue is found and spots are laid on a grid over it (``genar.data.tissue``)."""
 
+from collections import Counter
 from pathlib import Path
 
 from anndata import AnnData
 
+from genar.data.door import number, read_json
 from genar.data.reading import SLIDE_SUFFIXES, ReadOptions
 from genar.data.tissue import place_spots
 from genar.errors import InputError
@@ -33,8 +35,8 @@ def of_file(path: Path) -> tuple[Path, str] | None:
 def _slides(root: Path) -> dict[str, Path]:
     found = [p for p in root.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file()]
     found = [p for p in found if not p.name.startswith(".") and p.stem not in _PICTURES]
-    twice = {p.stem for p in found if sum(other.stem == p.stem for other in found) > 1}
-    return {p.name if p.stem in twice else p.stem: p for p in found}
+    times = Counter(p.stem for p in found)
+    return {p.name if times[p.stem] > 1 else p.stem: p for p in found}
 
 
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
@@ -42,4 +44,14 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     if options.image is not None:
         raise InputError(f"section {section}: --image names the image of counts, and this is an image itself")
     path = root / section if (root / section).is_file() else _slides(root)[section]
-    return place_spots(path, spacing_um=options.spacing_um, mpp=options.mpp)
+    name = section if section in _slides(root) else path.stem  # two may have one stem
+    return place_spots(path, spacing_um=options.spacing_um, mpp=options.mpp or _mpp_of_hest(path), section=name)
+
+
+def _mpp_of_hest(slide: Path) -> float | None:
+    """Pixel size by the metadata beside a slide in HEST's layout, whose TIFFs say a tenth of it in their tags."""
+    path = slide.parent.parent / "metadata" / f"{slide.stem}.json"
+    if slide.parent.name != "wsis" or not path.is_file():
+        return None
+    facts = read_json(path, "JSON, the sample's row of the HEST table")
+    return number(path, "pixel_size_um_estimated", facts.get("pixel_size_um_estimated")) or None

@@ -1,7 +1,8 @@
 """SpatialData ``.zarr``: a table of counts, the shapes it annotates, an image (extra ``spatialdata``).
 
 Spots are the centroids of the shapes, taken through the coordinate system that shapes and image share into px of the
-image's full resolution. A store with tables of several regions is one section a region.
+image's full resolution. A store is one section: of a table of several regions the rows of the shapes are read, and
+shapes of several regions are refused.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ def sections(root: Path) -> list[str]:
     """Ids of the stores in ``root``: itself, or each store in it."""
     if _is_store(root):
         return [root.stem]
-    return [path.stem for path in root.glob("*.zarr") if _is_store(path)]
+    return [path.stem for path in root.glob("*.zarr") if not path.name.startswith(".") and _is_store(path)]
 
 
 def _is_store(folder: Path) -> bool:
@@ -56,7 +57,10 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         adata, region = _table(store, path)
         reading.check_sparse(adata.X)
     name = _image_name(store, region, path) if options.image is None else None
-    adata.obsm[contract.SPATIAL] = _centres_px(store, adata, region, name, path)
+    adata.obsm[contract.SPATIAL], diameter_px = _spots_px(store, adata, region, name, path)
+    if diameter_px and not reading.spot_diameter_px(adata):
+        factors = {"spot_diameter_fullres": diameter_px}
+        adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
     image = reading.named_image(section, options)
     if name is not None:
         group = path / "images" / name
@@ -77,7 +81,10 @@ def _table(store, path: Path) -> tuple[AnnData, str]:
             f"{path}: expected one table that annotates one element of shapes, found {len(found)} ({names}); "
             "write the one to use to a store of its own (sdata.subset)"
         )
-    return found[0][0].copy(), found[0][1]
+    table, region = found[0]
+    key = table.uns["spatialdata_attrs"].get("region_key")
+    rows = table.obs[key].astype(str) == region if key in table.obs else slice(None)  # others are of other elements
+    return table[rows].copy(), region
 
 
 def _image_name(store, region: str, path: Path) -> str | None:
@@ -97,8 +104,9 @@ def _n_px(image) -> int:
     return int(np.prod(first.shape))
 
 
-def _centres_px(store, adata: AnnData, region: str, image: str | None, path: Path) -> np.ndarray:
-    """Centroids [N, 2] (x, y) of the table's shapes, px of the image; of the shapes' own frame without one."""
+def _spots_px(store, adata: AnnData, region: str, image: str | None, path: Path) -> tuple[np.ndarray, float]:
+    """Centroids [N, 2] (x, y) of the table's shapes, px of the image (of the shapes' own frame without one), and their
+    diameter where they are circles, else 0."""
     from spatialdata.transformations import get_transformation
 
     shapes, key = store.shapes[region], adata.uns["spatialdata_attrs"]["instance_key"]
@@ -106,12 +114,14 @@ def _centres_px(store, adata: AnnData, region: str, image: str | None, path: Pat
     if lost:
         raise InputError(f"{path}: {len(lost)} rows of the table have no shape in {region} (first: {lost[0]})")
     centroids = shapes.loc[adata.obs[key]].geometry.centroid
+    diameter = 2 * float(shapes["radius"].median()) if "radius" in shapes else 0.0
     xy = np.column_stack([centroids.x, centroids.y, np.ones(len(centroids))])
     if image is None:
-        return xy[:, :2]
+        return xy[:, :2], diameter
     of_shapes: Any = get_transformation(shapes, get_all=True)
     of_image: Any = get_transformation(store.images[image], get_all=True)
     system = sorted(set(of_shapes) & set(of_image))[0]
     axes = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
     to_system, from_image = (t[system].to_affine_matrix(**axes) for t in (of_shapes, of_image))
-    return (xy @ (np.linalg.inv(from_image) @ to_system).T)[:, :2]
+    to_px = np.linalg.inv(from_image) @ to_system
+    return (xy @ to_px.T)[:, :2], diameter * float(np.sqrt(abs(np.linalg.det(to_px[:2, :2]))))

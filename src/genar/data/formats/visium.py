@@ -4,6 +4,7 @@ A section is an ``outs`` folder; a folder of several is several sections, each c
 The full-resolution image is not among the outputs: it is named apart (``--image``). Spot centres are 100 um apart.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ def of_file(path: Path) -> tuple[Path, str] | None:
 
 
 def _is_outs(folder: Path) -> bool:
+    if re.fullmatch(r"square_\d+um", folder.name) and (folder / f"{_MATRIX}.h5").is_file():
+        raise InputError(
+            f"{folder}: bins of Visium HD; name the outs folder around them, --bin-um says how to pool them"
+        )
     return (folder / "spatial").is_dir() and ((folder / f"{_MATRIX}.h5").is_file() or (folder / _MATRIX).is_dir())
 
 
@@ -44,6 +49,8 @@ def folders(root: Path, is_one) -> dict[str, Path]:
     if is_one(root):
         around = root.resolve()
         return {(around.parent if around.name == "outs" else around).name: root}
+    if (root / "outs").is_dir() and is_one(root / "outs"):
+        return {root.resolve().name: root / "outs"}
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         for candidate in (folder, folder / "outs"):
@@ -65,14 +72,16 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     if len(unknown):
         raise InputError(f"{folder}: {len(unknown)} barcodes have no position (first: {unknown[0]}); are they a pair?")
     adata.obs = places.loc[adata.obs_names]
+    xy = places[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    pitch_px = reading.visium_pitch_px(places[["array_row", "array_col"]].to_numpy(float), xy)  # of all, seen or not
     outside = int((adata.obs["in_tissue"] == 0).sum())
     adata = adata[adata.obs["in_tissue"] != 0].copy()
     adata.obsm[contract.SPATIAL] = pd.DataFrame(adata.obs)[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
     image = reading.named_image(section, options)
     if image is not None:
         refuse_downsampled(image, folder / "spatial", factors)
-    pitch = reading.VISIUM_PITCH_UM / reading.pitch_px(adata.obsm[contract.SPATIAL])
-    mpp, by = reading.pixel_size(section, options, metadata=factors.get("microns_per_pixel"), pitch=pitch, slide=image)
+    pitch, stated = reading.VISIUM_PITCH_UM / pitch_px, factors.get("microns_per_pixel")
+    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
     adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
     return contract.new_section(
         adata,
@@ -124,7 +133,7 @@ def _read_mtx(folder: Path):
         path = next((p for name in names for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
         if path is None:
             raise InputError(f"{folder}: expected {names[0]}.gz or {names[0]}, found neither; copy the folder again")
-        with open_text(path, share=32) as file:
+        with open_text(path, share=16) as file:
             return [line.rstrip("\r\n").split("\t") for line in file]
 
     with door(folder, "10x matrix folder"):
@@ -156,7 +165,7 @@ def _read_coordinates(path: Path, shape: tuple[int, int]) -> sparse.csr_matrix:
 def read_positions(folder: Path) -> pd.DataFrame:
     """The spots' places, index barcode: ``in_tissue``, ``array_row``, ``array_col``, ``pxl_row_in_fullres``,
     ``pxl_col_in_fullres``. With header (Space Ranger 2.0 and later), without (before), or parquet (Visium HD)."""
-    path = next((p for name in _POSITIONS if (p := folder / "spatial" / name).is_file()), None)
+    path = next((p for name in _POSITIONS if (p := _packed(folder / "spatial" / name)).is_file()), None)
     if path is None:
         raise InputError(f"{folder / 'spatial'}: expected one of {', '.join(_POSITIONS)}, found none; copy it there")
     try:
@@ -164,10 +173,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
             places = _read_parquet(path)
         else:
             with door(path, "table of spot positions"):
-                check_columns(path, ",")
-                with path.open(encoding="utf-8") as file:
-                    named = file.readline().startswith("barcode")
-                places = pd.read_csv(path) if named else pd.read_csv(path, header=None, names=_COLUMNS)
+                places = _read_table(path)
     except ImportError as error:
         raise reading.missing_package(path, "pyarrow", "visium-hd") from error
     if missing := set(_COLUMNS) - set(places) - {places.index.name}:
@@ -175,7 +181,24 @@ def read_positions(folder: Path) -> pd.DataFrame:
     places = places.set_index("barcode") if "barcode" in places else places
     if not places.index.is_unique:
         raise InputError(f"{path}: barcode {places.index[places.index.duplicated()][0]} occurs more than once")
+    for name in _COLUMNS[1:]:
+        if not pd.api.types.is_numeric_dtype(places[name]):
+            raise InputError(f"{path}: column {name} must hold numbers, found {str(places[name].iloc[0])[:60]!r}")
     return places.rename_axis(None).loc[:, _COLUMNS[1:]]
+
+
+def _packed(path: Path) -> Path:
+    """The file, or that of the same name with ``.gz`` where it alone is there."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """With header or without; spreadsheets write quotes around its names, and a mark before them."""
+    named = check_columns(path, ",").lstrip('\ufeff"').startswith("barcode")
+    with open_text(path) as file:
+        places = pd.read_csv(file, header=0 if named else None, names=None if named else _COLUMNS)
+    return places.rename(columns=lambda name: str(name).lstrip("\ufeff"))
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -190,7 +213,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 def read_scalefactors(folder: Path) -> dict:
     """``spatial/scalefactors_json.json``."""
-    path = folder / "spatial" / "scalefactors_json.json"
+    path = _packed(folder / "spatial" / "scalefactors_json.json")
     factors = read_json(path, "JSON of scale factors", "copy the whole spatial folder of Space Ranger")
     for key in ("microns_per_pixel", "tissue_hires_scalef", "tissue_lowres_scalef"):
         number(path, key, factors.get(key))
@@ -201,7 +224,7 @@ def refuse_downsampled(image: Path, spatial: Path, factors: dict) -> None:
     """``InputError`` where the image is one of Space Ranger's own downsampled pictures, under whatever name."""
     from PIL import Image
 
-    scale = min(factors.get("tissue_hires_scalef", 1), factors.get("tissue_lowres_scalef", 1))
+    scale = min(factors.get("tissue_hires_scalef") or 1, factors.get("tissue_lowres_scalef") or 1)
     if image.suffix.lower() not in (".png", ".jpg", ".jpeg") or scale >= 1:
         return
     for name in ("tissue_hires_image.png", "tissue_lowres_image.png"):
