@@ -305,9 +305,15 @@ def test_unknown_id_lists_the_known_ones(tissue):
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing:SIM1", "nothing.h5ad", "st/SIM9.h5ad"])
-def test_a_path_without_sections_says_what_was_expected(tmp_path, name):
-    with pytest.raises(InputError, match="expected a folder in HEST-1k layout"):
+def test_a_path_that_is_not_there_is_told_so(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name}: no such file or folder"):
         find_sections(tmp_path / name)
+
+
+def test_a_file_that_is_no_section_says_what_was_expected(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(InputError, match="expected a folder in HEST-1k layout"):
+        find_sections(tmp_path / "notes.txt")
 
 
 def test_an_empty_folder_says_what_was_expected(tmp_path):

@@ -81,7 +81,7 @@ def test_panel_from_a_bare_json_list(tmp_path):
         ("p.txt", "A\nB\nA\n", "'A' more than once"),
         ("p.txt", "# nothing\n\n", "at least one gene"),
         ("p.txt", b"\xff\xfe\x00", "not a readable panel"),
-        ("p.txt", None, "not a readable panel"),
+        ("p.txt", None, "no such file; expected a panel"),
     ],
 )
 def test_what_is_no_panel_is_refused_naming_the_file(tmp_path, name, content, says):

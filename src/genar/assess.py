@@ -65,6 +65,7 @@ def evaluate_run(
     name = contract.name(truth)
     aligned = {method: one for kind, adata in named.items() for method, one in _aligned(kind, adata, truth).items()}
     scores = {name: {method: score_aligned(one) for method, one in aligned.items()}}
+    notes = [*_other_sections(named, name), *notes]
     notes += [line for method, one in scores[name].items() for line in _undefined(method, one)]
     found, differences = _intervals(aligned, name, resamples)
     scored = time.perf_counter()
@@ -73,6 +74,16 @@ def evaluate_run(
     maps.write_section_maps(named["prediction"], truth, per_gene, out / "maps")
     seconds = {"scores": round(scored - started, 1), "files and maps": round(time.perf_counter() - scored, 1)}
     return Assessment({**outputs, "maps": out / "maps"}, scores, found, differences, tuple(notes), seconds)
+
+
+def _other_sections(named: Mapping[str, AnnData], truth: str) -> list[str]:
+    """A note where a prediction says to be of another section, or the truth's own counts are scored."""
+    notes = []
+    for kind, adata in named.items():
+        told = adata.uns.get(contract.GENAR, {})
+        if told.get(contract.SECTION, truth) != truth:
+            notes.append(f"the truth is of section {truth}, the {kind} of {told[contract.SECTION]}")
+    return notes
 
 
 def read_prediction(path: Path) -> AnnData:

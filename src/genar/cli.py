@@ -25,13 +25,14 @@ Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overri
 Image = Annotated[
     Path | None, typer.Option(help="Full-resolution image of the section, or a folder of them called <id>.tif.")
 ]
-BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um [default: 56].")]
-SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um [default: 100].")]
-Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores [default: user cache].")]
+BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um (default: 56).")]
+SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um (default: 100).")]
+Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores (default: user cache).")]
 Weights = Annotated[Path | None, typer.Option(help="Encoder weights, a file or a folder, instead of the hub's.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 SectionDir = Annotated[str, typer.Argument(help="Folder of sections; the format is told from what it holds.")]
-_SAMPLES = "Trajectories averaged in the expectation [default: 16]."
+_SAMPLES = "Trajectories averaged in the expectation (default: 16)."
+Device = Annotated[str, typer.Option(help="Of the features: auto, cpu, cuda, cuda:1, mps.")]
 OneSection = Annotated[str, typer.Argument(help="One section: its own file or folder, or FOLDER:ID.")]
 
 
@@ -54,7 +55,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def demo(out: Out = Path("genar-demo"), seed: int = 0, json: Json = False) -> None:
+def demo(
+    out: Out = Path("genar-demo"), seed: Annotated[int, typer.Option(help="Of the tissue.")] = 0, json: Json = False
+) -> None:
     """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
     from genar.demo import demo_run
 
@@ -142,11 +145,11 @@ def features(
     widths_um: Annotated[str, typer.Option(help="Patch widths in um, such as 112,309; each is embedded.")] = "",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = 16,
-    workers: Annotated[int | None, typer.Option(help="Processes that read patches [default: by the machine].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read patches (default: by the machine).")] = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="Folder of features made elsewhere (.h5, .pt, .npy).")
     ] = None,
-    device: str = "cpu",
+    device: Device = "auto",
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
@@ -161,10 +164,10 @@ def features(
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = _numbers(widths_um, "--widths-um")
-    loaded = encoders.load_encoder(encoder, weights=weights, device=device, precision=precision)
+    loaded = encoders.load_encoder(encoder, weights=weights, device=machine.device(device), precision=precision)
     stores = embedding.embed_widths(
         read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_console.bar(json),
-        workers=embedding.default_workers(device) if workers is None else workers,
+        workers=embedding.default_workers(loaded.device.type) if workers is None else workers,
     )  # fmt: skip
     _console.finish(json, stores)
 
@@ -175,7 +178,7 @@ def panel(
     out: Out,
     recipe: Annotated[str, typer.Option(help="clean, paper, hvg, highest_mean, moran, or a file of genes.")] = "clean",
     n_genes: Annotated[
-        int | None, typer.Option(help="Genes to take [default: 200; paper: the whole intersection].")
+        int | None, typer.Option(help="Genes to take (default: 200; paper: the whole intersection).")
     ] = None,
     n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
@@ -187,11 +190,12 @@ def panel(
     json: Json = False,
 ) -> None:
     """Select the gene panel, or check a list of genes against the sections."""
-    from genar.data import find_sections
+    from genar.data import find_sections, pick
     from genar.genes import listed_panel, read_aliases, read_panel, select_panel
 
-    left_out = _ids(exclude)
-    chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in find_sections(sections) if ref.id not in left_out]
+    refs = find_sections(sections)
+    left_out = pick(refs, _ids(exclude))
+    chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in refs if ref not in left_out]
     if Path(recipe).is_file():
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
@@ -210,7 +214,7 @@ def groups(
     source: Annotated[str, typer.Argument(help="A training run, or with --panel a folder of sections.")],
     out: Out = Path("genar-groups"),
     panel: Annotated[Path | None, typer.Option(help="panel.json or a list of genes, to group on sections.")] = None,
-    scale: Annotated[int | None, typer.Option(help="Groups of one scale, 0 the coarsest [default: clusters].")] = None,
+    scale: Annotated[int | None, typer.Option(help="Groups of one scale, 0 the coarsest (default: clusters).")] = None,
     gmt: Annotated[Path | None, typer.Option(help="Gene sets; tells which groups are enriched in which.")] = None,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
     json: Json = False,
@@ -251,12 +255,12 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of model, training, inputs or decoding; repeatable.")
     ] = None,
-    device: str = "cpu",
+    device: Device = "auto",
     devices: Annotated[
-        int | None, typer.Option(help="Processes that share the training [default: those of torchrun or srun, or 1].")
+        int | None, typer.Option(help="Processes that share the training (default: those of torchrun or srun, or 1).")
     ] = None,
-    num_nodes: Annotated[int | None, typer.Option(help="Machines that share it [default: as devices].")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches a step: gradients are added [default: 1].")] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Machines that share it (default: as devices).")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches a step: gradients are added (default: 1).")] = None,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,
@@ -271,7 +275,7 @@ def train(
     settings.decoding.update(_given(samples=samples))
     plan = runs.TrainPlan(
         Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, device, settings, image=image, bin_um=bin_um, input=input,
+        features, mpp, machine.device(device), settings, image=image, bin_um=bin_um, input=input,
         encoder_precision=encoder_precision, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     result = runs.train_run(
@@ -286,7 +290,7 @@ def predict(
     model: Annotated[str, typer.Option(help="A training run, its checkpoint folder, or ORG/NAME on the hub.")],
     out: Out,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
-    decode: Annotated[str | None, typer.Option(help="What makes X [default: the model's first decoding].")] = None,
+    decode: Annotated[str | None, typer.Option(help="What makes X (default: the model's first decoding).")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the trajectories.")] = None,
     set_: Annotated[
@@ -294,7 +298,7 @@ def predict(
         typer.Option("--set", help="KEY=VALUE of the decoding (temperature, top_k, top_p, layers, …)."),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="h5ad, spatialdata, … (see `genar export`) [default: by the suffix of --out].")
+        str | None, typer.Option(help="h5ad, spatialdata, … (see `genar export`) (default: by the suffix of --out).")
     ] = None,
     features: Store = None,
     weights: Weights = None,
@@ -324,7 +328,7 @@ def push(
     model: Annotated[str, typer.Argument(help="A training run, or its checkpoint folder.")],
     hub_id: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to write to [default: main].")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to (default: main).")] = None,
     json: Json = False,
 ) -> None:
     """Share a checkpoint, with its card, on the Hugging Face hub. Read the card first: it names your sections."""
@@ -372,9 +376,11 @@ def report(
     out: Out = Path("report.html"),
     truth: Annotated[
         str | None,
-        typer.Option(help="Measured section: its file or folder, or FOLDER:ID [default: the run's]."),
+        typer.Option(help="Measured section: its file or folder, or FOLDER:ID (default: the run's)."),
     ] = None,
-    gene: Annotated[str, typer.Option(help="Of an index: gene of the small maps [default: the best on average].")] = "",
+    gene: Annotated[
+        str, typer.Option(help="Gene that is shown first; of an index: of the small maps (default: the best).")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Write a page to look at: maps over the H&E, genes, groups, scores, calibration. One file, no network."""
@@ -389,7 +395,7 @@ def export(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     out: Out,
     format: Annotated[
-        str | None, typer.Option(help="geojson, spatialdata, tissuumaps or vitessce [default: by the suffix of --out].")
+        str | None, typer.Option(help="geojson, spatialdata, tissuumaps or vitessce (default: by the suffix of --out).")
     ] = None,
     genes: Annotated[str, typer.Option(help="Only these genes, GENE,GENE; all where not given.")] = "",
     json: Json = False,

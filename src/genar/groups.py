@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from genar.data import contract, find_sections
+from genar.data import contract, find_sections, pick
 from genar.data.files import write_text
 from genar.errors import InputError
 from genar.genes import Panel, Scales, fit_scales, group_names, over_representation, read_gene_sets, read_panel
@@ -61,7 +61,9 @@ def _of_model(source: str) -> tuple[Panel, Scales]:
 
 def _of_sections(source: str, file: Path, exclude: Sequence[str]) -> tuple[Panel, Scales]:
     panel = read_panel(file)
-    kept = [ref.read() for ref in find_sections(source) if ref.id not in exclude]
+    refs = find_sections(source)
+    left_out = pick(refs, exclude)
+    kept = [ref.read() for ref in refs if ref not in left_out]
     if not kept:
         raise InputError(f"{source}: every section is excluded; leave at least one to group the genes by")
     return panel, fit_scales(np.concatenate([contract.counts(section, list(panel.genes)) for section in kept]))

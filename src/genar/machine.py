@@ -8,6 +8,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from genar.errors import InputError
+
 _PACKAGES = (
     "torch",
     "pytorch-lightning",
@@ -19,6 +21,21 @@ _PACKAGES = (
     "zarr",
     "openslide-python",
 )
+
+
+def device(name: str) -> str:
+    """The device of that name; of ``auto`` the GPU where there is one, else the CPU. Raises ``InputError`` where there
+    is none of it."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise InputError(f"--device {name}: not to be had here ({reason}); expected auto, cpu, cuda or mps") from error
+    return name
 
 
 def keep_freed_memory() -> None:

@@ -141,15 +141,30 @@ def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding) -> 
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
     var = pd.DataFrame(index=pd.Index(list(checkpoint.panel.genes)))
-    adata = AnnData(obs=pd.DataFrame(index=section.obs_names.copy()), var=var)
+    places = {name: section.obs[name].to_numpy() for name in ("array_row", "array_col") if name in section.obs}
+    adata = AnnData(obs=pd.DataFrame(places, index=section.obs_names.copy()), var=var)
     adata.obsm[contract.SPATIAL] = contract.coords_px(section).copy()
     if "spatial" in section.uns:
-        adata.uns["spatial"] = section.uns["spatial"]
+        adata.uns["spatial"] = _with_hires(section.uns["spatial"])
     adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], "prediction": made}
     for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
         if column in checkpoint.training:
             adata.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)
     return adata
+
+
+def _with_hires(spatial: Mapping) -> dict:
+    """Libraries of scanpy, whose plots look for an image ``hires`` or ``lowres``: HEST's goes by another name."""
+    found = dict(spatial)
+    for key, library in spatial.items():
+        images = library.get("images", {}) if isinstance(library, Mapping) else {}
+        if images and not {"hires", "lowres"} & set(images):
+            name = next(iter(images))
+            factors = dict(library.get("scalefactors", {}))
+            if f"tissue_{name}_scalef" in factors:
+                factors["tissue_hires_scalef"] = factors[f"tissue_{name}_scalef"]
+                found[key] = {**library, "images": {**images, "hires": images[name]}, "scalefactors": factors}
+    return found
 
 
 def write_prediction(adata: AnnData, path: Path) -> Path:

@@ -26,7 +26,7 @@ from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
 from genar.evaluation.scoring import Aligned
-from genar.export import format_of, write_export
+from genar.export import format_of, refuse_foreign, write_export
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -94,6 +94,8 @@ class TrainPlan:
     def __post_init__(self):
         encoders.check_name(self.encoder)
         encoders.check_precision(self.encoder_precision)
+        if self.panel not in RECIPES and not Path(self.panel).is_file():
+            raise InputError(f"--panel {self.panel}: no such file, and none of the recipes {', '.join(RECIPES)}")
         self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
 
     @property
@@ -156,12 +158,14 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
+    say(f"{plan.input} of {len(sections)} sections: made where they are not stored")
     seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)
     streamed = ", streamed from the feature stores" if isinstance(spots, StoredSpots) else ""
-    say(f"training {plan.model} on {len(spots)} spots of {len(training)} sections, {len(panel.genes)} genes{streamed}")
+    of = "a section" if len(training) == 1 else f"{len(training)} sections"
+    say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
     model = cls.create(spots.n_features, look_at(cls, spots), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
@@ -174,7 +178,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         say(cost)
     clock.lap("training")
 
-    scores = _predict_and_score(plan, checkpoint, how, spots, held_out, seen, outputs, bar)
+    scores = _predict_and_score(plan, checkpoint, how, spots, held_out, seen, outputs, bar, say)
     if summary.history and plan.maps:
         path = plan.out / "maps" / "training.png"
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
@@ -206,7 +210,7 @@ def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, fold
 
 
 def _predict_and_score(
-    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: AnySpots, held_out, seen: "_Seen", outputs, bar: Bar
+    plan: TrainPlan, checkpoint: Checkpoint, how: Decoding, spots: AnySpots, held_out, seen: "_Seen", outputs, bar, say
 ) -> dict[str, dict[str, Scores]]:
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
     beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
@@ -228,6 +232,8 @@ def _predict_and_score(
         scores[name] = {method: score_aligned(one) for method, one in aligned.items()}
         scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
         found[name] = intervals.compare(scored, [(ours, rival) for rival in rivals], name, RESAMPLES)
+        for pair, gains in found[name][1].items():
+            say(f"{name}: {pair}: " + intervals.told(gains, "pcc_200", "mse"))
         if plan.maps:
             shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
             maps.write_section_maps(predicted, section, shown, plan.out / "maps")
@@ -261,7 +267,8 @@ def predict_run(
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
     trained on patches reads them from the slide; then no encoder is loaded.
     """
-    kind = "h5ad" if (kind is None and out.suffix == ".h5ad") or kind == "h5ad" else format_of(out, kind)
+    kind = "h5ad" if (kind is None and out.suffix == ".h5ad") or kind == "h5ad" else format_of(out, kind, ".h5ad")
+    refuse_foreign(out)
     checkpoint = load_checkpoint(model, revision=revision)
     decode = decoding(checkpoint.model, how or {})
     if cost := checkpoint.model.cost(section.n_obs, decode):
@@ -410,7 +417,9 @@ def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], sa
             )
     else:
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
+        threads = torch.get_num_threads()
         panel = select_panel(training, n_genes=plan.n_genes, recipe=plan.panel)
+        torch.set_num_threads(threads)  # numba takes all for itself, and leaves it so
     return panel
 
 

@@ -90,6 +90,8 @@ def _fit_type(key: str, value, kind):
     value = _number(value) if kind is float else value
     if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
+    if type(value) is int and abs(value) >= 2**63:  # Python does not even print some of them
+        raise InputError(f"setting {key}: expected a number of less than 64 bits")
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         found = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}…"
         raise InputError(f"setting {key}: expected {getattr(kind, '__name__', kind)}, found {found}")

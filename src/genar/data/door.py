@@ -65,6 +65,8 @@ def door(path: str | Path, what: str, advice: str = "is it complete?") -> Iterat
     except MemoryError as error:  # the length of a part is known to its decoder alone
         raise InputError(f"{path}: a {what} that memory does not hold ({reason_of(error)}); {advice}") from error
     except _damage() as error:
+        if isinstance(error, FileNotFoundError) and not Path(path).exists():
+            raise InputError(f"{path}: no such file; expected a {what}") from error
         raise InputError(f"{path}: not a readable {what} ({reason_of(error)}); {advice}") from error
 
 

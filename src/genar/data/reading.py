@@ -165,6 +165,11 @@ def looks_like_visium(adata) -> bool:
 def read_adata(path: Path) -> anndata.AnnData:
     """Read an ``.h5ad``; ``InputError`` where it is none, is far larger unpacked than its size allows, or holds a
     sparse matrix or slots of ``uns`` that are not sound (the code underneath trusts their indices, and would crash)."""
+    if path.is_dir():
+        found = sorted(path.glob("predictions/*.h5ad"))
+        raise InputError(f"{path}: expected an .h5ad file, found a folder{f'; name {found[0]}' if found else ''}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
     with door(path, ".h5ad file"):
         check_hdf5(path)
         adata = anndata.read_h5ad(path)
@@ -213,6 +218,12 @@ def _check_uns(path: Path, adata: anndata.AnnData) -> None:
 def _plain(value):
     """A NumPy scalar as Python's own."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def refuse_prediction(adata, path: Path) -> None:
+    """``InputError`` where a prediction of GenAR's is given for a measured section."""
+    if "prediction" in adata.uns.get(contract.GENAR, {}):
+        raise InputError(f"{path}: holds predicted counts, no measured ones; name the measured section")
 
 
 def keep_raw_counts(adata) -> str:

@@ -70,6 +70,15 @@ def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where(n > 0, values.sum(axis=1) / np.maximum(n, 1), np.nan)
 
 
+def told(found: Mapping[str, Interval], *names: str) -> str:
+    """Differences with their intervals, in words.
+
+    >>> told({"mse": (-0.031, -0.042, -0.02)}, "mse")
+    'mse -0.031 (-0.042 to -0.020)'
+    """
+    return ", ".join("{} {:+.3f} ({:+.3f} to {:+.3f})".format(name, *found[name]) for name in names)
+
+
 def interval(resampled: np.ndarray, share: float = 0.95) -> Interval:
     """(value, low, high) of scores [1 + R] whose first is that of the spots themselves; NaN where that, or every
     resample, is undefined.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from anndata import AnnData
 
+from genar.data.door import door
 from genar.errors import InputError
 from genar.export.geojson import write_geojson
 from genar.export.spatialdata import write_spatialdata
@@ -14,6 +15,7 @@ from genar.export.vitessce import write_vitessce
 __all__ = [
     "FORMATS",
     "format_of",
+    "refuse_foreign",
     "write_export",
     "write_geojson",
     "write_spatialdata",
@@ -30,8 +32,9 @@ FORMATS = {
 _SUFFIXES = {".geojson": "geojson", ".json": "geojson", ".zarr": "spatialdata", ".tmap": "tissuumaps"}
 
 
-def format_of(path: Path, asked: str | None = None) -> str:
-    """The format to write: the one ``asked`` for, or what the suffix of ``path`` says.
+def format_of(path: Path, asked: str | None = None, *more: str) -> str:
+    """The format to write: the one ``asked`` for, or what the suffix of ``path`` says; ``more`` names suffixes that
+    mean something to the caller.
 
     Raises ``InputError`` where neither names one.
 
@@ -42,11 +45,31 @@ def format_of(path: Path, asked: str | None = None) -> str:
     if found not in FORMATS:
         raise InputError(
             f"--format {found or 'was not given'}: expected {', '.join(FORMATS)}, or an --out that ends in "
-            f"{', '.join(_SUFFIXES)}; found {path.name}"
+            f"{', '.join((*more, *_SUFFIXES))}; found {path.name}"
         )
     if found == "tissuumaps" and path.suffix != ".tmap":
         raise InputError(f"--out {path}: TissUUmaps opens projects that end in .tmap; name it {path.stem}.tmap")
     return found
+
+
+def refuse_foreign(path: Path) -> None:
+    """``InputError`` where an ``.h5ad``, a store or a folder that is no prediction of GenAR's lies at ``path``: a
+    measured section must not be overwritten."""
+    if path.is_dir():
+        ours = (path / "vitessce.json").is_file() or any(path.glob("tables/*/uns/genar/prediction"))
+        if ours or not any(path.iterdir()):
+            return
+    elif path.suffix == ".h5ad" and path.is_file():
+        import h5py
+
+        with door(path, ".h5ad file", "choose another --out"), h5py.File(path) as file:
+            if "uns/genar/prediction" in file:
+                return
+    else:
+        return
+    raise InputError(
+        f"--out {path}: is there already, and no prediction of GenAR's; choose another, or delete it first"
+    )
 
 
 def write_export(
@@ -58,4 +81,5 @@ def write_export(
     package that the format needs.
     """
     kind = format_of(path, kind)
+    refuse_foreign(path)
     return {kind: FORMATS[kind](predicted, path, genes=genes)}

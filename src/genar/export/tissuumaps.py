@@ -18,7 +18,8 @@ _DISC = 0.85  # of its diameter is the size of a disc: TissUUmaps (3.2) draws it
 
 
 def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
-    """Write ``NAME.tmap`` with ``NAME.csv`` (a row a spot, expected counts a column a gene) and ``NAME.tif`` beside it.
+    """Write ``NAME.tmap`` with ``NAME_tmap.csv`` (a row a spot, expected counts a column a gene) and ``NAME_tmap.tif``
+    beside it: names that no slide has.
 
     TissUUmaps colours the spots, drawn as wide as they are, by the gene that is chosen in the drop-down list. Positions
     are px of the image written here; without an image, full-resolution px. The project file is written last. Raises
@@ -32,7 +33,7 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
         image, (width, _) = found
         shrink = image.shape[1] / width
         xy, mpp, diameter = xy * shrink, mpp / shrink, diameter * shrink
-        picture = path.with_suffix(".tif")
+        picture = path.with_name(f"{path.stem}_tmap.tif")
         with replacing(picture) as temporary:
             tifffile.imwrite(temporary, image, photometric="rgb", compression="jpeg", tile=(256, 256))
         layers = [{"name": "H&E", "tileSource": f"{picture.name}.dzi"}]
@@ -40,7 +41,7 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
     table = pd.concat(
         [table, pd.DataFrame(expected(chosen), columns=pd.Index([f"gene {name}" for name in names]))], axis=1
     )
-    spots = path.with_suffix(".csv")
+    spots = path.with_name(f"{path.stem}_tmap.csv")
     write_text(spots, table.to_csv(index=False, float_format="%.5g"))
     header = {
         "X": "x", "Y": "y", "gb_col": "null", "gb_name": "null", "cb_cmap": "interpolateViridis",

@@ -105,7 +105,10 @@ def checkpoint_folder(source: str | Path, revision: str | None = None) -> Path:
     Hugging Face hub at ``revision`` (a branch, tag or commit), fetched where it is not yet here. What lies on this
     machine wins. Raises ``InputError`` as ``fetch.models.download_model`` does."""
     if is_hub_id(str(source)):
-        return download_model(str(source), revision)
+        try:
+            return download_model(str(source), revision)
+        except InputError as error:
+            raise InputError(f"no folder {source} here, and of the hub: {error}") from error
     if revision is not None:
         raise InputError(f"--revision {revision}: {source} is not a name on the hub, and has no revisions")
     folder = Path(source)

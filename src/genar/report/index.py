@@ -52,13 +52,15 @@ def write_report(
     """Write the page of a prediction or of a run; of several predictions an index with small multiples at ``out`` and
     a page each beside it. Returns name -> path.
 
-    ``gene`` is the one of the small multiples: where it is not given, that of the highest mean PCC over all
-    predictions of a section. Raises ``InputError`` as :func:`subject.subjects` does, or where no prediction has
-    the gene.
+    ``gene`` is the one that a page shows first (else that of the highest PCC), or the one of the small multiples: where
+    it is not given, that of the highest mean PCC over all predictions of a section. Raises ``InputError`` as
+    :func:`subject.subjects` does, or where no prediction has the gene.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out}: expected a name that ends in .html")
     source = Path(source)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; expected a run, a folder of runs or a prediction (.h5ad)")
     runs = _runs(source) if source.is_dir() and not is_run(source) else {}
     if source.is_dir() and not runs and not is_run(source):
         raise InputError(f"{source}: no training run in it (no run.json); expected a run, a folder of runs or an .h5ad")
@@ -69,7 +71,9 @@ def write_report(
         subject = found[""][0]
         for note in subject.notes:
             say(f"note: {note}")
-        return {"report": write_page(subject, out, say=say)}
+        if gene and gene not in subject.predicted.var_names:
+            raise InputError(f"--gene {gene}: the prediction of section {subject.section} has it not")
+        return {"report": write_page(subject, out, gene=gene, say=say)}
     entries: list[_Entry] = []
     names = runs or {source.name: source}
     with bar("writing pages", len(names)) as tick:

@@ -15,6 +15,7 @@ from genar.data.slide import open_slide
 
 _BACKGROUND_PX = 1000
 _COLOURS = "viridis"  # readable without colour vision, and in grey
+_RING = "#1b1bb3"
 SIMULATED = "simulated tissue"
 
 
@@ -97,7 +98,7 @@ def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFram
 def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.ndarray, tuple] | None = None) -> Path:
     """Spots on tissue: shows at a glance whether coordinates and image belong together.
 
-    Spots are coloured by library size, or plain where there are no counts. ``tissue`` is the view uint8 [h, w, 3], the
+    Spots are coloured by library size, or rings where there are no counts. ``tissue`` is the view uint8 [h, w, 3], the
     tissue mask [h, w] found on it, and the slide's size (W, H) px: what is not tissue is then shown dark.
     """
     figure = Figure(figsize=(6.4, 6), layout="constrained")
@@ -111,6 +112,8 @@ def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.nda
     spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
     if section.n_vars:
         figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
+    else:  # nothing to colour by: rings, through which the tissue is seen
+        spots.set(array=None, facecolor="none", edgecolor=_RING, linewidth=0.7)
     dark = ", dark: not tissue" if tissue is not None else ", no image"
     axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots{dark}", fontsize=10)
     return _save(figure, path)

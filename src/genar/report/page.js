@@ -279,8 +279,8 @@
 
   fillGroups();
   fillTable();
-  const first = table.PCC ? table.PCC.map((v, i) => [v === null ? -2 : v, i]).sort((a, b) => b[0] - a[0])[0][1] : 0;
-  chooseGene(first);
+  const best = table.PCC ? table.PCC.map((v, i) => [v === null ? -2 : v, i]).sort((a, b) => b[0] - a[0])[0][1] : 0;
+  chooseGene(facts.first ? genes.indexOf(facts.first) : best);
   for (let tries = 0; tries < 100 && !plots.some((each) => each.inner_width > 0); tries++) await wait(20);
   whole();
   document.body.dataset.ready = "yes";

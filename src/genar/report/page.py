@@ -31,13 +31,14 @@ _VERSIONS = ("python", "torch", "anndata", "numpy")
 _LARGE_BYTES = 15 << 20
 
 
-def write_page(subject: Subject, path: Path, *, say: Callable[[str], None] = print) -> Path:
-    """Write the page of a prediction: one HTML file that asks nothing of the network.
+def write_page(subject: Subject, path: Path, *, gene: str = "", say: Callable[[str], None] = print) -> Path:
+    """Write the page of a prediction: one HTML file that asks nothing of the network. It shows ``gene`` first, else the
+    gene of the highest PCC.
 
     A page beyond 15 MB is written, and said to be large.
     """
     with door(f"section {subject.section}", "prediction or run", "a record of it is malformed: predict or train again"):
-        text = page_html(subject)
+        text = page_html(subject, gene)
     write_text(path, text)
     if len(text) > _LARGE_BYTES:
         n = subject.predicted.shape
@@ -45,14 +46,14 @@ def write_page(subject: Subject, path: Path, *, say: Callable[[str], None] = pri
     return path
 
 
-def page_html(subject: Subject) -> str:
+def page_html(subject: Subject, gene: str = "") -> str:
     """The page as text."""
     shown = [panel for panel in figures.PANELS if _has(subject, panel)]
     plots = figures.spot_maps(subject.predicted, shown) | _calibration(subject)
     history = subject.checkpoint.get("training", {}).get("history") or []
     training = figures.training_figures(history, subject.checkpoint["training"]["best_epoch"]) if history else {}
     script, places = components({**plots, **training}, wrap_script=False)  # pyright: ignore
-    payload = _script_safe(_payload(subject))
+    payload = _script_safe(_payload(subject) | {"first": gene})
     return render(
         "page.html",
         payload,

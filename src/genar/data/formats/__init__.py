@@ -5,6 +5,7 @@ A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sectio
 ``of_file(path) -> (root, id) | None``, too.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -59,7 +60,16 @@ def find_sections(path: str | Path, *, format: str | None = None) -> list[Sectio
     folder, _, section = str(path).rpartition(":")
     if folder and Path(folder).is_dir():
         return pick(_in_folder(Path(folder), modules), [section])
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder{_near(path)}")
     raise InputError(f"{path}: no section here; expected a folder in {_expected(modules)}; or one section as FOLDER:ID")
+
+
+def _near(path: Path) -> str:
+    """What lies beside it under a like name."""
+    there = path.parent.is_dir()
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if there else [], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _in_folder(folder: Path, modules: Sequence[ModuleType]) -> list[SectionRef]:

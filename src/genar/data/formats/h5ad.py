@@ -33,6 +33,7 @@ def of_file(path: Path) -> tuple[Path, str] | None:
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one file as the contract has it."""
     adata = reading.read_adata(root / f"{section}.h5ad")
+    reading.refuse_prediction(adata, root / f"{section}.h5ad")
     _keep_one_library(adata, root / f"{section}.h5ad")
     image = reading.named_image(section, options) or _named_inside(adata) or reading.named_image(section, options, root)
     return as_section(adata, section, options, image, NAME)

@@ -33,6 +33,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     Raises ``InputError`` where the file is not an AnnData, breaks the contract or no pixel size is known.
     """
     adata = reading.read_adata(root / "st" / f"{section}.h5ad")
+    reading.refuse_prediction(adata, root / "st" / f"{section}.h5ad")
     path = _metadata_of(root, section)
     # the table's empty cells may be written as NaN
     metadata = read_json(path, "JSON, the sample's row of the HEST table") if path.is_file() else {}
