@@ -303,7 +303,7 @@ def lose_chunk(path):
 def test_damaged_store_is_refused(section, encoder, tmp_path, damage):
     path = embed(section, encoder, recipe_of(encoder, views=1), tmp_path)
     damage(path)
-    with pytest.raises(InputError, match="delete it and embed again|no such file; expected a feature store"):
+    with pytest.raises(InputError, match=r"delete it and embed again|no such file; expected a feature store"):
         read_features(path, section)
 
 
