@@ -71,12 +71,13 @@ def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def told(found: Mapping[str, Interval], *names: str) -> str:
-    """Differences with their intervals, in words.
+    """Differences with their intervals, in words; those that are undefined are left out.
 
     >>> told({"mse": (-0.031, -0.042, -0.02)}, "mse")
     'mse -0.031 (-0.042 to -0.020)'
     """
-    return ", ".join("{} {:+.3f} ({:+.3f} to {:+.3f})".format(name, *found[name]) for name in names)
+    known = [name for name in names if not np.isnan(found[name][0])]
+    return ", ".join("{} {:+.3f} ({:+.3f} to {:+.3f})".format(name, *found[name]) for name in known)
 
 
 def interval(resampled: np.ndarray, share: float = 0.95) -> Interval:
