@@ -77,7 +77,7 @@ def evaluate_run(
 
 
 def _other_sections(named: Mapping[str, AnnData], truth: str) -> list[str]:
-    """A note where a prediction says to be of another section, or the truth's own counts are scored."""
+    """A note where a prediction says to be of another section than the truth."""
     notes = []
     for kind, adata in named.items():
         told = adata.uns.get(contract.GENAR, {})
