@@ -145,7 +145,7 @@ def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None
         "index.html",
         "",
         title=f"Predictions of {name}",
-        subtitle=f"{len(entries)} predictions of {len(sections)} sections, log2(1 + count), one scale a section.",
+        subtitle=f"Predictions: {len(entries)}, sections: {len(sections)}; log2(1 + count), one scale a section.",
         notes=() if gene else ("the gene shown is the one predicted best on average: it flatters",),
         sections=sections,
     )
