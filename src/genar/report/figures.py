@@ -64,9 +64,10 @@ def spot_maps(section: AnnData, panels: Sequence[str]) -> dict[str, figure]:
             palette=DIVERGING if panel == "difference" else PALETTES["viridis"], low=0, high=1, nan_color="#bbbbbb",
             name=f"colours_{panel}",
         )  # fmt: skip
+        edge = "#555555" if panel == "difference" else None  # about zero it is as pale as the tissue
         spots = plot.circle(
-            "x", "y", radius="r", source=source, line_color=None, fill_alpha=0.85, name=f"spots_{panel}",
-            fill_color={"field": f"v_{panel}", "transform": mapper},
+            "x", "y", radius="r", source=source, line_color=edge, line_width=0.5, fill_alpha=0.85,
+            name=f"spots_{panel}", fill_color={"field": f"v_{panel}", "transform": mapper},
         )  # fmt: skip
         plot.add_tools(HoverTool(renderers=[spots], tooltips=_TOOLTIPS))
         bar = ColorBar(color_mapper=mapper, height=10, title="", name=f"bar_{panel}", padding=4)
