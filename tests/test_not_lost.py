@@ -158,3 +158,10 @@ def test_a_prediction_is_replaced_by_another(file, prediction, monkeypatch, tiss
     write_export(prediction, tmp_path / "x.zarr")
     write_export(prediction, tmp_path / "x.zarr")
     assert "prediction" in anndata.read_h5ad(file).uns[contract.GENAR]
+
+
+def test_a_pixel_size_of_nothing_is_told(prediction):
+    broken = prediction.copy()
+    broken.uns[contract.GENAR]["mpp"] = 0.0
+    with pytest.raises(InputError, match="must be above 0 um"):
+        contract.spot_diameter_px(broken)

@@ -132,10 +132,13 @@ def picture(adata: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
 
 
 def mpp(adata: AnnData) -> float:
-    """Pixel size of the full-resolution image, um per px. Raises ``InputError`` where nothing says it."""
+    """Pixel size of the full-resolution image, um per px. Raises ``InputError`` where nothing says it,
+    or it is none."""
     told = adata.uns.get(GENAR, {})
     if MPP not in told:
         raise InputError(f"no pixel size: expected uns['{GENAR}']['{MPP}'] in um per px, as `genar predict` writes it")
+    if not float(told[MPP]) > 0:
+        raise InputError(f"pixel size uns['{GENAR}']['{MPP}'] must be above 0 um, found {told[MPP]}; predict again")
     return float(told[MPP])
 
 
