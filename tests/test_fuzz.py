@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+from numcodecs import Zstd
 from PIL import Image
 
 from fuzz.runner import make_seeds, run_all, run_case
@@ -210,6 +211,7 @@ WRONG_ONCE = [
     ("rivals", "histogene/config.json", edit_json(model__config=7), "config.json"),
     ("features", "A1.zarr/zarr.json", text("[]"), "delete it and embed again"),
     ("features", "A1.zarr/features/zarr.json", edit_json(shape=[16, 1, 10**12]), "arrays of"),
+    ("features", "A1.zarr/barcode/c/0", lambda p: p.write_bytes(Zstd().encode(b"\0\0\0\x18" + bytes(8))), "texts of a"),
     ("imports", "npy/A1.npy", lambda p: p.write_bytes(NPY + b"\xa0\x0f" + b"(40, " * 800), "npy"),
     ("prediction", "p.h5ad", edit_hdf5(lambda f: f["uns/genar"].pop("mpp")), "no pixel size"),
     ("run", "run.json", text(DEEP), "record of a run"),

@@ -147,8 +147,27 @@ def check_zarr(folder: Path, advice: str = "is it complete?") -> None:
         if path.is_file():
             stored += path.stat().st_size
             if path.name in ("zarr.json", ".zarray"):
-                total += _declared(read_json(path, "metadata of a Zarr array", advice))
+                facts = read_json(path, "metadata of a Zarr array", advice)
+                total += _declared(facts)
+                if "vlen-utf8" in json.dumps(facts.get("codecs", facts.get("filters"))):
+                    _check_texts(path.parent, facts, advice)
     refuse_large(folder, "arrays", total, stored)
+
+
+def _check_texts(folder: Path, facts: dict, advice: str) -> None:
+    """Refuse chunks of texts that say to hold more of them than a chunk has: their decoder makes room for as many."""
+    import numcodecs
+
+    most = math.prod(map(int, facts.get("chunks") or facts["chunk_grid"]["configuration"]["chunk_shape"]))
+    packed = facts.get("compressor") or ({"id": "zstd"} if '"zstd"' in json.dumps(facts.get("codecs")) else None)
+    codec: Any = numcodecs.get_codec(packed) if packed else None
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in ("zarr.json", ".zarray", ".zattrs"):
+            with door(path, "chunk of texts", advice):
+                content = path.read_bytes()
+                head = bytes((codec.decode(content) if codec else content)[:4])
+            if int.from_bytes(head, "little") > most:
+                raise InputError(f"{path}: says to hold more than the {most:,} texts of a chunk; {advice}")
 
 
 def _declared(facts: dict) -> int:
