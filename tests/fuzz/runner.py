@@ -165,8 +165,8 @@ def _watch(child: Child, case: int, until: float, count: Count) -> tuple[list[Fi
             word, *facts = child.pipe.recv()
         except (EOFError, OSError):
             child.process.join()
-            if child.process.exitcode == _WORN and case > child.first:
-                return found, case
+            if child.process.exitcode == _WORN:  # in a new process: a case that cannot even be written is left out
+                return found, case if case > child.first else case + 1
             return [*found, Finding(child.target, case, "crash", f"exit {child.process.exitcode}", damage)], case + 1
         if word == "start":
             case, damage = facts
