@@ -151,7 +151,7 @@ def run_target(
 
 
 def _watch(child: Child, case: int, until: float, count: Count) -> tuple[list[Finding], int]:
-    damage = ""
+    damage, begun = "", False
     found: list[Finding] = []
     while True:
         started, cpu = time.monotonic(), child.cpu_s()
@@ -165,10 +165,13 @@ def _watch(child: Child, case: int, until: float, count: Count) -> tuple[list[Fi
             word, *facts = child.pipe.recv()
         except (EOFError, OSError):
             child.process.join()
-            if child.process.exitcode == _WORN:  # in a new process: a case that cannot even be written is left out
-                return found, case if case > child.first else case + 1
+            if child.process.exitcode == _WORN and case > child.first:
+                return found, case
+            if not begun:  # the library that should damage the file broke on it: no case for us
+                return found, case + 1
             return [*found, Finding(child.target, case, "crash", f"exit {child.process.exitcode}", damage)], case + 1
-        if word == "start":
+        begun = word == "start"
+        if begun:
             case, damage = facts
             continue
         told, seconds, more = facts
