@@ -163,9 +163,8 @@ def _check_texts(folder: Path, facts: dict, advice: str) -> None:
     codec: Any = numcodecs.get_codec(packed) if packed else None
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in ("zarr.json", ".zarray", ".zattrs"):
-            with door(path, "chunk of texts", advice):
-                content = path.read_bytes()
-                head = bytes((codec.decode(content) if codec else content)[:4])
+            content = path.read_bytes()
+            head = bytes((codec.decode(content) if codec else content)[:4])
             if int.from_bytes(head, "little") > most:
                 raise InputError(f"{path}: says to hold more than the {most:,} texts of a chunk; {advice}")
 
