@@ -81,6 +81,22 @@ WRITERS = {
 }
 
 
+def refuses(name, path, says):
+    """The writer refuses; HDF5 in a process of its own: it keeps what it cannot close, and later tests break on it."""
+    if not name.endswith("h5ad"):
+        with pytest.raises(InputError, match=says):
+            WRITERS[name](path)
+    elif child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        try:
+            with pytest.raises(InputError, match=says):
+                WRITERS[name](path)
+            os._exit(0)
+        finally:
+            os._exit(1)
+
+
 def told(capsys):
     """The one line on standard error."""
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
@@ -96,8 +112,8 @@ def told(capsys):
 def test_no_room_is_one_line_and_the_old_file_stays(name, tmp_path):
     path = tmp_path / name
     path.write_text("old") if "." in name else (path.mkdir(), (path / "old").touch())
-    with no_file_above(20_000), pytest.raises(InputError, match=f"{name}: cannot be written: .*raise the limit"):
-        WRITERS[name](path)
+    with no_file_above(20_000):
+        refuses(name, path, f"{name}: cannot be written: .*raise the limit")
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert path.read_text() == "old" if path.is_file() else (path / "old").exists()
     WRITERS[name](path)
@@ -112,8 +128,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(name, small_disk):
     path = folder / name
     path.write_text("old") if "." in name else (path.mkdir(), (path / "old").touch())
     (folder / "filler").write_bytes(b"x" * (200 << 10))
-    with pytest.raises(InputError, match=f"{name}: cannot be written: the disk is full; free some space"):
-        WRITERS[name](path)
+    refuses(name, path, f"{name}: cannot be written: the disk is full; free some space")
     assert {p.name for p in folder.iterdir()} == {name, "filler"}
     assert path.read_text() == "old" if path.is_file() else (path / "old").exists()
     mount("size=16m")
