@@ -35,7 +35,7 @@ from genar.features import (
     embed_sections,
     recipe_of,
 )
-from genar.genes import ORDERS, RECIPES, Panel, order_by_sets, read_gene_sets, read_panel, select_panel
+from genar.genes import ORDERS, RECIPES, Panel, leak, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
@@ -410,11 +410,8 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData], dict[str,
 def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:
     if Path(plan.panel).is_file():
         panel = read_panel(plan.panel)
-        if panel.recipe in RECIPES and (seen := panel.seen(contract.name(section) for section in held_out)):
-            say(
-                f"note: panel {plan.panel} was selected with {', '.join(seen)} among its sections, held out here: the "
-                "choice of the genes knows the answers"
-            )
+        if note := leak(panel, plan.panel, (contract.name(section) for section in held_out)):
+            say(f"note: {note}")
     else:
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
         threads = torch.get_num_threads()

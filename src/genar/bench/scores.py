@@ -14,7 +14,7 @@ from genar.data import contract, reading
 from genar.data.door import read_json
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
-from genar.genes import RECIPES, read_panel
+from genar.genes import leak, read_panel
 
 Key = tuple[str, str]
 """Cohort and method."""
@@ -99,11 +99,8 @@ def _notes(runs: Iterable[Run]) -> tuple[str, ...]:
         if run.fold.note:
             notes[run.fold.note] = None
         if Path(run.cohort.panel).is_file():
-            panel = read_panel(run.cohort.panel)
-            if panel.recipe in RECIPES and (seen := panel.seen(run.fold.test)):
-                known = f"panel {Path(run.cohort.panel).name} was selected with {', '.join(seen)} among its sections"
-                notes[f"{known}, held out here: the choice of the genes knows the answers"] = None
-    return tuple(notes)
+            notes[leak(read_panel(run.cohort.panel), Path(run.cohort.panel).name, run.fold.test)] = None
+    return tuple(filter(None, notes))
 
 
 def _by_section(runs: Iterable[Run]) -> dict[Key, list[Run]]:

@@ -3,7 +3,7 @@ tensors or images."""
 
 from genar.genes.panel import Panel, read_aliases, read_panel
 from genar.genes.scales import ORDERS, Scales, cluster_order, default_sizes, fit_scales
-from genar.genes.selection import DROPPED_PREFIXES, PAPER_N_TOP, RECIPES, listed_panel, select_panel
+from genar.genes.selection import DROPPED_PREFIXES, PAPER_N_TOP, RECIPES, leak, listed_panel, select_panel
 from genar.genes.sets import group_names, order_by_sets, over_representation, read_gene_sets
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "default_sizes",
     "fit_scales",
     "group_names",
+    "leak",
     "listed_panel",
     "order_by_sets",
     "over_representation",

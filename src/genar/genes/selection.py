@@ -1,6 +1,7 @@
 """Selection of a panel by the recipes of the paper's released lists, by other usual rules, or from a user's list."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -211,3 +212,14 @@ _SCORES: dict[str, Callable[[Sequence[AnnData]], np.ndarray]] = {
     "moran": _autocorrelation,
 }
 RECIPES = ("clean", "paper", *_SCORES)
+
+
+def leak(panel: Panel, where: str | Path, held_out: Iterable[str]) -> str:
+    """What a reader must know where the panel at ``where`` was selected with sections that are ``held_out``; else
+    nothing."""
+    if panel.recipe not in RECIPES or not (seen := panel.seen(held_out)):
+        return ""
+    return (
+        f"panel {where} was selected with {', '.join(seen)} among its sections, held out here: the choice of the genes "
+        "knows the answers"
+    )
