@@ -14,7 +14,7 @@ from PIL import Image
 
 from genar.data import contract, find_sections, open_slide, read_section, read_sections
 from genar.data.door import room
-from genar.data.slide import glance
+from genar.data.slide import glance, image_head
 from genar.encoders.weights import fit_weights
 from genar.errors import InputError
 from genar.features.recipe import _fingerprint
@@ -287,3 +287,19 @@ def test_weights_with_two_classifiers_fit_the_encoder(name):
 def test_a_dense_matrix_of_real_counts_has_room():
     assert room(6_900_000) > 1000 * 36_601 * 4  # a shallow section, packed
     assert room(9_999_999) < 1 << 30
+
+
+@pytest.mark.parametrize("tiled", [None, (64, 64)])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_thumbnail_before_the_slide_is_not_taken_for_it(tmp_path, tiled, compression):
+    path, pixels = tmp_path / "thumb_first.tif", noise()
+    with tifffile.TiffWriter(path) as tiff:
+        for page in (pixels[::4, ::4], pixels):
+            tiff.write(
+                page, photometric="rgb", tile=tiled, compression=compression, metadata=None, resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    slide = open_slide(path)
+    assert image_head(path) == (slide.size_px, slide.mpp) == ((500, 400), 0.5)
+    assert np.array_equal(slide.read_patch_px((250, 200), 100, 100), pixels[150:250, 200:300])
+    assert np.abs(glance(path, 500).view.astype(int) - pixels).max() == 0

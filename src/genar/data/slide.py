@@ -89,6 +89,7 @@ class _PyramidSlide(Slide):
     def __init__(self, path: Path, handle):
         self.path, self._handle = path, handle
         self.size_px = handle.dimensions
+        self.is_generic = handle.properties.get("openslide.vendor") == "generic-tiff"
         tag = handle.properties.get("openslide.mpp-x")
         self.mpp = _plausible_mpp(float(tag)) if tag else None
 
@@ -183,15 +184,18 @@ def _open_pyramid(path: Path) -> Slide | None:
         from genar.data.slide_zarr import ZarrSlide
 
         return ZarrSlide(path)
-    if path.suffix.lower() in _TIFF_SUFFIXES:
-        _refuse_truncated_tiff(path)
+    largest = _refuse_truncated_tiff(path) if path.suffix.lower() in _TIFF_SUFFIXES else 0
     try:
         with door(path, "slide", "OpenSlide cannot read it: is the file complete?"):
-            return _PyramidSlide(path, openslide.OpenSlide(str(path)))
+            slide = _PyramidSlide(path, openslide.OpenSlide(str(path)))
     except InputError as error:
         if isinstance(error.__cause__, openslide.OpenSlideUnsupportedFormatError):
             return None
         raise
+    if slide.is_generic and math.prod(slide.size_px) < largest:  # OpenSlide takes the first page for the slide
+        slide.close()
+        return None
+    return slide
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def _head(path: Path) -> tuple[tuple[int, int], float | None]:
         with contextlib.closing(slide):
             return slide.size_px, slide.mpp
     if path.suffix.lower() in _TIFF_SUFFIXES:
-        with _first_page(path) as page:
+        with _largest_page(path) as page:
             return (page.imagewidth, page.imagelength), _resolution_mpp(page)
     with _opened(path) as image:
         return image.size, None
@@ -262,10 +266,11 @@ def _over_glass(image: Image.Image) -> Image.Image:
     return glass
 
 
-def _refuse_truncated_tiff(path: Path) -> None:
+def _refuse_truncated_tiff(path: Path) -> int:
+    """``InputError`` where a TIFF does not hold all that it says; else the px of its largest page."""
     import tifffile
 
-    size, end = path.stat().st_size, 0
+    size, end, largest = path.stat().st_size, 0, 0
     with door(path, "TIFF", "is it complete, and an image?"), tifffile.TiffFile(path) as tiff:
         page: Any
         for number, page in enumerate(tiff.pages):
@@ -274,13 +279,15 @@ def _refuse_truncated_tiff(path: Path) -> None:
                     f"{path}: page {number} has tiles of {page.tilewidth} x {page.tilelength} px; expected at most "
                     f"{_MAX_PAGES} pages, and tiles below {_MAX_TILE_PX:,} px; is it damaged?"
                 )
-            refuse_endless(path, page.imagewidth * page.imagelength, size)
+            refuse_endless(path, n_px := page.imagewidth * page.imagelength, size)
+            largest = max(largest, n_px)
             if number == 0:
                 _refuse_planes(path, tiff, page)
             ends = (offset + n for offset, n in zip(page.dataoffsets, page.databytecounts, strict=False))
             end = max(end, *ends, 1)
     if not 1 < end <= size:
         raise InputError(f"{path}: truncated TIFF: expected {end:,} bytes, found {size:,}; copy it again")
+    return largest
 
 
 def _refuse_planes(path: Path, tiff: Any, page: Any) -> None:
@@ -324,12 +331,15 @@ def _opened(path: Path):
 
 
 @contextlib.contextmanager
-def _first_page(path: Path):
-    """The first page of a plain TIFF; ``InputError`` where it or its pixels are damaged or not 8-bit RGB or grey."""
+def _largest_page(path: Path):
+    """The largest page of a plain TIFF, the first of those: some begin with a label or a thumbnail.
+
+    ``InputError`` where it or its pixels are damaged or not 8-bit RGB or grey.
+    """
     import tifffile
 
     with door(path, "image", "is it damaged? copy it anew"), tifffile.TiffFile(path) as tiff:
-        page: Any = tiff.pages.first
+        page: Any = max(tiff.pages, key=lambda page: page.imagewidth * page.imagelength)
         _refuse_huge(path, max(page.imagewidth * page.imagelength, math.prod(page.shape) // 3))
         deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
         if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):
@@ -348,12 +358,12 @@ def _rgb(pixels: np.ndarray, page) -> np.ndarray:
 
 
 def _read_plain_tiff(path: Path) -> tuple[np.ndarray, float | None]:
-    with _first_page(path) as page:
+    with _largest_page(path) as page:
         return _rgb(page.asarray(), page), _resolution_mpp(page)
 
 
 def _glance_at_tiff(path: Path, longest_px: int) -> Glance:
-    with _first_page(path) as page:
+    with _largest_page(path) as page:
         size = (page.imagewidth, page.imagelength)
         canvas = _Canvas(size, longest_px)
         for top, left, block in _pieces(page):
@@ -366,7 +376,7 @@ def _pieces(page):
     if page.is_memmappable:
         import tifffile
 
-        whole = tifffile.memmap(page.parent.filehandle.path, page=0, mode="r")
+        whole = tifffile.memmap(page.parent.filehandle.path, page=page.index, mode="r")
         rows = max(1, _BLOCK_PX**2 // page.imagewidth)
         yield from ((top, 0, np.asarray(whole[top : top + rows])) for top in range(0, page.imagelength, rows))
         return
@@ -378,7 +388,7 @@ def _pieces(page):
                 yield min(rows), 0, np.concatenate([rows[t] for t in sorted(rows)])
                 rows = {}
         elif segment is not None:
-            yield top, left, segment[0, : shape[1], : shape[2]]
+            yield top, left, segment[0, : page.imagelength - top, : page.imagewidth - left]  # tiles jut out
     if rows:
         yield min(rows), 0, np.concatenate([rows[t] for t in sorted(rows)])
 
