@@ -50,4 +50,22 @@ def test_the_page_runs(tmp_path, monkeypatch):
     names = run_page("python.md")
     assert names["predicted"].shape == (names["held_out"].n_obs, 40)
     assert names["scores"].summary["pcc_50"] > 0.1
+    assert set(names["run"].scores["SIM2"]) == {"genar", "genar_mean", "mean", "ridge"}
+    assert names["counts"].n_vars == 40
     assert len(names["scores"].per_gene) == 40
+
+
+def test_training_and_prediction_refuse_what_they_do_not_know(tissue, tissue_sections, tmp_path):
+    with pytest.raises(genar.InputError, match="option 'n_gene' is not known; did you mean 'n_genes'"):
+        genar.train(tissue, tmp_path / "run", n_gene=5)
+    with pytest.raises(genar.InputError, match="setting 'widht' is not known; did you mean 'width'"):
+        genar.train(tissue, tmp_path / "run", settings={"widht": 5})
+    with pytest.raises(genar.InputError, match="setting 'max_epochs' is the training's"):
+        genar.predict(tissue_sections[0], tmp_path / "run", max_epochs=3)
+    with pytest.raises(genar.InputError, match="mpp tell how a file is read; this section was read already"):
+        genar.predict(tissue_sections[0], tmp_path / "run", mpp=0.5)
+
+
+@pytest.mark.parametrize("name", genar.__all__)
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in getattr(genar, name).__doc__

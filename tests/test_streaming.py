@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from genar import prediction, runs, streaming
+from genar import inference, prediction, runs, streaming
 from genar.data import contract
 from genar.errors import InputError
 from genar.features import FeatureRecipe, Inputs, StoredInputs, import_sections, read_inputs
@@ -357,9 +357,9 @@ def test_a_large_prediction_is_streamed_by_the_command(plan, tissue_sections, mo
     run = runs.train_run(plan("run"), say=lambda line: None)
     made = {}
     for name, bound in (("whole", 2**29), ("blocks", 0)):
-        monkeypatch.setattr(runs, "STREAMED_BYTES", bound)
+        monkeypatch.setattr(inference, "STREAMED_BYTES", bound)
         path = tmp_path / f"{name}.h5ad"
-        predicted = runs.predict_run(
+        predicted = inference.predict_run(
             tissue_sections[1], run.outputs["checkpoint"], path, features=tmp_path / "store", how={"samples": 2}
         )
         assert predicted.isbacked == (name == "blocks")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of it
     from genar.genes import Panel, fit_scales, select_panel
     from genar.models.checkpoint import load_checkpoint
     from genar.models.genar import GenAR
+    from genar.notebook import predict, train
     from genar.prediction import predict_section
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "load_encoder": "encoders",
     "open_slide": "data",
     "place_spots": "data.tissue",
+    "predict": "notebook",
     "predict_section": "prediction",
     "read_features": "features",
     "read_section": "data",
@@ -44,6 +46,7 @@ _HOMES = {
     "recipe_of": "features",
     "score": "evaluation",
     "select_panel": "genes",
+    "train": "notebook",
     "write_tissue": "data.simulate",
 }
 
@@ -57,6 +60,7 @@ __all__ = [
     "load_encoder",
     "open_slide",
     "place_spots",
+    "predict",
     "predict_section",
     "read_features",
     "read_section",
@@ -64,6 +68,7 @@ __all__ = [
     "recipe_of",
     "score",
     "select_panel",
+    "train",
     "write_tissue",
 ]
 

@@ -32,7 +32,7 @@ Weights = Annotated[Path | None, typer.Option(help="Encoder weights, a file or a
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
 SectionDir = Annotated[str, typer.Argument(help="Folder of sections; the format is told from what it holds.")]
 _SAMPLES = "Trajectories averaged in the expectation (default: 16)."
-Device = Annotated[str, typer.Option(help="Of the features: auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Of encoder and model: auto, cpu, cuda, cuda:1, mps.")]
 OneSection = Annotated[str, typer.Argument(help="One section: its own file or folder, or FOLDER:ID.")]
 
 
@@ -306,20 +306,21 @@ def predict(
     bin_um: BinUm = None,
     spacing_um: SpacingUm = None,
     mpp: Mpp = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Predict the counts of a section or of a bare slide with a trained model."""
-    from genar import runs
+    from genar import inference
     from genar.data import read_section
     from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
-    predicted = runs.predict_run(
+    predicted = inference.predict_run(
         read, model, out, revision=revision, kind=format, features=features, weights=weights, how=how,
-        bar=_console.bar(json), say=_console.speaker(json),
+        device=machine.device(device), bar=_console.bar(json), say=_console.speaker(json),
     )  # fmt: skip
-    outputs = {"prediction": out} | runs.tissue_overlay(read, out)
+    outputs = {"prediction": out} | inference.tissue_overlay(read, out)
     _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 
@@ -414,6 +415,7 @@ def bench(
     out: Out,
     data: Annotated[Path | None, typer.Option(help="Folder of the sections, or of a folder per data set.")] = None,
     features: Store = None,
+    device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what is missing.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same plan on simulated sections, tiny models.")] = False,
     json: Json = False,
@@ -427,6 +429,7 @@ def bench(
         data,
         out,
         features=features,
+        device=machine.device(device),
         say=say,
         bar=_console.bar(json),
         dry_run=dry_run,

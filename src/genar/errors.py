@@ -4,7 +4,14 @@ import signal
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what was expected, what was found, where, and what to do."""
+    """Bad input: the message is one line that says what was expected, what was found, where, and what to do.
+
+    >>> try:
+    ...     genar.read_section("nowhere.h5ad")
+    ... except genar.InputError as error:
+    ...     print(error)
+    nowhere.h5ad: no such file or folder
+    """
 
 
 class LostProcessError(RuntimeError):

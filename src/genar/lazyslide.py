@@ -75,9 +75,8 @@ def register_model(
             if context:
                 near, last = neighbours(corners, max(context)), x[:, -(x.shape[1] // n_widths) :]
                 x = np.concatenate([x, *(last[near[:, :n]].mean(axis=1) for n in context)], axis=1)
-            device = next(iter(model.state_dict().values())).device
-            batch = _batch(x, corners, mpp or 1.0).to(device)
-            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+            batch = _batch(x, corners, mpp or 1.0).to(model.device)
+            with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
                 made = model.predict(batch, how)
             mean = made.layers["mean"] if "mean" in made.layers else made.layers["log1p_mean"].expm1()
             found = mean if values == "mean" else made.point

@@ -24,18 +24,36 @@ _PACKAGES = (
 
 
 def device(name: str) -> str:
-    """The device of that name; of ``auto`` the GPU where there is one, else the CPU. Raises ``InputError`` where there
-    is none of it."""
+    """The device of that name; of ``auto`` the GPU where there is one, else the CPU. Of processes that share a machine
+    each gets a GPU of its own. Raises ``InputError`` where there is none of that name."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise InputError(f"--device {name}: not to be had here ({reason}); expected auto, cpu, cuda or mps") from error
     return name
+
+
+def of_models(device: str) -> str:
+    """Where a model is trained and predicts: on ``device``, but for Apple's GPUs, which lack the float64 in which
+    probabilities are added up."""
+    return "cpu" if device.startswith("mps") else device
+
+
+def check_devices(device: str, n: int) -> None:
+    """``InputError`` where ``n`` processes of this machine cannot each have a GPU of their own."""
+    import torch
+
+    if device.startswith("cuda") and n > (there := torch.cuda.device_count()):
+        raise InputError(
+            f"--devices {n}: this machine has {there} GPU{'s' * (there != 1)}; --device cpu shares its cores instead"
+        )
 
 
 def keep_freed_memory() -> None:

@@ -51,7 +51,14 @@ def predict_section(
     for GenAR by default); ``layers`` (as far as the model has them) are of the distribution averaged over
     ``how.samples`` trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the
     checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how
-    it was made. Raises ``InputError`` where the features or ``how.decode`` do not fit the model.
+    it was made. It is computed where the model lies. Raises ``InputError`` where the features or ``how.decode`` do not
+    fit the model.
+
+    >>> checkpoint, section = genar.load_checkpoint("run"), genar.read_section("tissue:SIM2")
+    >>> encoder = genar.load_encoder()
+    >>> store = genar.embed(section, encoder, genar.recipe_of(encoder, views=1), "features")
+    >>> genar.predict_section(checkpoint, section, genar.read_features(store, section)).shape
+    (35, 20)
     """
     how = _checked(checkpoint, section, features, how)
     made = zip(*_blocks(checkpoint, section, features, how, patches, batch_size, progress), strict=True)
@@ -117,10 +124,11 @@ def _blocks(
         held = replace(places.rows(rows), features=torch.from_numpy(features[first : first + per_block]))
         points, layers = [], []
         for start in range(0, len(rows), size):
-            batch = held.batch(slice(start, start + size))
+            batch = held.batch(slice(start, start + size)).to(model.device)
             with torch.inference_mode():
-                layers.append(model.predict(batch, expected))
-                points.append(layers[-1] if expected == how else model.predict(batch, replace(how, layers=())))
+                layers.append(model.predict(batch, expected).to("cpu"))
+                other = expected != how
+                points.append(model.predict(batch, replace(how, layers=())).to("cpu") if other else layers[-1])
             progress(first + min(start + size, len(rows)), n_spots)
         yield Counts.join(points), Counts.join(layers)
 

@@ -7,11 +7,10 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import anndata
 import torch
 from anndata import AnnData
 from torch import Tensor
@@ -20,13 +19,11 @@ import genar
 from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
-from genar.data.files import LOCK, alone, json_ready, scratch_beside, write_text
+from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, no_bar
-from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
 from genar.evaluation.scoring import Aligned
-from genar.export import format_of, refuse_foreign, write_export
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -37,8 +34,8 @@ from genar.features import (
 )
 from genar.genes import ORDERS, RECIPES, Panel, leak, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
-from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
-from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
+from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
+from genar.prediction import decoding, predict_section, write_prediction
 from genar.report import maps
 from genar.resume import RESUME_FILE
 from genar.settings import Settings
@@ -46,7 +43,6 @@ from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, loo
 from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
-STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
 
 
@@ -72,6 +68,7 @@ class TrainPlan:
     """folder of the feature stores; the user's cache where not given"""
     mpp: float | None = None
     device: str = "cpu"
+    """of the encoder, the training and the prediction, as ``machine.device`` gives it"""
     settings: Settings = field(default_factory=Settings)
     beside: tuple[str, ...] = BASELINES
     """methods fitted and scored on the same spots and features"""
@@ -135,6 +132,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     clock = machine.Clock()
     cls = model_class(plan.model)
     group, rank = processes.group(plan.devices, plan.num_nodes), processes.rank()
+    machine.check_devices(plan.device, group.devices)
     config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
     how = decoding(cls, plan.settings.decoding)
     model_settings = pixels.input_settings(plan.input, plan.model, plan.preset, plan.settings.model, plan.inputs)
@@ -168,7 +166,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
     model = cls.create(spots.n_features, look_at(cls, spots), plan.preset, model_settings)
-    summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group)
+    summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group, device=plan.device)
     if rank:
         return RunResult({}, {}, {})  # the first process writes and scores
     facts = _training_facts(plan, config, training, held_out, spots, summary)
@@ -178,6 +176,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         say(cost)
     clock.lap("training")
 
+    model.to(machine.of_models(plan.device))
     scores = _predict_and_score(plan, checkpoint, how, spots, held_out, seen, outputs, bar, say)
     if summary.history and plan.maps:
         path = plan.out / "maps" / "training.png"
@@ -215,6 +214,8 @@ def _predict_and_score(
     """Predict and score the held-out sections beside the baselines; what is written goes into ``outputs``."""
     beside = [name for name in plan.beside if name != plan.model and (plan.input == "features" or name == "mean")]
     rivals = {name: _baseline(name, spots, checkpoint) for name in beside}
+    for rival in rivals.values():
+        rival.model.to(checkpoint.model.device)
     scores: dict[str, dict[str, Scores]] = {}
     found = {}
     for section in held_out:
@@ -242,82 +243,6 @@ def _predict_and_score(
         outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
         rewrite_card(plan.out / "checkpoint", {name: _for_card(scores[name], found[name][0]) for name in scores})
     return scores
-
-
-def predict_run(
-    section: AnnData,
-    model: str | Path,
-    out: Path,
-    *,
-    revision: str | None = None,
-    kind: str | None = None,
-    features: Path | None = None,
-    weights: Path | None = None,
-    how: Mapping | None = None,
-    bar: Bar = no_bar,
-    say: Callable[[str], None] = print,
-) -> AnnData:
-    """Predict one section with a checkpoint (of a folder, a run or the hub, there at ``revision``), embedding it where
-    its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
-    of ``genar.export``.
-
-    A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
-    backed mode); the other formats are made in memory.
-
-    ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
-    trained on patches reads them from the slide; then no encoder is loaded.
-    """
-    kind = "h5ad" if (kind is None and out.suffix == ".h5ad") or kind == "h5ad" else format_of(out, kind, ".h5ad")
-    refuse_foreign(out)
-    checkpoint = load_checkpoint(model, revision=revision)
-    decode = decoding(checkpoint.model, how or {})
-    if cost := checkpoint.model.cost(section.n_obs, decode):
-        say(cost)
-    with scratch_beside(out) as scratch:
-        if pixels.takes_patches(checkpoint.features):
-            recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
-            patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
-            values = pixels.no_features(section.n_obs)
-        else:
-            values, patches = _features_for(checkpoint, section, features or default_store(), weights, bar), None
-        with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
-            if kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
-                predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
-                return anndata.read_h5ad(out, backed="r")
-            predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
-        del patches  # it may lie in the folder that goes now
-    if kind == "h5ad":
-        write_prediction(predicted, out)
-    else:
-        write_export(predicted, out, kind)
-    return predicted
-
-
-def _features_for(
-    checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, bar: Bar
-) -> StoredInputs:
-    """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
-    recipe, inputs = _recipe_and_inputs(checkpoint.features)
-    encoder = encoders.load_encoder(recipe.encoder, weights=weights, precision=recipe.precision)
-    if encoder.weights_sha256 != recipe.weights_sha256:
-        raise InputError(
-            f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
-            f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
-        )
-    name = contract.name(section)
-    paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
-    return StoredInputs(paths, section, inputs)
-
-
-def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
-    """Write the tissue that was found on a bare slide, and the spots on it, beside its prediction; nothing for a
-    section with counts."""
-    slide = contract.slide_path(section)
-    if section.n_vars or slide is None:
-        return {}
-    view, mask, size_px, _ = tissue_of(slide, contract.mpp(section))
-    path = prediction.with_name(f"{prediction.stem}_tissue.png")
-    return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
 
 
 @dataclass
@@ -426,13 +351,6 @@ def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:
     if isinstance(order, str) and order not in ORDERS:
         return {name: value for name, value in settings.items() if name != "order"}, read_gene_sets(order)
     return dict(settings), None
-
-
-def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
-    """What a checkpoint says of its features."""
-    known = {f.name for f in fields(Inputs)}
-    inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
-    return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
 
 
 def _baseline(name: str, spots: AnySpots, beside: Checkpoint) -> Checkpoint:

@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -30,12 +30,7 @@ class Settings:
 def read_settings(
     config: Path | None, assignments: Sequence[str], model: str = "genar", *, owners: Sequence[str] = ()
 ) -> Settings:
-    """Settings from a YAML file and ``KEY=VALUE`` lines, which win.
-
-    A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``; of those that know it
-    the first one's, ``owners`` before all others. Raises ``InputError``
-    naming one that is none of them, or a value of another type.
-    """
+    """Settings from a YAML file and ``KEY=VALUE`` lines, which win; see :func:`sort_settings`."""
     settings: dict = {}
     if config is not None:
         with door(config, "YAML file", "expected lines of the form key: value"):
@@ -48,6 +43,16 @@ def read_settings(
             raise InputError(f"--set {text}: expected KEY=VALUE")
         with door(f"--set {text}", "value", "expected KEY=VALUE"):
             settings[key.strip()] = _number(load_yaml(value))
+    return sort_settings(settings, model, owners=owners)
+
+
+def sort_settings(settings: Mapping, model: str = "genar", *, owners: Sequence[str] = ()) -> Settings:
+    """Settings by their owner.
+
+    A key is a setting of ``model``, or a field of ``TrainConfig``, ``Decoding`` or ``Inputs``; of those that know it
+    the first one's, ``owners`` before all others. Raises ``InputError`` naming one that is none of them, or a value of
+    another type.
+    """
     kinds = {"model": model_class(model).settings_types()}
     kinds |= {name: {f.name: f.type for f in fields(owner)} for name, owner in _OWNERS.items()}
     kinds = {name: kinds[name] for name in (*owners, *(name for name in kinds if name not in owners))}
@@ -63,7 +68,15 @@ def read_settings(
 
 def read_decoding(assignments: Sequence[str]) -> dict:
     """Fields of ``Decoding`` from ``KEY=VALUE`` lines. Raises ``InputError`` naming another key."""
-    settings = read_settings(None, assignments, owners=("decoding",))
+    return _of_decoding(read_settings(None, assignments, owners=("decoding",)))
+
+
+def sort_decoding(settings: Mapping) -> dict:
+    """Fields of ``Decoding``, each of its type. Raises ``InputError`` naming another key."""
+    return _of_decoding(sort_settings(settings, owners=("decoding",)))
+
+
+def _of_decoding(settings: Settings) -> dict:
     if others := [*settings.model, *settings.train, *settings.inputs]:
         known = ", ".join(f.name for f in fields(Decoding))
         raise InputError(f"setting {others[0]!r} is the training's; a prediction takes {known}")

@@ -25,10 +25,10 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from genar import machine
 from genar.batches import Loader, SectionLoader, Share, SpotLoader, epoch_seed, step_seed
 from genar.data import contract
 from genar.errors import InputError, LostProcessError
-from genar.machine import bf16_gain
 from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
@@ -190,8 +190,9 @@ def fit(
     log: Callable[[str], None] = lambda line: None,
     progress: bool = False,
     group: Group = ALONE,
+    device: str = "auto",
 ) -> FitSummary:
-    """Fit ``model`` in place on the training spots and leave it in evaluation mode with the chosen weights.
+    """Fit ``model`` in place on the training spots and leave it on the CPU in evaluation mode with the chosen weights.
 
     ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.sampled``)
     takes them all into memory.
@@ -203,6 +204,7 @@ def fit(
     processes are more than the spots of a batch or the resume file is damaged, ``LostProcessError`` where a process is
     gone, ``StoppedError`` where SIGTERM or SIGINT came, once the resume file is written.
     """
+    device = machine.of_models(machine.device(device))
     pl.seed_everything(config.seed, verbose=False)
     if isinstance(spots, StoredSpots) and not model.sampled:
         spots = spots.in_memory()
@@ -212,7 +214,7 @@ def fit(
         return FitSummary()
     if model.unit == "section" and config.accumulate > 1:
         raise InputError("train: accumulate adds batches of spots; this model takes a section a step, leave it at 1")
-    if config.precision == "bf16" and not torch.cuda.is_available() and (gain := bf16_gain()) < 1:
+    if config.precision == "bf16" and device == "cpu" and (gain := machine.bf16_gain()) < 1:
         warnings.warn(
             f"bf16 will be slower than fp32: this CPU multiplies matrices in it at {gain:.2g} times the speed",
             stacklevel=2,
@@ -230,7 +232,7 @@ def fit(
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     if resume:
         check_whole(resume)
-    trainer = _trainer(config, module, folder, progress, group)
+    trainer = _trainer(config, module, folder, progress, group, device)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     except RuntimeError as error:
@@ -246,11 +248,14 @@ def fit(
     return module.summary
 
 
-def _trainer(config: TrainConfig, module: "_Module", folder: Path | None, progress: bool, group: Group) -> pl.Trainer:
+def _trainer(
+    config: TrainConfig, module: "_Module", folder: Path | None, progress: bool, group: Group, device: str
+) -> pl.Trainer:
+    kind, _, number = device.partition(":")
     return pl.Trainer(
         max_epochs=config.max_epochs,
-        accelerator="auto",
-        devices=group.devices,
+        accelerator=kind,
+        devices=[int(number)] if number and group.size == 1 else group.devices,
         num_nodes=group.num_nodes,
         strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
         plugins=[WholeFiles(), *([] if group.by else [LightningEnvironment()])],

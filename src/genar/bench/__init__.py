@@ -61,6 +61,7 @@ def bench_run(
     out: Path,
     *,
     features: Path | None = None,
+    device: str = "cpu",
     say: Callable[[str], None] = print,
     bar: Bar = no_bar,
     dry_run: bool = False,
@@ -74,13 +75,15 @@ def bench_run(
     runs, and where another bench is at work in ``out``.
     """
     with contextlib.nullcontext() if dry_run else alone(out, "bench"):
-        return _bench(recipe, data, out, features, say, bar, dry_run, toy)
+        return _bench(recipe, data, out, features, device, say, bar, dry_run, toy)
 
 
-def _bench(recipe: Recipe, data, out: Path, features, say, bar: Bar, dry_run: bool, toy: bool) -> BenchResult | None:
+def _bench(
+    recipe: Recipe, data, out: Path, features, device: str, say, bar: Bar, dry_run: bool, toy: bool
+) -> BenchResult | None:
     if toy and not dry_run:
         recipe, data, features = make_toy(recipe, out / "toy")
-    plan = plan_runs(recipe, data, out, features)
+    plan = plan_runs(recipe, data, out, features, device)
     missing = [] if toy else plan.missing()
     _tell(plan, missing, say, every=dry_run)
     if dry_run:

@@ -87,7 +87,7 @@ class Plan:
         return [name for name in used if encoders.weights_state(name) == "open"]
 
 
-def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | None = None) -> Plan:
+def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | None = None, device: str = "cpu") -> Plan:
     """Every run of the recipe: each method on each fold of each cohort, with each seed where a seed changes it.
 
     Raises ``InputError`` where the protocol cannot be followed.
@@ -113,7 +113,7 @@ def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | Non
             for fold in own:
                 for seed in recipe.seeds if method.seeded else recipe.seeds[:1]:
                     plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features)
-                    runs.append(Run(cohort, method, fold, seed, plan))
+                    runs.append(Run(cohort, method, fold, seed, replace(plan, device=device)))
     return Plan(recipe, data, out, features, tuple(runs))
 
 

@@ -426,12 +426,18 @@ def _overview(image: np.ndarray, config: TissueConfig) -> dict:
 
 
 def write_tissue(
-    out: Path, sections: Sequence[str] = ("SIM1", "SIM2"), seed: int = 0, config: TissueConfig = TissueConfig()
+    out: str | Path, sections: Sequence[str] = ("SIM1", "SIM2"), seed: int = 0, config: TissueConfig = TissueConfig()
 ) -> Path:
     """Write sections in the layout of HEST-1k under ``out`` and return it: ``st/``, ``wsis/`` and ``metadata/``.
 
     A file appears under its name only once it is whole; writing again gives the same counts and pixels.
     Raises ``ValueError`` where a section's name is used twice or is not a file name.
+
+    >>> from genar.data.simulate import TissueConfig
+    >>> small = TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0)
+    >>> folder = genar.write_tissue("simulated", ("A",), config=small)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['metadata', 'st', 'wsis']
     """
     out = Path(out)
     if not sections or len(set(sections)) < len(sections) or not all(n and Path(n).name == n for n in sections):

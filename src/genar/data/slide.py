@@ -169,6 +169,10 @@ def open_slide(path: str | Path) -> Slide:
     its metadata file (``images/<name>/zarr.json``).
 
     Raises ``InputError`` with one line where the file is missing, truncated or not an image.
+
+    >>> slide = genar.open_slide("tissue/wsis/SIM1.tif")
+    >>> slide.mpp, slide.read_patch((200, 200), width_um=112, out_px=224).shape
+    (2.0, (224, 224, 3))
     """
     path = Path(path)
     return _open_pyramid(path) or _PlainSlide(path, *_read_plain(path))
@@ -339,7 +343,8 @@ def _largest_page(path: Path):
     import tifffile
 
     with door(path, "image", "is it damaged? copy it anew"), tifffile.TiffFile(path) as tiff:
-        page: Any = max(tiff.pages, key=lambda page: page.imagewidth * page.imagelength)
+        pages: Any = tiff.pages
+        page = max(pages, key=lambda page: page.imagewidth * page.imagelength)
         _refuse_huge(path, max(page.imagewidth * page.imagelength, math.prod(page.shape) // 3))
         deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
         if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):

@@ -131,6 +131,10 @@ def place_spots(
     overrides the pixel size; ``section`` is its name, the file's where none is given. Raises ``InputError`` where no
     pixel size is known or the image's tag says a finer one than any scanner's, no tissue is found or none of it lies on
     the grid.
+
+    >>> spots = genar.place_spots("tissue/wsis/SIM2.tif", spacing_um=200, mpp=2.0)
+    >>> spots.n_vars, spots.obsm["spatial"].shape[1]
+    (0, 2)
     """
     slide = Path(slide)
     section = section or slide.stem

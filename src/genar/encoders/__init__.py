@@ -48,6 +48,10 @@ def load_encoder(
     :func:`genar.encoders.outside.load_function`), or ``import:NAME`` for features made elsewhere. ``weights`` names a
     local file (.safetensors, .bin, .pt) or a folder instead of the hub's. Raises ``InputError`` where the name is
     unknown, access is refused, or the weights cannot be had or do not fit.
+
+    >>> encoder = genar.load_encoder()
+    >>> encoder.row.name, encoder.width
+    ('efficientnet_lite0', 1280)
     """
     check_name(name)
     given = Path(weights) if weights is not None else None

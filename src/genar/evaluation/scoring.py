@@ -90,6 +90,12 @@ def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:
 
     ``use`` and the errors raised are those of :func:`align`. Metrics of the distribution stand beside
     ``log1p_mean``, or beside ``X`` where the prediction has no such layer.
+
+    >>> truth = genar.read_section("tissue:SIM2")
+    >>> predicted = genar.predict(truth, "run", progress=False)
+    >>> scores = genar.score(predicted, truth, use="log1p_mean")
+    >>> len(scores.per_gene), scores.summary["mse"] > 0
+    (20, True)
     """
     return score_aligned(align(predicted, truth, use=use))
 

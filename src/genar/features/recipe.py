@@ -84,7 +84,12 @@ class Inputs:
 
 
 def recipe_of(encoder: Encoder, *, patch: str = "hest", width_um: float = 112.0, views: int = 0) -> FeatureRecipe:
-    """The recipe with this encoder; ``views=0`` takes the encoder's own default."""
+    """The recipe with this encoder; ``views=0`` takes the encoder's own default.
+
+    >>> recipe = genar.recipe_of(genar.load_encoder(), width_um=309.0)
+    >>> recipe.width_um, recipe.views
+    (309.0, 8)
+    """
     views = views or encoder.row.views
     return FeatureRecipe(encoder.row.name, encoder.weights_sha256, patch, width_um, views, encoder.precision)
 

@@ -38,7 +38,7 @@ def embed(
     section: AnnData,
     encoder: Encoder,
     recipe: FeatureRecipe,
-    store: Path,
+    store: str | Path,
     *,
     readers: Readers | None = None,
     batch_size: int = BATCH_SIZE,
@@ -52,8 +52,13 @@ def embed(
     that the next call continues. Where another process is at it, its end is waited for, or ``Busy`` raised
     (``wait=False``). Raises ``InputError`` where the section has no image, a spot lies outside of it, or the image is
     damaged.
+
+    >>> section, encoder = genar.read_section("tissue:SIM1"), genar.load_encoder()
+    >>> store = genar.embed(section, encoder, genar.recipe_of(encoder, views=1), "features")
+    >>> genar.read_features(store, section).shape  # spots, views, features
+    (35, 1, 1280)
     """
-    path = store_path(section, recipe, store)
+    path = store_path(section, recipe, Path(store))
     if not path.is_dir():
         with contextlib.closing(_open_image(section, encoder)) as slide, _locked(path, wait):
             if not path.is_dir():  # else made by another process meanwhile

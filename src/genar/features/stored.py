@@ -16,12 +16,17 @@ _BLOCK = 4096  # spots that are looked through at a time
 _KIND, _REMEDY = "feature store", "delete it and embed again"
 
 
-def read_features(path: Path, section: AnnData) -> np.ndarray:
+def read_features(path: str | Path, section: AnnData) -> np.ndarray:
     """Features float32 [N, views, F] of the section's spots, in their order.
 
     Raises ``InputError`` where the store is damaged or its rows are not the section's spots.
+
+    >>> section, encoder = genar.read_section("tissue:SIM1"), genar.load_encoder()
+    >>> store = genar.embed(section, encoder, genar.recipe_of(encoder, views=1), "features")
+    >>> genar.read_features(store, section).dtype
+    dtype('float32')
     """
-    return _Store(path, section).read(slice(None))
+    return _Store(Path(path), section).read(slice(None))
 
 
 def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.ndarray:

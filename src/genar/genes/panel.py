@@ -14,7 +14,12 @@ from genar.errors import InputError
 
 @dataclass(frozen=True)
 class Panel:
-    """The genes that are modelled, in order, and where they came from."""
+    """The genes that are modelled, in order, and where they came from.
+
+    >>> panel = genar.Panel(("EPCAM", "COL1A1"), "chosen by hand")
+    >>> len(panel.genes)
+    2
+    """
 
     genes: tuple[str, ...]
     recipe: str

@@ -93,6 +93,11 @@ def fit_scales(
     ``None``.
 
     ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in their order.
+
+    >>> section = genar.read_section("tissue:SIM1")
+    >>> scales = genar.fit_scales(section.X[:, :20].toarray(), (1, 4, 20))
+    >>> scales.n_scales, scales.n_genes
+    (3, 20)
     """
     n_genes = counts.shape[1]
     sizes = default_sizes(n_genes) if sizes is None else tuple(sizes)

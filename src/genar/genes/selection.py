@@ -35,6 +35,11 @@ def select_panel(
     mitochondrial and ribosomal ones. Ties go by name. Genes come in alphabetical order.
 
     Raises ``InputError`` where the recipe is unknown or fewer genes are left than asked for.
+
+    >>> training = genar.read_section("tissue:SIM1")
+    >>> panel = genar.select_panel([training], n_genes=20)
+    >>> len(panel.genes), panel.sections
+    (20, ('SIM1',))
     """
     if recipe not in RECIPES:
         raise InputError(f"panel recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}, or a file")

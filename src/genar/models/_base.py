@@ -8,6 +8,7 @@ import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -177,6 +178,10 @@ class Counts:
     layers: dict[str, Tensor] = field(default_factory=dict)
     """float32 [B, G] each: those of ``Decoding.layers`` that the model has"""
 
+    def to(self, device: torch.device | str) -> "Counts":
+        """The prediction on another device."""
+        return Counts(self.point.to(device), self.decode, {name: v.to(device) for name, v in self.layers.items()})
+
     def first(self, n: int) -> "Counts":
         """The first ``n`` spots alone."""
         return Counts(self.point[:n], self.decode, {name: values[:n] for name, values in self.layers.items()})
@@ -240,6 +245,11 @@ class Model(nn.Module, abc.ABC):
     decoding_defaults: ClassVar[Mapping[str, Any]] = {}
     """fields of ``Decoding`` that differ from the default of a prediction"""
     card: ClassVar[Card | None] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     @classmethod
     def settings_types(cls) -> dict[str, Any]:

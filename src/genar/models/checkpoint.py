@@ -121,6 +121,10 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
     Raises ``InputError`` where a file is missing, damaged, of a newer format or altered, or a tensor has the wrong
     shape.
+
+    >>> checkpoint = genar.load_checkpoint("run")
+    >>> checkpoint.name, len(checkpoint.panel.genes)
+    ('ridge', 20)
     """
     folder = checkpoint_folder(source, revision)
     facts = _read_config(folder / CONFIG)

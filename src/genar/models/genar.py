@@ -64,7 +64,16 @@ class _Steering:
 
 
 class GenAR(Model):
-    """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2)."""
+    """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2).
+
+    >>> import torch
+    >>> scales = genar.fit_scales(torch.randint(9, (50, 20)).numpy(), (1, 4, 20))
+    >>> model = genar.GenAR(small(n_features=8, max_count=15, components=4), scales).eval()
+    >>> spots = Batch(torch.randn(5, 8), torch.rand(5, 2), torch.rand(5, 2), torch.arange(5))
+    >>> counts = model.predict(spots)
+    >>> counts.point.shape, counts.decode
+    (torch.Size([5, 20]), 'mean')
+    """
 
     decodings = DECODINGS
     input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}

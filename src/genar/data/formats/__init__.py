@@ -97,6 +97,10 @@ def read_section(path: str | Path, *, format: str | None = None, **options) -> A
 
     ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``.
     Raises ``InputError`` where ``path`` names none or several, or where the section breaks the contract.
+
+    >>> section = genar.read_section("tissue:SIM1")
+    >>> section.shape, section.obsm["spatial"].shape
+    ((35, 80), (35, 2))
     """
     refs = find_sections(path, format=format)
     if len(refs) > 1:
@@ -108,7 +112,11 @@ def read_section(path: str | Path, *, format: str | None = None, **options) -> A
 def read_sections(
     path: str | Path, ids: Iterable[str] | None = None, *, format: str | None = None, **options
 ) -> list[AnnData]:
-    """Read every section that ``path`` names, or those with the given ids; ``options`` as in :func:`read_section`."""
+    """Read every section that ``path`` names, or those with the given ids; ``options`` as in :func:`read_section`.
+
+    >>> [section.n_obs for section in genar.read_sections("tissue")]
+    [35, 35]
+    """
     refs = find_sections(path, format=format)
     refs = refs if ids is None else pick(refs, ids)
     how = options_for(refs, **options)

@@ -1,0 +1,113 @@
+"""Predict one section or slide with a checkpoint, whatever it takes: features or patches are made where there are none.
+One function, for the command and for notebooks."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import anndata
+from anndata import AnnData
+
+from genar import encoders, machine, pixels
+from genar.data import contract
+from genar.data.files import scratch_beside
+from genar.data.progress import Bar, no_bar
+from genar.data.tissue import tissue_of
+from genar.errors import InputError
+from genar.export import format_of, refuse_foreign, write_export
+from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
+from genar.models.checkpoint import Checkpoint, load_checkpoint
+from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
+from genar.report import maps
+
+STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
+
+
+def predict_run(
+    section: AnnData,
+    model: str | Path,
+    out: Path | None,
+    *,
+    revision: str | None = None,
+    kind: str | None = None,
+    features: Path | None = None,
+    weights: Path | None = None,
+    how: Mapping | None = None,
+    device: str = "cpu",
+    bar: Bar = no_bar,
+    say: Callable[[str], None] = print,
+) -> AnnData:
+    """Predict one section with a checkpoint (of a folder, a run or the hub, there at ``revision``), embedding it where
+    its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
+    of ``genar.export``.
+
+    A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
+    backed mode); the other formats are made in memory. Without ``out`` nothing is written.
+
+    ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
+    trained on patches reads them from the slide; then no encoder is loaded.
+    """
+    if out is not None:
+        kind = "h5ad" if kind in (None, "h5ad") and (kind or out.suffix == ".h5ad") else format_of(out, kind, ".h5ad")
+        refuse_foreign(out)
+    checkpoint = load_checkpoint(model, revision=revision)
+    checkpoint.model.to(machine.of_models(device))
+    decode = decoding(checkpoint.model, how or {})
+    if cost := checkpoint.model.cost(section.n_obs, decode):
+        say(cost)
+    with scratch_beside(out or Path(tempfile.gettempdir(), "genar")) as scratch:
+        if pixels.takes_patches(checkpoint.features):
+            recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
+            patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
+            values = pixels.no_features(section.n_obs)
+        else:
+            store = features or default_store()
+            values, patches = _features_for(checkpoint, section, store, weights, device, bar), None
+        with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
+            if out is not None and kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
+                predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
+                return anndata.read_h5ad(out, backed="r")
+            predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
+        del patches  # it may lie in the folder that goes now
+    if out is None:
+        return predicted
+    if kind == "h5ad":
+        write_prediction(predicted, out)
+    else:
+        write_export(predicted, out, kind)
+    return predicted
+
+
+def _features_for(
+    checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, device: str, bar: Bar
+) -> StoredInputs:
+    """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
+    recipe, inputs = _recipe_and_inputs(checkpoint.features)
+    encoder = encoders.load_encoder(recipe.encoder, weights=weights, device=device, precision=recipe.precision)
+    if encoder.weights_sha256 != recipe.weights_sha256:
+        raise InputError(
+            f"encoder {recipe.encoder}: its weights differ from those that the checkpoint was trained with "
+            f"(sha256 {encoder.weights_sha256[:12]}…, expected {recipe.weights_sha256[:12]}…); pass the same --weights"
+        )
+    name = contract.name(section)
+    paths = [embed_sections([section], encoder, one, store, bar)[name] for one in inputs.recipes(recipe)]
+    return StoredInputs(paths, section, inputs)
+
+
+def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
+    """Write the tissue that was found on a bare slide, and the spots on it, beside its prediction; nothing for a
+    section with counts."""
+    slide = contract.slide_path(section)
+    if section.n_vars or slide is None:
+        return {}
+    view, mask, size_px, _ = tissue_of(slide, contract.mpp(section))
+    path = prediction.with_name(f"{prediction.stem}_tissue.png")
+    return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
+
+
+def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
+    """What a checkpoint says of its features."""
+    known = {f.name for f in fields(Inputs)}
+    inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
+    return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs

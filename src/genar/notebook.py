@@ -1,0 +1,105 @@
+"""The two commands that do the most, as functions for notebooks and scripts."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from anndata import AnnData
+
+from genar import _console, machine
+from genar.data import read_section
+from genar.errors import InputError
+from genar.inference import predict_run
+from genar.runs import RunResult, TrainPlan, train_run
+from genar.settings import sort_decoding, sort_settings
+
+_PATHS = ("weights", "features", "image")
+
+
+def train(
+    sections: str | Path,
+    out: str | Path,
+    *,
+    test: str | tuple[str, ...] | list[str] = (),
+    model: str = "genar",
+    settings: Mapping | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    **options,
+) -> RunResult:
+    """Train a model on the sections of a folder and score it on those held out: what ``genar train`` does.
+
+    ``test`` names the sections held out; ``settings`` are those of the model, the training, the inputs and the decoding
+    (``--set``); ``options`` are the command's others, spelt with underscores: ``preset``, ``recipe``, ``panel``,
+    ``n_genes`` (200), ``encoder``, ``patch``, ``views``, ``features`` (folder of the feature stores), ``weights``,
+    ``mpp`` (um per px), ``image``, ``bin_um``, ``input``, ``encoder_precision``. ``progress`` shows bars and prints
+    what happens. Returns where things lie (``outputs``, name -> path) and the scores (``scores``, section -> method ->
+    ``Scores``). Goes on where it was stopped, if called again. Raises ``InputError`` as the command does.
+
+    >>> run = genar.train("tissue", "runs/ridge", test="SIM2", model="ridge", n_genes=20, views=1, progress=False)
+    >>> sorted(run.scores["SIM2"])
+    ['mean', 'ridge']
+    """
+    known = [f.name for f in fields(TrainPlan) if f.name not in ("sections", "test", "out", "settings")]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"train: option {name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
+    options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
+    options["panel"] = str(options.get("panel", "clean"))
+    test = tuple(part.strip() for part in test.split(",") if part.strip()) if isinstance(test, str) else tuple(test)
+    plan = TrainPlan(
+        Path(sections), test, Path(out), model, settings=sort_settings(settings or {}, model),
+        device=machine.device(device), **options,
+    )  # fmt: skip
+    return train_run(
+        plan, say=_say(progress), bar=_console.bar(not progress), progress=_console.is_watched(not progress)
+    )
+
+
+def predict(
+    section: AnnData | str | Path,
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    features: str | Path | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    mpp: float | None = None,
+    image: str | Path | None = None,
+    bin_um: float | None = None,
+    spacing_um: float | None = None,
+    **decoding,
+) -> AnnData:
+    """Predict the counts of a section, or of a bare slide, with a trained model: what ``genar predict`` does.
+
+    ``section`` is what ``genar.read_section`` gave, or a path (a slide, a section's file or folder, ``FOLDER:ID``),
+    read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um); ``model`` a training run, a checkpoint
+    folder or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in ``features`` (default:
+    the user's cache) or made, with ``weights`` where the encoder's are a file. ``decoding`` are fields of
+    ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given.
+    Returns AnnData [N, G]: integer counts in ``X``, ``layers["mean"]`` and others. Raises ``InputError`` as the command
+    does.
+
+    >>> counts = genar.predict("tissue/wsis/SIM2.tif", "run", mpp=2.0, progress=False)
+    >>> counts.n_vars, sorted(counts.layers)
+    (20, ['log1p_mean'])
+    """
+    reading = {"mpp": mpp, "image": image, "bin_um": bin_um, "spacing_um": spacing_um}
+    given = {name: value for name, value in reading.items() if value is not None}
+    if not isinstance(section, AnnData):
+        section = read_section(section, **given)
+    elif given:
+        raise InputError(f"predict: {', '.join(given)} tell how a file is read; this section was read already")
+    paths = [None if path is None else Path(path) for path in (out, features, weights)]
+    return predict_run(
+        section, model, paths[0], revision=revision, features=paths[1], weights=paths[2], how=sort_decoding(decoding),
+        device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
+    )  # fmt: skip
+
+
+def _say(progress: bool):
+    return _console.speaker(False) if progress else lambda line: None
