@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import genar
-from pages import run_page
+from pages import DOCS, run_page
 
 
 @pytest.mark.parametrize("name", genar.__all__)
@@ -67,5 +67,8 @@ def test_training_and_prediction_refuse_what_they_do_not_know(tissue, tissue_sec
 
 
 @pytest.mark.parametrize("name", genar.__all__)
-def test_every_public_name_has_an_example(name):
+def test_every_public_name_has_an_example_and_stands_on_the_page(name):
     assert ">>> " in getattr(genar, name).__doc__
+    home = getattr(genar, name).__module__
+    listed = re.findall(r"automodule:: (\S+)\n   :members: (.+)", (DOCS / "api.md").read_text())
+    assert any(home.startswith(module) and name in members.split(", ") for module, members in listed)

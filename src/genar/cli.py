@@ -135,7 +135,9 @@ def fetch(
 @app.command()
 def features(
     sections: SectionDir,
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the stores (default: $GENAR_FEATURES, or your cache).")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="Name (see `genar encoders`), timm/NAME, or module:function.")
     ] = "efficientnet_lite0",
@@ -160,6 +162,7 @@ def features(
     from genar import features as embedding
     from genar.data import read_sections
 
+    out = out or embedding.default_store()
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
