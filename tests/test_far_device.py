@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.utils import backend_registration
 
 from genar import machine
@@ -19,11 +20,16 @@ WHOLE = ("encoder", "fit genar", "fit histogene", "run")
 
 
 @pytest.fixture(scope="module")
-def found():
-    command = [sys.executable, Path(__file__).with_name("far_device.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def found(tmp_path_factory, worker_id):
+    folder = tmp_path_factory.getbasetemp()
+    kept = (folder if worker_id == "master" else folder.parent) / "far_device.json"
+    with FileLock(f"{kept}.lock"):  # once for all workers
+        if not kept.exists():
+            command = [sys.executable, Path(__file__).with_name("far_device.py")]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr
+            kept.write_text(done.stdout.splitlines()[-1])
+    return json.loads(kept.read_text())
 
 
 @pytest.mark.skipif(not HAVE, reason=f"PyTorch {torch.__version__} takes no device written in Python")

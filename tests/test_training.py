@@ -329,7 +329,7 @@ def test_cut_weights_and_missing_folders_are_refused(saved, tmp_path):
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_bf16_that_this_cpu_is_slow_at_is_said(tissue_sections, panel, gain, monkeypatch, recwarn):
-    monkeypatch.setattr("genar.training.bf16_gain", lambda: gain)
+    monkeypatch.setattr("genar.machine.bf16_gain", lambda: gain)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     spots = make_spots(tissue_sections[0], random_features(tissue_sections[0]), panel.genes)
     model = model_class("genar").create(N_FEATURES, spots, "small", TINY)

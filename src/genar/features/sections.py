@@ -25,14 +25,16 @@ def embed_sections(
     store: Path,
     bar: Bar = no_bar,
     *,
-    workers: int = 0,
+    workers: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> dict[str, Path]:
     """Embed sections one after the other; section -> store. What is stored already is not made again.
 
     What another process is embedding is left to it, and looked at again when the rest is done. ``workers`` processes
-    read the patches; 0: a thread of this one does.
+    read the patches; 0: a thread of this one does; ``None``: :func:`default_workers` beside a GPU, else a thread.
     """
+    if workers is None:
+        workers = 0 if encoder.device.type == "cpu" else default_workers(encoder.device.type)
     stores, waiting = {}, list(sections)
     with Readers(workers) as readers:
         while waiting:
