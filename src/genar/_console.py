@@ -22,6 +22,7 @@ from genar import processes
 from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
+_INTERRUPTED = 130
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
@@ -31,6 +32,7 @@ def one_line():
     """Ends the process by what was raised within: one line on standard error, and the exit code that belongs to it."""
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _tell_unless_refused
+    rank = processes.rank()  # at the end of a training Lightning forgets what tells it
     try:
         yield
     except InputError as error:
@@ -46,9 +48,11 @@ def one_line():
     except LostProcessError as error:
         _stop(f"error: {error}; start the same command again to go on", 1)
     except StoppedError as error:
-        _stop("" if processes.rank() else str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop("interrupted; start the same command again to go on", 130)
+        _stop("" if rank else str(error), error.exit_code)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:  # typer makes an exit of the interrupt
+            raise
+        _stop("" if rank else "interrupted; start the same command again to go on", _INTERRUPTED)
 
 
 def _tell_unless_refused(unraisable) -> None:

@@ -43,6 +43,7 @@ def main() -> None:
     machine.keep_freed_memory()
     if processes.rank():  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    processes.end_with_parent()
     with _console.one_line():
         app()
 

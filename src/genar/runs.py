@@ -19,6 +19,7 @@ import genar
 from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick
+from genar.data.door import read_json
 from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
@@ -152,7 +153,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
     pixels.check_images(sections, needed=plan.input == "patches")
-    resume = _claim_resume(plan)
+    resume = _claim_resume(plan, {"data": digests, "panel": panel.sha256})
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
@@ -285,16 +286,23 @@ def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[Ann
     return _Seen(recipe.facts, features, [], patches, learned)
 
 
-def _claim_resume(plan: TrainPlan) -> Path:
-    """Folder of the resume file. The plan is left there, so that another one does not go on from it."""
+def _claim_resume(plan: TrainPlan, found: Mapping) -> Path:
+    """Folder of the resume file. The plan and what it ``found`` are left there, so that no other goes on from it."""
     folder = plan.out / "resume"
-    mine = json.dumps(json_ready(asdict(plan)), sort_keys=True, indent=1) + "\n"
+    mine = json.loads(json.dumps(json_ready({**asdict(plan), "found": found})))
     mark = folder / "plan.json"
-    if (folder / RESUME_FILE).exists() and mark.read_text() != mine:
-        raise InputError(
-            f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
-        )
-    write_text(mark, mine)
+    if (folder / RESUME_FILE).exists():
+        theirs = read_json(mark, "record of the unfinished run", "delete its folder, or choose another --out")
+        if other := [name for name in mine["found"] if mine["found"][name] != theirs.get("found", {}).get(name)]:
+            raise InputError(
+                f"{plan.out}: holds an unfinished run with other {' and '.join(other)}; repeat it as it was, or choose "
+                "another --out"
+            )
+        if theirs != mine:
+            raise InputError(
+                f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
+            )
+    write_text(mark, json.dumps(mine, sort_keys=True, indent=1) + "\n")
     return folder
 
 

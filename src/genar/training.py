@@ -32,7 +32,7 @@ from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Counts, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
 from genar.models.ridge import blocks
-from genar.processes import ALONE, Group
+from genar.processes import ALONE, Group, srun_environment
 from genar.resume import RESUME_FILE, Averages, Saver, WholeFiles, check_whole
 from genar.streaming import AnySpots, StoredSpots, StreamedLoader, look_at
 
@@ -258,7 +258,7 @@ def _trainer(
         devices=[int(number)] if number and group.size == 1 else group.devices,
         num_nodes=group.num_nodes,
         strategy=DDPStrategy(find_unused_parameters=True) if group.size > 1 else "auto",
-        plugins=[WholeFiles(), *([] if group.by else [LightningEnvironment()])],
+        plugins=[WholeFiles(), *_environments(group)],
         use_distributed_sampler=False,  # our loaders share out each batch
         precision=PRECISIONS[config.precision],  # pyright: ignore
         gradient_clip_val=config.clip,
@@ -272,6 +272,11 @@ def _trainer(
         callbacks=_callbacks(config, config.max_epochs * module.n_batches, folder, progress),
         default_root_dir=folder,
     )
+
+
+def _environments(group: Group) -> list:
+    """Who started the processes; Lightning finds torchrun by itself."""
+    return {"srun": [srun_environment()], "torchrun": []}.get(group.by, [LightningEnvironment()])
 
 
 def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots | None]:
@@ -441,10 +446,21 @@ class _Module(pl.LightningModule):
             "best_epoch": self.summary.best_epoch,
             "history": self.summary.history,
             "losses": losses,
+            "steps": self._steps(),
         }
+
+    def _steps(self) -> list[int]:
+        """What a step of another number of processes may differ in."""
+        return [self.n_batches, self.n_parts]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         kept = checkpoint["genar"]
+        if kept.get("steps") not in (None, self._steps()):
+            (n, parts), (mine, my_parts) = kept["steps"], self._steps()
+            raise InputError(
+                f"the unfinished run has {n} batches an epoch in {parts} parts each, this one {mine} in {my_parts}; "
+                "start it with as many processes as before"
+            )
         self._best, self.summary = kept["best"], FitSummary(kept["best_epoch"], kept["history"])
         losses = kept["losses"].to(self.device)
         known = self.global_rank < len(losses)  # torchrun may have started more this time

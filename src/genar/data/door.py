@@ -93,8 +93,8 @@ def refuse_large(path: str | Path, what: str, unpacked: int, n_bytes: int) -> No
 
 
 def check_hdf5(path: Path) -> None:
-    """Refuse an HDF5 file whose arrays say to be far larger than the file, whose groups hold themselves, or that its
-    library would never come to an end with: by their heads alone, no array is read."""
+    """Refuse an HDF5 file whose arrays say to be far larger than the file or lie in other files, whose groups hold
+    themselves, or that its library would never come to an end with: by their heads alone, no array is read."""
     import h5py
     from h5py import h5o  # pyright: ignore
 
@@ -103,10 +103,15 @@ def check_hdf5(path: Path) -> None:
 
     def add(group: h5py.Group, above: frozenset[int]) -> None:
         nonlocal total, seen
-        for item in map(group.get, group):  # None where a link leads nowhere
+        for name in group:
             seen += 1
+            if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+                raise _elsewhere(path, str(name))
+            item = group.get(name)  # None where a link leads nowhere
             if seen > _MOST_PARTS:
                 raise InputError(f"{path}: more than {_MOST_PARTS:,} groups and arrays: is it damaged?")
+            if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                raise _elsewhere(path, str(name))
             if isinstance(item, h5py.Dataset) and item.shape is not None:
                 each = _TEXT_BYTES if item.dtype.kind == "O" else item.dtype.itemsize
                 total += each * max(math.prod(item.shape), math.prod(item.chunks or ()))
@@ -119,6 +124,10 @@ def check_hdf5(path: Path) -> None:
 
     with h5py.File(path, "r") as file:
         add(file, frozenset({h5o.get_info(file.id).addr}))
+
+
+def _elsewhere(path: Path, name: str) -> InputError:
+    return InputError(f"{path}: its {name} lies in another file; expected all of it in this one: copy it with its data")
 
 
 def check_heaps(path: Path) -> None:

@@ -134,7 +134,7 @@ def _move(temporary: Path, path: Path) -> None:
     old = path.with_name(f"{temporary.name.removesuffix(path.suffix)}.old{path.suffix}")
     os.replace(path, old)  # no system puts a folder in the place of one that is not empty
     os.replace(temporary, path)
-    shutil.rmtree(old)
+    _remove(old)
 
 
 def _name_beside(path: Path) -> Path:
@@ -156,7 +156,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 

@@ -245,3 +245,13 @@ def spot_diameter_px(adata) -> float:
 def missing_package(path: Path, package: str, extra: str) -> InputError:
     """The error that says which extra to install."""
     return InputError(f"{path}: reading this format needs {package}; install it with: pip install 'genar[{extra}]'")
+
+
+def under_tissue(adata: anndata.AnnData) -> tuple[anndata.AnnData, str]:
+    """Without the spots whose ``obs["in_tissue"]`` is 0, as Space Ranger's outputs are read, and a note of them."""
+    if "in_tissue" not in adata.obs:
+        return adata, ""
+    outside = np.asarray(adata.obs["in_tissue"].astype(str).isin(["0", "0.0", "False"]))
+    if not outside.any() or outside.all():
+        return adata, ""
+    return adata[~outside].copy(), f"{outside.sum()} spots are not under tissue and are dropped"

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,8 @@ _MAX_PLAIN_PX = 2_000_000_000
 _PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 120_000_000
 _MAX_PAGES, _MAX_TILE_PX, _MAX_PATCH_PX = 1000, 1 << 25, 1 << 15
 _BLOCK_PX = 1024  # slides are looked through in blocks this wide
+_SQUARE = 0.05  # by which the sides of a pixel may differ
+_OME_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs", ".btf", ".tf8"}
 _PHOTOMETRIC = {0: "inverted grey", 3: "a palette", 5: "CMYK"}  # of TIFFs: those whose numbers are no red, green, blue
 
@@ -90,8 +93,8 @@ class _PyramidSlide(Slide):
         self.path, self._handle = path, handle
         self.size_px = handle.dimensions
         self.is_generic = handle.properties.get("openslide.vendor") == "generic-tiff"
-        tag = handle.properties.get("openslide.mpp-x")
-        self.mpp = _plausible_mpp(float(tag)) if tag else None
+        x, y = (float(handle.properties.get(f"openslide.mpp-{axis}", 0)) for axis in "xy")
+        self.mpp = _square_mpp(x, y)
 
     def _region(self, corner_px, size_px, downsample):
         import openslide
@@ -188,17 +191,20 @@ def _open_pyramid(path: Path) -> Slide | None:
         from genar.data.slide_zarr import ZarrSlide
 
         return ZarrSlide(path)
-    largest = _refuse_truncated_tiff(path) if path.suffix.lower() in _TIFF_SUFFIXES else 0
+    looks = _look_at_tiff(path) if path.suffix.lower() in _TIFF_SUFFIXES else _TiffLooks()
     try:
         with door(path, "slide", "OpenSlide cannot read it: is the file complete?"):
             slide = _PyramidSlide(path, openslide.OpenSlide(str(path)))
     except InputError as error:
-        if isinstance(error.__cause__, openslide.OpenSlideUnsupportedFormatError):
+        cause = error.__cause__
+        if isinstance(cause, openslide.OpenSlideUnsupportedFormatError) or "Unsupported TIFF compression" in str(cause):
             return None
         raise
-    if slide.is_generic and math.prod(slide.size_px) < largest:  # OpenSlide takes the first page for the slide
+    # OpenSlide takes the first page for the slide, and any fourth channel for how opaque it is
+    if slide.is_generic and (math.prod(slide.size_px) < looks.largest_px or looks.fourth_is_no_alpha):
         slide.close()
         return None
+    slide.mpp = slide.mpp or looks.ome_mpp
     return slide
 
 
@@ -270,11 +276,23 @@ def _over_glass(image: Image.Image) -> Image.Image:
     return glass
 
 
-def _refuse_truncated_tiff(path: Path) -> int:
-    """``InputError`` where a TIFF does not hold all that it says; else the px of its largest page."""
+@dataclass(frozen=True)
+class _TiffLooks:
+    """What OpenSlide does not tell of a TIFF."""
+
+    largest_px: int = 0
+    """pixels of its largest page"""
+    fourth_is_no_alpha: bool = False
+    ome_mpp: float | None = None
+    """by its OME metadata"""
+
+
+def _look_at_tiff(path: Path) -> _TiffLooks:
+    """``InputError`` where a TIFF does not hold all that it says, or its largest page is not 8-bit or stored turned."""
     import tifffile
 
     size, end, largest = path.stat().st_size, 0, 0
+    fourth, kind, turned = False, np.dtype(np.uint8), 1
     with door(path, "TIFF", "is it complete, and an image?"), tifffile.TiffFile(path) as tiff:
         page: Any
         for number, page in enumerate(tiff.pages):
@@ -284,14 +302,38 @@ def _refuse_truncated_tiff(path: Path) -> int:
                     f"{_MAX_PAGES} pages, and tiles below {_MAX_TILE_PX:,} px; is it damaged?"
                 )
             refuse_endless(path, n_px := page.imagewidth * page.imagelength, size)
-            largest = max(largest, n_px)
+            if n_px > largest:
+                largest, fourth, kind = n_px, _fourth_is_no_alpha(page), page.dtype
+                turned = getattr(page.tags.get("Orientation"), "value", 1)
             if number == 0:
                 _refuse_planes(path, tiff, page)
             ends = (offset + n for offset, n in zip(page.dataoffsets, page.databytecounts, strict=False))
             end = max(end, *ends, 1)
+        ome_mpp = _ome_mpp(tiff)
     if not 1 < end <= size:
         raise InputError(f"{path}: truncated TIFF: expected {end:,} bytes, found {size:,}; copy it again")
-    return largest
+    if kind != np.uint8:
+        raise InputError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to 8-bit RGB")
+    if turned != 1:
+        raise InputError(f"{path}: its pixels are stored turned (Orientation {turned}); write it upright")
+    return _TiffLooks(largest, fourth, ome_mpp)
+
+
+def _fourth_is_no_alpha(page: Any) -> bool:
+    return page.samplesperpixel == 4 and not {1, 2} & set(page.extrasamples)
+
+
+def _ome_mpp(tiff: Any) -> float | None:
+    """Pixel size (um) of the largest image that the OME metadata tell of; ``None`` without."""
+    if not tiff.is_ome:
+        return None
+    found = ElementTree.fromstring(tiff.ome_metadata).iterfind(".//{*}Pixels")
+    facts = max((p.attrib for p in found), key=lambda p: int(p["SizeX"]) * int(p["SizeY"]), default={})
+    x, y = (
+        float(facts.get(f"PhysicalSize{axis}", 0)) * _OME_UM.get(facts.get(f"PhysicalSize{axis}Unit", "µm"), 0)
+        for axis in "XY"
+    )
+    return _square_mpp(x, y)
 
 
 def _refuse_planes(path: Path, tiff: Any, page: Any) -> None:
@@ -329,6 +371,8 @@ def _opened(path: Path):
             # these two alone: to open others, Pillow starts other programs
             with door(path, "image"), Image.open(path, formats=("JPEG", "PNG")) as image:
                 _refuse_huge(path, image.width * image.height)
+                if image.mode[0] in "IF":
+                    raise InputError(f"{path}: expected an 8-bit RGB image, found {image.mode}; convert it to RGB")
                 yield image
         finally:
             Image.MAX_IMAGE_PIXELS = guard
@@ -357,7 +401,7 @@ def _largest_page(path: Path):
 def _rgb(pixels: np.ndarray, page) -> np.ndarray:
     """Grey [h, w] or [h, w, 1] or RGB and more of a TIFF's page as RGB [h, w, 3]; what is transparent is white."""
     pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if pixels.shape[2] == 4 and page.extrasamples:
+    if pixels.shape[2] == 4 and page.extrasamples and not _fourth_is_no_alpha(page):
         return np.asarray(_over_glass(Image.fromarray(np.ascontiguousarray(pixels))))
     return np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2))
 
@@ -410,12 +454,15 @@ def _refuse_huge(path: Path, n_px: int) -> None:
 def _resolution_mpp(page) -> float | None:
     """Pixel size from the resolution tags; ``None`` where they are absent or carry no unit (dots per inch of a
     screen)."""
-    tag, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
-    if tag is None or unit is None or tag.value[0] == 0:
+    tags, unit = [page.tags.get(f"{axis}Resolution") for axis in "XY"], page.tags.get("ResolutionUnit")
+    um = {2: 25_400.0, 3: 10_000.0}.get(int(unit.value), 0.0) if unit is not None else 0.0
+    x, y = (um * tag.value[1] / tag.value[0] if tag is not None and tag.value[0] else 0.0 for tag in tags)
+    return _square_mpp(x, y) or _ome_mpp(page.parent)
+
+
+def _square_mpp(x: float, y: float) -> float | None:
+    """The pixel size where it is one of a microscope (72 or 300 dots per inch are a printer's default) and, where both
+    sides are told, of a square."""
+    if y and abs(x - y) > _SQUARE * y:
         return None
-    um = {2: 25_400.0, 3: 10_000.0}.get(int(unit.value))
-    return _plausible_mpp(um * tag.value[1] / tag.value[0]) if um else None
-
-
-def _plausible_mpp(mpp: float) -> float | None:
-    return mpp if 0.005 < mpp < 20 else None  # 72 or 300 dots per inch are a printer's default, not a microscope's
+    return x if 0.005 < x < 20 else None

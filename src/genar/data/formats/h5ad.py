@@ -9,7 +9,6 @@ from the pitch where the array positions are Visium's, then from the image. The 
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from anndata import AnnData
 
 from genar.data import contract, reading
@@ -49,7 +48,7 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
         (lib["scalefactors"]["microns_per_pixel"] for lib in contract.libraries(adata)
          if "microns_per_pixel" in lib.get("scalefactors", {})), None)  # fmt: skip
     pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else 0
-    adata, note = _under_tissue(adata)
+    adata, note = reading.under_tissue(adata)
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
     return contract.new_section(
         adata,
@@ -64,16 +63,6 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
         counts_from=counts_from,
         note=note,
     )
-
-
-def _under_tissue(adata: AnnData) -> tuple[AnnData, str]:
-    """Without the spots whose ``obs["in_tissue"]`` is 0, as Space Ranger's outputs are read, and a note of them."""
-    if "in_tissue" not in adata.obs:
-        return adata, ""
-    outside = np.asarray(adata.obs["in_tissue"].astype(str).isin(["0", "0.0", "False"]))
-    if not outside.any() or outside.all():
-        return adata, ""
-    return adata[~outside].copy(), f"{outside.sum()} spots are not under tissue and are dropped"
 
 
 def _keep_one_library(adata: AnnData, path: Path) -> None:

@@ -45,6 +45,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=by_pitch, slide=slide)
     diameter_um = diameter_um or reading.spot_diameter_px(adata) * mpp
     counts_from = reading.keep_raw_counts(adata)
+    adata, note = reading.under_tissue(adata)
     return contract.new_section(
         adata,
         section=section,
@@ -56,6 +57,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
         patient=str(metadata.get("patient") or ""),
         mpp_by=by,
         counts_from=counts_from,
+        note=note,
     )
 
 

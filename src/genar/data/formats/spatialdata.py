@@ -15,6 +15,7 @@ from genar.data import contract, reading
 from genar.data.door import check_zarr, door, read_json
 from genar.data.formats.h5ad import as_section
 from genar.data.reading import ReadOptions
+from genar.data.slide import image_head
 from genar.errors import InputError
 
 NAME = "spatialdata"
@@ -56,13 +57,15 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))  # pyright: ignore
         adata, region = _table(store, path)
         reading.check_sparse(adata.X)
-    name = _image_name(store, region, path) if options.image is None else None
-    adata.obsm[contract.SPATIAL], diameter_px = _spots_px(store, adata, region, name, path)
+    image = reading.named_image(section, options)
+    name = _image_name(store, region, image, path)
+    to_px = _to_px(store, region, name)
+    adata.obsm[contract.SPATIAL], diameter_px = _spots_px(store, adata, region, to_px, path)
+    _rescale(adata, _scale_of(to_px))
     if diameter_px and not reading.spot_diameter_px(adata):
         factors = {"spot_diameter_fullres": diameter_px}
         adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
-    image = reading.named_image(section, options)
-    if name is not None:
+    if image is None and name is not None:
         group = path / "images" / name
         image = next(p for file in ("zarr.json", ".zattrs") if (p := group / file).is_file())
     return as_section(adata, section, options, image, NAME)
@@ -87,28 +90,72 @@ def _table(store, path: Path) -> tuple[AnnData, str]:
     return table[rows].copy(), region
 
 
-def _image_name(store, region: str, path: Path) -> str | None:
-    """The image that shares a coordinate system with the shapes; the largest of several. ``None`` without images."""
+def _image_name(store, region: str, given: Path | None, path: Path) -> str | None:
+    """The image that shares a coordinate system with the shapes: of several an RGB one, then the largest; where another
+    file is ``given`` instead, the one that is as large as that. ``None`` without.
+
+    Raises ``InputError`` where the shapes stand in a frame of their own and no image says where the file lies in it.
+    """
+    of_shapes = _transformations(store.shapes[region])
+    images = {n: image for n, image in store.images.items() if set(of_shapes) & set(_transformations(image))}
+    looks = {name: _looks(image) for name, image in images.items()}
+    if given is None:
+        return max(looks, key=lambda name: (looks[name][0], looks[name][1] * looks[name][2]), default=None)
+    size = image_head(given)[0]
+    if alike := [name for name in looks if looks[name][1:] == size]:
+        return alike[0]
+    if not any(np.allclose(_matrix(one), np.eye(3)) for one in of_shapes.values()):
+        raise InputError(
+            f"{given}: of {size[0]} x {size[1]} px; no image of {path} is as large, and its spots are not in px: use "
+            "an image of the store, or write the spots in px of this one"
+        )
+    return None
+
+
+def _transformations(element: Any) -> dict[str, Any]:
+    """Coordinate system -> how the element gets there."""
     from spatialdata.transformations import get_transformation
 
-    def systems(element: Any) -> set[str]:
-        return set(get_transformation(element, get_all=True))  # pyright: ignore
-
-    of_shapes = systems(store.shapes[region])
-    fitting = [name for name, image in store.images.items() if of_shapes & systems(image)]
-    return max(fitting, key=lambda name: _n_px(store.images[name]), default=None)
+    return get_transformation(element, get_all=True)  # pyright: ignore
 
 
-def _n_px(image) -> int:
+def _matrix(transformation: Any) -> np.ndarray:
+    """[3, 3], for (x, y, 1)."""
+    return transformation.to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y"))
+
+
+def _looks(image: Any) -> tuple[bool, int, int]:
+    """Whether an image is of 3 or 4 colours of 8 bits; its width and height, px."""
     first = next(iter(image["scale0"].data_vars.values())) if hasattr(image, "children") else image
-    return int(np.prod(first.shape))
+    n = dict(zip(first.dims, first.shape, strict=True))
+    return first.dtype == np.uint8 and n.get("c") in (3, 4), n["x"], n["y"]
 
 
-def _spots_px(store, adata: AnnData, region: str, image: str | None, path: Path) -> tuple[np.ndarray, float]:
-    """Centroids [N, 2] (x, y) of the table's shapes, px of the image (of the shapes' own frame without one), and their
-    diameter where they are circles, else 0."""
-    from spatialdata.transformations import get_transformation
+def _to_px(store, region: str, image: str | None) -> np.ndarray:
+    """[3, 3]: from the shapes' own frame to px of the image; nothing changes without one."""
+    if image is None:
+        return np.eye(3)
+    of_shapes, of_image = _transformations(store.shapes[region]), _transformations(store.images[image])
+    system = sorted(set(of_shapes) & set(of_image))[0]
+    return np.linalg.inv(_matrix(of_image[system])) @ _matrix(of_shapes[system])
 
+
+def _scale_of(to_px: np.ndarray) -> float:
+    """Px of the image to a unit of the shapes' frame."""
+    return float(np.sqrt(abs(np.linalg.det(to_px[:2, :2]))))
+
+
+def _rescale(adata: AnnData, scale: float) -> None:
+    """What the table says of the px of its own frame, of the image's px."""
+    for library in contract.libraries(adata):
+        factors = library.get("scalefactors", {})
+        for name, power in (("microns_per_pixel", -1), ("spot_diameter_fullres", 1)):
+            if name in factors:
+                factors[name] = float(factors[name]) * scale**power
+
+
+def _spots_px(store, adata: AnnData, region: str, to_px: np.ndarray, path: Path) -> tuple[np.ndarray, float]:
+    """Centroids [N, 2] (x, y) of the table's shapes in px, and their diameter where they are circles, else 0."""
     shapes, key = store.shapes[region], adata.uns["spatialdata_attrs"]["instance_key"]
     lost = [name for name in adata.obs[key] if name not in shapes.index]
     if lost:
@@ -116,12 +163,4 @@ def _spots_px(store, adata: AnnData, region: str, image: str | None, path: Path)
     centroids = shapes.loc[adata.obs[key]].geometry.centroid
     diameter = 2 * float(shapes["radius"].median()) if "radius" in shapes else 0.0
     xy = np.column_stack([centroids.x, centroids.y, np.ones(len(centroids))])
-    if image is None:
-        return xy[:, :2], diameter
-    of_shapes: Any = get_transformation(shapes, get_all=True)
-    of_image: Any = get_transformation(store.images[image], get_all=True)
-    system = sorted(set(of_shapes) & set(of_image))[0]
-    axes = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
-    to_system, from_image = (t[system].to_affine_matrix(**axes) for t in (of_shapes, of_image))
-    to_px = np.linalg.inv(from_image) @ to_system
-    return (xy @ to_px.T)[:, :2], diameter * float(np.sqrt(abs(np.linalg.det(to_px[:2, :2]))))
+    return (xy @ to_px.T)[:, :2], diameter * _scale_of(to_px)

@@ -1,0 +1,195 @@
+"""Runs that are started again, or by others: SLURM's steps, machines, other data, other numbers of processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+from genar import genes, processes, resume, runs
+from genar.data.files import replacing
+from genar.errors import InputError
+from genar.settings import sort_settings
+from genar.training import TrainConfig, _Module, fit
+from test_models import fresh, training
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "widths_um": [], "samples": 1, "max_epochs": 3}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"}
+
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_NTASKS_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _nobody_started_us(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def given(monkeypatch, **environ):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_srun_may_be_told_the_tasks_of_all_machines(monkeypatch):
+    given(monkeypatch, **STEP, SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2", SLURM_NNODES="1")
+    assert processes.group() == processes.Group(2, 1, "srun")
+    with pytest.raises(RuntimeError, match="ntasks"):
+        SLURMEnvironment()  # Lightning's own refuses
+    ours = processes.srun_environment()
+    ours.validate_settings(2, 1)
+    assert (ours.world_size(), ours.global_rank(), ours.auto_requeue) == (2, 1, False)
+
+
+def test_an_interactive_shell_of_four_tasks_is_one_process(monkeypatch):
+    given(monkeypatch, **{**STEP, "SLURM_PROCID": "0"}, SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1", SLURM_NNODES="1")
+    assert processes.group() == processes.Group()
+    assert processes.rank() == 0
+
+
+def test_tasks_that_do_not_divide_among_the_machines_are_refused(monkeypatch):
+    given(monkeypatch, **STEP, SLURM_NTASKS="3", SLURM_STEP_NUM_TASKS="3", SLURM_STEP_NUM_NODES="2")
+    with pytest.raises(InputError, match="srun started 3 tasks on 2 machines; start as many on each"):
+        processes.group()
+
+
+def test_machines_that_nobody_starts_together_are_told_what_to_set(monkeypatch):
+    with pytest.raises(InputError, match="--num-nodes 2: set MASTER_ADDR and MASTER_PORT"):
+        processes.group(1, 2)
+    given(monkeypatch, MASTER_ADDR="10.0.0.1", MASTER_PORT="29500", NODE_RANK="1")
+    assert processes.group(1, 2) == processes.Group(1, 2)
+    assert processes.rank() == 1
+    with pytest.raises(InputError, match="NODE_RANK is 1, of 1 machines; give --num-nodes, or unset it"):
+        processes.group()
+
+
+@pytest.fixture
+def plan(tissue, tmp_path):
+    """Of a run on a tissue of its own that is stopped after its second epoch."""
+    own = shutil.copytree(tissue, tmp_path / "own")
+    (tmp_path / "panel.txt").write_text("\n".join(list(anndata.read_h5ad(own / "st" / "SIM1.h5ad").var_names)[:12]))
+    return runs.TrainPlan(
+        own, ("SIM2",), tmp_path / "run", panel=str(tmp_path / "panel.txt"), views=1, features=tmp_path / "store",
+        settings=sort_settings(TINY), maps=False,
+    )  # fmt: skip
+
+
+def stop_after_two(plan, monkeypatch):
+    save, saved = resume.Saver._save, []
+
+    def once_more(self, trainer):
+        save(self, trainer)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Saver, "_save", once_more)
+        patch.setattr("pytorch_lightning.trainer.call._interrupt", lambda *_: None)
+        with pytest.raises(BaseException):  # noqa: B017, PT011 (Lightning ends the process)
+            runs.train_run(plan, say=lambda line: None)
+    assert (plan.out / "resume" / resume.RESUME_FILE).exists()
+
+
+def test_a_run_does_not_go_on_with_other_counts(plan, monkeypatch):
+    stop_after_two(plan, monkeypatch)
+    path = plan.sections / "st" / "SIM1.h5ad"
+    section = anndata.read_h5ad(path)
+    section.X = section.X[np.random.default_rng(0).permutation(section.n_obs)]
+    section.write_h5ad(path)
+    with pytest.raises(InputError, match="holds an unfinished run with other data; repeat it as it was"):
+        runs.train_run(plan, say=lambda line: None)
+
+
+def test_a_run_does_not_go_on_with_another_panel(plan, monkeypatch):
+    stop_after_two(plan, monkeypatch)
+    names = genes.read_panel(plan.panel).genes
+    with open(plan.panel, "w") as file:
+        file.write("\n".join(reversed(names)))
+    with pytest.raises(InputError, match="holds an unfinished run with other panel; repeat it as it was"):
+        runs.train_run(plan, say=lambda line: None)
+
+
+def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
+    stop_after_two(plan, monkeypatch)
+    (plan.out / "resume" / "plan.json").unlink()
+    with pytest.raises(InputError, match=r"plan\.json: no such file; expected a record of the unfinished run"):
+        runs.train_run(plan, say=lambda line: None)
+
+
+def test_a_run_does_not_go_on_in_steps_of_another_size(tmp_path):
+    settings = {"max_epochs": 2, "batch_size": 16, "validation_share": 0.0}
+    fit(fresh("genar"), training(), TrainConfig(**settings), folder=tmp_path)
+    kept = torch.load(tmp_path / resume.RESUME_FILE, weights_only=True)
+    assert kept["genar"]["steps"] == [4, 1]
+    module = _Module(fresh("genar"), training(), None, TrainConfig(**settings, memory_gib=1e-6), print, 1)
+    with pytest.raises(InputError, match=r"batches an epoch in 1 parts each, this one .*as many processes as before"):
+        module.on_load_checkpoint(kept)
+
+
+# --- signals, and processes whose first one is gone
+
+
+def started(*words, **environ):
+    known = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    return subprocess.Popen(
+        [sys.executable, "-m", "genar.cli", *map(str, words)], text=True, env={**known, **environ},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_an_interrupt_outside_of_the_training_is_told(tissue, tmp_path):
+    process = started("train", tissue, "--test", "SIM2", "--out", tmp_path / "run", "--features", tmp_path / "store")
+    for line in process.stdout:
+        if line.startswith("reading"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.strip().splitlines()[-1] == "interrupted; start the same command again to go on"
+
+
+PARENT = """
+import os, subprocess, sys
+env = {**os.environ, "LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}
+code = "import time; from genar import processes; processes.end_with_parent(); print(1, flush=True); time.sleep(99)"
+child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc here to look for the process in")
+def test_a_child_ends_when_the_first_process_does():
+    child = int(subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True).stdout)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and is_running(child):
+        time.sleep(0.2)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_link_to_a_folder_is_written_anew(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "old").write_text("old")
+    (tmp_path / "here").symlink_to(tmp_path / "far")
+    with replacing(tmp_path / "here") as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+    assert os.listdir(tmp_path / "here") == ["new"]
+    assert (tmp_path / "far" / "old").exists()
+    assert sorted(os.listdir(tmp_path)) == ["far", "here"]
