@@ -217,6 +217,8 @@ def test_launchers_are_found_by_themselves(environ, expected, rank, monkeypatch)
         with pytest.raises(InputError, match=f"--devices 7: {expected.by} started"):
             processes.group(devices=7)
     else:
+        for name, value in {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
         assert processes.group(2, 3).size == 6
         with pytest.raises(InputError, match="at least 1"):
             processes.group(0)
