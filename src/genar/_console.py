@@ -81,6 +81,8 @@ def score_tables(result, note: str = "") -> Iterator[Table]:
 
 def interval_tables(result) -> Iterator[Table]:
     """A row a metric: the value and its interval of each method, then of each paired difference."""
+    from genar.evaluation import intervals
+
     for rows, title, sign in (
         (result.intervals, "95 % intervals, bootstrap over the spots", ""),
         (result.differences, "paired differences", "+"),
@@ -88,13 +90,8 @@ def interval_tables(result) -> Iterator[Table]:
         if rows:
             table = Table("metric", *rows, title=title)
             for metric in next(iter(rows.values())):
-                table.add_row(metric, *(_with_interval(values[metric], sign) for values in rows.values()))
+                table.add_row(metric, *(intervals.words(values[metric], sign) for values in rows.values()))
             yield table
-
-
-def _with_interval(found: tuple[float, float, float], sign: str) -> str:
-    value, low, high = found
-    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})" if value == value else "undefined"
 
 
 def check_table(result) -> Table:

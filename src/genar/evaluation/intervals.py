@@ -13,6 +13,8 @@ from genar.evaluation.metrics import PCC_TOPS, pair, pcc
 
 METRICS = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd")
 _RESAMPLES_AT_ONCE = 250
+BIASED = ("rvd",)
+"""Metrics that rise by being resampled: a squared deviation of variances takes theirs as its own."""
 _LEAST_SHARE = 1e-12  # of the largest squared deviation of a gene: a variance below is rounding
 
 Interval = tuple[float, float, float]
@@ -34,9 +36,10 @@ def resample_weights(n_spots: int, n_resamples: int = 1000, *, seed: int = 0) ->
 def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of every resample: prediction and truth [N, G] in log2 space, ``weights`` [R, N] -> ``METRICS`` -> [R].
 
-    ``pcc_200`` leaves out genes that are constant in a resample, ``pcc_fixed`` counts them 0, ``rvd`` leaves out genes
-    whose truth is constant in it. The genes of ``pcc_10`` and ``pcc_50`` are those of highest PCC over the spots
-    themselves: chosen again in every resample, their mean would rise by the choice alone. Memory: a few arrays [N, G].
+    The genes of ``pcc_10``, ``pcc_50`` and ``pcc_200`` are those of the spots themselves: chosen again in every
+    resample, their mean would rise by the choice alone. One that is constant in a resample counts 0 there, as in
+    ``pcc_fixed``; ``rvd`` leaves out genes whose truth is constant in it. One spot cannot be drawn in another way: its
+    resamples are NaN. Memory: a few arrays [N, G].
     """
     x, y = pair(predicted, truth)
     # correlation does not see the mean: centred values lose no digits in the sums of squares
@@ -44,6 +47,7 @@ def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarr
     least = [_LEAST_SHARE * np.square(values).max(axis=0) for values in centred]
     columns = [*centred, centred[0] ** 2, centred[1] ** 2, centred[0] * centred[1], (x - y) ** 2, np.abs(x - y)]
     ranked = np.argsort(-np.nan_to_num(pcc(x, y), nan=-2.0), kind="stable")
+    known = np.all([np.square(v).mean(axis=0) > low for v, low in zip(centred, least, strict=True)], axis=0)
     scores: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
     for start in range(0, len(weights), _RESAMPLES_AT_ONCE):
         w = weights[start : start + _RESAMPLES_AT_ONCE].astype(np.float64)
@@ -55,13 +59,22 @@ def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarr
         r = np.where(defined, (xy - mx * my) / np.sqrt(np.where(defined, var_x * var_y, 1)), 0)
         ratio = np.where(varies, np.square((var_x - var_y) / np.where(varies, var_y, 1)), 0)
         for n in PCC_TOPS:
-            scores[f"pcc_{n}"].append(_mean_where(r[:, ranked[:n]], defined[:, ranked[:n]]))
-        scores["pcc_200"].append(_mean_where(r, defined))
+            scores[f"pcc_{n}"].append(_mean_of(r, ranked[:n][known[ranked[:n]]]))
+        scores["pcc_200"].append(_mean_of(r, np.flatnonzero(known)))
         scores["pcc_fixed"].append(r.mean(axis=1))
         scores["mse"].append(squared.mean(axis=1))
         scores["mae"].append(absolute.mean(axis=1))
         scores["rvd"].append(_mean_where(ratio, varies))
-    return {name: np.concatenate(parts) for name, parts in scores.items()}
+    joined = {name: np.concatenate(parts) for name, parts in scores.items()}
+    if weights.shape[1] == 1:
+        for values in joined.values():
+            values[1:] = np.nan
+    return joined
+
+
+def _mean_of(values: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    """Mean of each row over ``genes``; NaN where there are none."""
+    return values[:, genes].mean(axis=1) if len(genes) else np.full(len(values), np.nan)
 
 
 def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -70,32 +83,54 @@ def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where(n > 0, values.sum(axis=1) / np.maximum(n, 1), np.nan)
 
 
+def words(found: Interval, sign: str = "") -> str:
+    """A value with its interval, where it has one; ``sign`` as in a format.
+
+    >>> words((0.5, 0.25, 0.75)), words((0.5, float("nan"), float("nan")), "+")
+    ('0.500 (0.250 to 0.750)', '+0.500')
+    """
+    value, low, high = found
+    if np.isnan(value):
+        return "undefined"
+    return f"{value:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
+
+
 def told(found: Mapping[str, Interval], *names: str) -> str:
     """Differences with their intervals, in words; those that are undefined are left out.
 
     >>> told({"mse": (-0.031, -0.042, -0.02)}, "mse")
     'mse -0.031 (-0.042 to -0.020)'
     """
-    known = [name for name in names if not np.isnan(found[name][0])]
-    return ", ".join("{} {:+.3f} ({:+.3f} to {:+.3f})".format(name, *found[name]) for name in known)
+    return ", ".join(f"{name} {words(found[name], '+')}" for name in names if not np.isnan(found[name][0]))
 
 
-def interval(resampled: np.ndarray, share: float = 0.95) -> Interval:
-    """(value, low, high) of scores [1 + R] whose first is that of the spots themselves; NaN where that, or every
-    resample, is undefined.
+def interval(resampled: np.ndarray, share: float = 0.95, *, biased: bool = False) -> Interval:
+    """(value, low, high) of scores [1 + R] whose first is that of the spots themselves: quantiles of the resamples,
+    stretched to hold the value. NaN where the value, ends that are NaN where every resample is undefined.
+
+    Where the metric is ``biased`` upward by resampling, the value is as far above the truth as the resamples are above
+    the value: both steps are taken back.
 
     >>> interval(np.array([0.5, *np.linspace(0, 1, 101)]), 0.9)
     (0.5, 0.05, 0.95)
+    >>> interval(np.array([0.5, *np.linspace(0.1, 1.1, 101)]), 0.9, biased=True)
+    (0.5, -0.05, 0.85)
     """
-    if np.isnan(resampled[0]) or np.isnan(resampled[1:]).all():
-        return float("nan"), float("nan"), float("nan")
-    low, high = np.nanquantile(resampled[1:], [(1 - share) / 2, (1 + share) / 2])
-    return float(resampled[0]), round(float(low), 12), round(float(high), 12)
+    value = float(resampled[0])
+    if np.isnan(value) or np.isnan(resampled[1:]).all():
+        return value, float("nan"), float("nan")
+    quantiles = np.nanquantile(resampled[1:], [(1 - share) / 2, 0.5, (1 + share) / 2])
+    shift = 2 * (quantiles[1] - value) if biased else 0.0
+    low, high = (round(float(q - shift), 12) for q in quantiles[[0, 2]])
+    return value, min(low, value), max(high, value)
 
 
-def intervals_of(resampled: Mapping[str, np.ndarray]) -> dict[str, Interval]:
-    """:func:`interval` of every metric of :func:`resampled_scores`."""
-    return {name: interval(values) for name, values in resampled.items()}
+def intervals_of(resampled: Mapping[str, np.ndarray], *, differences: bool = False) -> dict[str, Interval]:
+    """:func:`interval` of every metric of :func:`resampled_scores`, or of their differences, which may fall below 0."""
+    found = {name: interval(values, biased=name in BIASED) for name, values in resampled.items()}
+    if differences:
+        return found
+    return {n: (v, max(low, 0.0), high) if n in BIASED else (v, low, high) for n, (v, low, high) in found.items()}
 
 
 def paired_differences(ours: Mapping[str, np.ndarray], rival: Mapping[str, np.ndarray]) -> dict[str, Interval]:
@@ -104,7 +139,7 @@ def paired_differences(ours: Mapping[str, np.ndarray], rival: Mapping[str, np.nd
     An interval without zero says that the two differ on these spots. ``pcc_10`` and ``pcc_50`` compare each method's
     own genes.
     """
-    return intervals_of({name: values - rival[name] for name, values in ours.items()})
+    return intervals_of({name: values - rival[name] for name, values in ours.items()}, differences=True)
 
 
 def over_sections(sections: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -71,11 +71,10 @@ def _scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return (
-            f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
-            if value[0] is not None and value[0] == value[0]
-            else "undefined"
-        )
+        known = value[0] is not None and value[0] == value[0]
+        ends = value[1] is not None and value[1] == value[1]
+        interval = f" ({value[1]:.3f} to {value[2]:.3f})" if ends else ""
+        return f"{value[0]:.3f}{interval}" if known else "undefined"
     return f"{value:.3f}" if value is not None and value == value else "–"
 
 
