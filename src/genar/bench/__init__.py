@@ -15,7 +15,7 @@ from genar import encoders
 from genar.bench.groups import write_groups
 from genar.bench.plan import Fold, Plan, Run, folds, plan_runs
 from genar.bench.recipe import Cohort, Method, Recipe, read_recipe, recipe_names
-from genar.bench.scores import expected_log2, read_run, score_runs
+from genar.bench.scores import expected_log2, read_run, refuse_other_data, score_runs
 from genar.bench.tables import PAPER_METRICS, frame, gain_lines, nested, paper_results, table_lines, write_tables
 from genar.bench.toy import make_toy, toy_method
 from genar.data import contract
@@ -90,6 +90,7 @@ def _bench(
         return None
     if missing:
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+    refuse_other_data(plan)
     waiting = plan.waiting
     for run in plan.runs:
         if run.plan.out not in waiting:

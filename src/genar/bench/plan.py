@@ -15,6 +15,7 @@ from genar.data.files import json_ready
 from genar.errors import InputError
 from genar.evaluation.protocol import Fold, folds
 from genar.features import Inputs, default_store
+from genar.genes import ORDERS
 from genar.runs import TrainPlan
 from genar.settings import Settings
 
@@ -147,6 +148,9 @@ def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs) -> s
     """Name of the folder of a method's runs: what changes a run changes it, and nothing else (no method's name)."""
     facts = {key: value for key, value in asdict(method).items() if key not in ("name", "held_out")}
     facts["inputs"] = asdict(inputs)
+    order = method.settings.model.get("order")
+    if isinstance(order, str) and order not in ORDERS:  # what the file says, wherever it lies
+        facts["settings"]["model"]["order"] = hashlib.sha256(Path(order).read_bytes()).hexdigest()
     panel = Path(cohort.panel)
     genes = hashlib.sha256(panel.read_bytes()).hexdigest() if panel.is_file() else [cohort.panel, recipe.n_genes]
     made_of = json_ready({**facts, "panel": genes, "sections": sorted(cohort.sections)})

@@ -16,8 +16,8 @@ from genar.data.door import door
 from genar.data.yaml_text import load_yaml
 from genar.errors import InputError
 from genar.evaluation.protocol import PROTOCOLS
+from genar.genes import ORDERS, read_gene_sets, read_panel
 from genar.genes import RECIPES as PANEL_RECIPES
-from genar.genes import read_panel
 from genar.models import model_class
 from genar.prediction import decoding
 from genar.settings import Settings, read_settings
@@ -229,6 +229,8 @@ def _method(path: Path, entry, encoder: str) -> Method:
             raise InputError("seed is the recipe's: seeds")
         own = {name: value for name, value in settings.model.items() if name != "order"}
         cls.check_settings(method.preset, own)
+        if isinstance(order := settings.model.get("order"), str) and order not in ORDERS:
+            read_gene_sets(order)
         cls.check_decoding(method.preset, own, decoding(cls, {"decode": "mean", **settings.decoding}))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -37,7 +37,7 @@ class BenchScores:
         """Metric -> value, low, high: means over the held-out sections, or over ``only`` some of them."""
         sections = only or list(self.sampled[key])
         values = intervals.over_sections([self.sampled[key][section] for section in sections])
-        row = {name: intervals.interval(v) for name, v in values.items()}
+        row = intervals.intervals_of(values)
         held = float(np.mean([self.coverage[key][section] for section in sections]))
         return {**row, "coverage_90": (held, held, held)}
 
@@ -45,7 +45,7 @@ class BenchScores:
         """The paired difference of two methods, the same form, over the sections that both hold out."""
         one, other = self.sampled[cohort, ours], self.sampled[cohort, rival]
         pairs = [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one if s in other]
-        return {name: intervals.interval(v) for name, v in intervals.over_sections(pairs).items()}
+        return intervals.intervals_of(intervals.over_sections(pairs), differences=True)
 
     def by_section(self) -> pd.DataFrame:
         """A row per cohort, method and held-out section."""
@@ -63,7 +63,7 @@ def score_runs(plan: Plan) -> BenchScores:
     coverage: dict[Key, dict[str, list[float]]] = {}
     for (cohort, section), runs in _by_section(plan.runs).items():
         truth = plan.refs[cohort][section].read()
-        _refuse_other(truth, runs, section)
+        _refuse_other(truth, [run for run in plan.runs if run.cohort.name == cohort], section)
         weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
         for run in runs:
             predicted = read_run(run, section)
@@ -80,16 +80,33 @@ def score_runs(plan: Plan) -> BenchScores:
     return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]), _notes(plan.runs))
 
 
-def _refuse_other(truth: AnnData, runs: Iterable[Run], section: str) -> None:
-    """``InputError`` where a finished run was made with another section of this name."""
-    digest = contract.digest(truth)
+def refuse_other_data(plan: Plan) -> None:
+    """``InputError`` where a run that is there was made with other sections than the data hold now, be they trained on
+    or held out; a section is in memory by itself."""
+    done = [run for run in plan.runs if run.done]
+    for cohort, refs in plan.refs.items():
+        for section, ref in refs.items():
+            if made := [run for run in done if run.cohort.name == cohort and section in _data_of(run)]:
+                _refuse_other(ref.read(), made, section)
+
+
+def _refuse_other(read: AnnData, runs: Iterable[Run], section: str) -> None:
+    digest = contract.digest(read)
     for run in runs:
-        told = read_json(run.plan.out / "run.json", "record of a run", "delete the folder and run again")
-        if told.get("data", {}).get(section, digest) != digest:
+        if _data_of(run).get(section, digest) != digest:
             raise InputError(
                 f"{run.plan.out}: was made with another section {section} than the data hold now; give the data it was "
                 "made with, or delete the folder to make it again"
             )
+
+
+def _data_of(run: Run) -> dict[str, str]:
+    """Section -> digest, of all that a finished run was trained on or predicted."""
+    return _told(run).get("data", {})
+
+
+def _told(run: Run) -> dict:
+    return read_json(run.plan.out / "run.json", "record of a run", "delete the folder and run again")
 
 
 def _notes(runs: Iterable[Run]) -> tuple[str, ...]:
@@ -140,7 +157,7 @@ def _coverage(predicted: AnnData, counts: np.ndarray) -> float:
 
 def _facts(run: Run) -> Mapping:
     """A row of ``runs.csv``."""
-    told = read_json(run.plan.out / "run.json", "record of a run", "delete the folder and run again")
+    told = _told(run)
     seconds = told.get("seconds", {})
     stores = sorted({name for names in told.get("features", {}).values() for name in names})
     return {
