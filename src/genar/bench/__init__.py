@@ -13,7 +13,8 @@ import pandas as pd
 
 from genar import encoders
 from genar.bench.groups import write_groups
-from genar.bench.plan import Fold, Plan, Run, folds, plan_runs
+from genar.bench.home import home_of, settle
+from genar.bench.plan import Fold, Plan, Run, figure_section, folds, plan_runs
 from genar.bench.recipe import Cohort, Method, Recipe, read_recipe, recipe_names
 from genar.bench.scores import expected_log2, read_run, refuse_other_data, score_runs
 from genar.bench.tables import PAPER_METRICS, frame, gain_lines, nested, paper_results, table_lines, write_tables
@@ -101,7 +102,7 @@ def _bench(
     for number, run in enumerate(waiting.values(), 1):
         say(f"[{number}] {run.label}")
         train_run(run.plan, say=lambda line: None, bar=bar)
-    return _write(plan)
+    return _write(plan, say)
 
 
 def _tell(plan: Plan, missing: list[str], say: Callable[[str], None], *, every: bool) -> None:
@@ -114,39 +115,50 @@ def _tell(plan: Plan, missing: list[str], say: Callable[[str], None], *, every: 
             say(f"missing: {line}")
 
 
-def _write(plan: Plan) -> BenchResult:
+def _write(plan: Plan, say: Callable[[str], None]) -> BenchResult:
     outputs: dict[str, Path] = {}
     table = differences = pd.DataFrame()
-    if plan.runs:
-        scores = score_runs(plan)
-        outputs |= write_tables(plan.recipe, scores, plan.out)
-        table = frame(table_lines(plan.recipe, plan.recipe.tables[0], scores))
-        differences = frame(gain_lines(plan.recipe, scores)) if plan.recipe.compare else differences
-        outputs["runs"] = plan.out / "runs"
-    if plan.recipe.figure is not None:
-        outputs |= _write_figures(plan)
-    if plan.recipe.groups is not None:
-        outputs |= write_groups(plan)
+    home = home_of(plan.recipe, plan.out)
+    if home != plan.out:
+        say(f"{plan.out} holds the tables of another recipe: those of {plan.recipe.name} go to {home}")
+    try:
+        if plan.runs:
+            scores = score_runs(plan)
+            outputs |= write_tables(plan.recipe, scores, home)
+            table = frame(table_lines(plan.recipe, plan.recipe.tables[0], scores))
+            differences = frame(gain_lines(plan.recipe, scores)) if plan.recipe.compare else differences
+            outputs["runs"] = plan.out / "runs"
+        if plan.recipe.groups is not None:
+            outputs |= write_groups(plan, home)
+        if plan.recipe.figure is not None:
+            outputs |= _write_figures(plan, home)
+    finally:
+        if outputs:
+            settle(plan.recipe, home, outputs.values())
     return BenchResult(table, differences, outputs)
 
 
-def _write_figures(plan: Plan) -> dict[str, Path]:
+def _write_figures(plan: Plan, home: Path) -> dict[str, Path]:
     """For each cohort one picture: a row a gene, measured and the methods (of the first seed) side by side."""
     figure, outputs = plan.recipe.figure, {}
     assert figure is not None
     for cohort in plan.recipe.cohorts:
         runs = [run for run in plan.runs if run.cohort.name == cohort.name]
-        section = figure.section or runs[0].fold.test[0]
+        section, genes = figure_section(plan.recipe, cohort, runs), figure.genes[cohort.name]
         shown = {}
         for name in figure.methods:
             run = next(r for r in runs if r.method.name == name and section in r.fold.test)
             predicted = read_run(run, section)
+            if absent := [gene for gene in genes if gene not in predicted.var_names]:
+                raise InputError(
+                    f"figure: gene {absent[0]!r} is not among the {predicted.n_vars} that panel {cohort.panel} "
+                    f"selected; name genes of {run.plan.out / 'panel.json'}. The tables are written: {home}"
+                )
             predicted.layers[contract.LOG1P_MEAN] = expected_log2(predicted, run) * np.log(2)  # what is scored is shown
             shown[name] = predicted
         stem = f"figure_{cohort.name or 'sections'}_{section}"
-        rows = [(gene, "") for gene in figure.genes[cohort.name]]
         truth = plan.refs[cohort.name][section].read()
         for suffix, kind in ((".png", ""), (".pdf", " (pdf)")):
-            path = maps.write_method_maps(truth, shown, rows, plan.out / f"{stem}{suffix}")
+            path = maps.write_method_maps(truth, shown, [(gene, "") for gene in genes], home / f"{stem}{suffix}")
             outputs[stem.replace("_", " ") + kind] = path
     return outputs

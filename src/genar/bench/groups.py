@@ -15,7 +15,7 @@ from genar.errors import InputError
 from genar.genes import cluster_order, read_panel, select_panel
 
 
-def write_groups(plan: Plan) -> dict[str, Path]:
+def write_groups(plan: Plan, home: Path) -> dict[str, Path]:
     """For each cohort ``panel_<data>.txt`` (all genes of recipe ``paper``, else the modelled), ``groups_<data>`` as
     CSV and JSON; and ``groups.csv``, how they agree with the paper's. What it is called -> where it lies."""
     outputs, rows = {}, {}
@@ -23,16 +23,16 @@ def write_groups(plan: Plan) -> dict[str, Path]:
         name = cohort.name or "sections"
         listed, groups = _panel_and_groups(plan, cohort)
         for path, text in (
-            (plan.out / f"panel_{name}.txt", "\n".join(listed) + "\n"),
-            (plan.out / f"groups_{name}.json", json.dumps(groups, indent=1) + "\n"),
-            (plan.out / f"groups_{name}.csv", _table(groups).to_csv(index=False)),
+            (home / f"panel_{name}.txt", "\n".join(listed) + "\n"),
+            (home / f"groups_{name}.json", json.dumps(groups, indent=1) + "\n"),
+            (home / f"groups_{name}.csv", _table(groups).to_csv(index=False)),
         ):
             write_text(path, text)
             outputs[path.stem.replace("_", " ") + ("" if path.suffix == ".txt" else f" ({path.suffix[1:]})")] = path
         rows[name] = _compare(plan, cohort, listed, groups)
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("data")
-    write_text(plan.out / "groups.csv", frame.to_csv(float_format="%.6g"))
-    return {"groups beside the paper's": plan.out / "groups.csv", **outputs}
+    write_text(home / "groups.csv", frame.to_csv(float_format="%.6g"))
+    return {"groups beside the paper's": home / "groups.csv", **outputs}
 
 
 def _panel_and_groups(plan: Plan, cohort: Cohort) -> tuple[tuple[str, ...], dict[str, list[str]]]:

@@ -115,7 +115,25 @@ def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | Non
                 for seed in recipe.seeds if method.seeded else recipe.seeds[:1]:
                     plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features)
                     runs.append(Run(cohort, method, fold, seed, replace(plan, device=device)))
+    for cohort in recipe.cohorts if recipe.figure else ():
+        figure_section(recipe, cohort, runs)
     return Plan(recipe, data, out, features, tuple(runs))
+
+
+def figure_section(recipe: Recipe, cohort: Cohort, runs: Sequence[Run]) -> str:
+    """The section of a cohort that is drawn. ``InputError`` where it is not held out for each method of the figure."""
+    assert recipe.figure is not None
+    asked, names = recipe.figure.section, recipe.figure.methods
+    held = {name: [] for name in names}
+    for run in runs:
+        if run.cohort.name == cohort.name and run.method.name in held:
+            held[run.method.name] += run.fold.test
+    shared = [section for section in held[names[0]] if all(section in sections for sections in held.values())]
+    if not shared or (asked and asked not in shared):
+        what = f"section {asked!r} is not" if asked else "no section is"
+        of_all = f"; held out for all of them: {_few(list(dict.fromkeys(shared)))}" if shared else ""
+        raise InputError(f"figure: {what} held out for each of {', '.join(names)}, which it draws{of_all}")
+    return asked or shared[0]
 
 
 def folder_of(cohort: Cohort, data: Path) -> Path:

@@ -115,6 +115,8 @@ class Recipe:
     tables: tuple[TableOfRecipe, ...] = ()
     figure: FigureOfRecipe | None = None
     groups: GroupsOfRecipe | None = None
+    name: str = "recipe"
+    """Its file's name without the suffix."""
 
     def shared(self, methods: Collection[str]) -> tuple[str, ...]:
         """The sections that each of the methods holds out, () for all: what may stand in one table."""
@@ -159,7 +161,7 @@ def _recipe(path: Path, facts) -> Recipe:
         str(facts.get("protocol", "section")), tuple(map(str, facts.get("held_out", ()))),
         _whole(path, "k", facts.get("k", 5)), _pairs(path, facts.get("compare", ()), names),
         _tables(path, facts, names),
-        _figure(path, facts, names), _groups(path, facts.get("groups")),
+        _figure(path, facts, names), _groups(path, facts.get("groups")), path.stem,
     )  # fmt: skip
     _check(path, recipe)
     return recipe
@@ -311,7 +313,10 @@ def _figure(path: Path, facts: Mapping, names: Sequence[str]) -> FigureOfRecipe 
     genes = dict(named) if isinstance(named, dict) else dict.fromkeys(cohorts, named or ())
     if set(genes) != set(cohorts):
         raise InputError(f"{path}: figure names genes of {', '.join(genes)}; expected those of {', '.join(cohorts)}")
-    return FigureOfRecipe({c: tuple(map(str, g)) for c, g in genes.items()}, shown, str(entry.get("section", "")))
+    genes = {c: (g,) if isinstance(g, str) else tuple(map(str, g or ())) for c, g in genes.items()}
+    if not shown or not all(genes.values()):
+        raise InputError(f"{path}: figure needs a method and a gene at least, found {entry} and {len(names)} methods")
+    return FigureOfRecipe(genes, shown, str(entry.get("section", "")))
 
 
 def _groups(path: Path, entry) -> GroupsOfRecipe | None:
@@ -319,6 +324,16 @@ def _groups(path: Path, entry) -> GroupsOfRecipe | None:
         return None
     entry = _keys(path, "groups", {} if entry is True else entry, {"genes", "groups"}, set())
     return GroupsOfRecipe(*(str(entry.get(key, "")).strip() for key in ("genes", "groups")))
+
+
+def _check_size(path: Path, method: Method, cohort: Cohort, n_genes: int) -> None:
+    """Settings that cannot fit the panel, whose genes may be chosen later but whose length is known."""
+    n_genes = len(read_panel(cohort.panel).genes) if Path(cohort.panel).is_file() else n_genes
+    own = {name: value for name, value in method.settings.model.items() if name != "order"}
+    try:
+        model_class(method.model).check_settings(method.preset, own, n_genes)
+    except InputError as error:
+        raise InputError(f"{path}: method {method.name!r}: {error}") from error
 
 
 def _check(path: Path, recipe: Recipe) -> None:
@@ -337,6 +352,7 @@ def _check(path: Path, recipe: Recipe) -> None:
         for method in recipe.methods:
             if wrong := [s for s in method.held_out if s not in (recipe.held_out or cohort.sections)]:
                 raise InputError(f"{path}: method {method.name!r}: held_out {wrong[0]!r} is not held out by the recipe")
+            _check_size(path, method, cohort, recipe.n_genes)
         genes = recipe.figure.genes[cohort.name] if recipe.figure else ()
         panel = read_panel(cohort.panel).genes if genes and Path(cohort.panel).is_file() else genes
         if absent := [gene for gene in genes if gene not in panel]:

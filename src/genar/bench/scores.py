@@ -9,12 +9,16 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from genar import encoders
 from genar.bench.plan import Plan, Run
 from genar.data import contract, reading
 from genar.data.door import read_json
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
+from genar.evaluation.intervals import Interval
+from genar.features import FeatureRecipe
 from genar.genes import leak, read_panel
+from genar.models import model_class
 
 Key = tuple[str, str]
 """Cohort and method."""
@@ -28,56 +32,85 @@ class BenchScores:
     """(cohort, method) -> held-out section -> metric -> resamples [1 + R], the seeds averaged"""
     coverage: dict[Key, dict[str, float]]
     """the same, share of true counts in the 90 % interval; NaN where a method has none"""
+    undefined: dict[Key, dict[str, float]]
+    """the same, number of genes whose PCC is undefined"""
     runs: pd.DataFrame
     """a row a run: seed, hashes, seconds, memory"""
     notes: tuple[str, ...] = ()
     """what a reader of the scores must know: of the folds, and of panels that saw what is held out"""
 
-    def row(self, key: Key, only: Sequence[str] = ()) -> dict[str, tuple[float, float, float]]:
+    def row(self, key: Key, only: Sequence[str] = ()) -> dict[str, Interval]:
         """Metric -> value, low, high: means over the held-out sections, or over ``only`` some of them."""
         sections = only or list(self.sampled[key])
-        values = intervals.over_sections([self.sampled[key][section] for section in sections])
-        row = intervals.intervals_of(values)
-        held = float(np.mean([self.coverage[key][section] for section in sections]))
-        return {**row, "coverage_90": (held, held, held)}
+        row = intervals.intervals_of(intervals.over_sections(self._of(key, only)))
+        for name, values in (("coverage_90", self.coverage), ("n_undefined", self.undefined)):
+            row[name] = float(np.mean([values[key][section] for section in sections])), float("nan"), float("nan")
+        return row
 
-    def gain(self, cohort: str, ours: str, rival: str) -> dict[str, tuple[float, float, float]]:
+    def gain(self, cohort: str, ours: str, rival: str) -> dict[str, Interval]:
         """The paired difference of two methods, the same form, over the sections that both hold out."""
+        return intervals.intervals_of(intervals.over_sections(self._gains(cohort, ours, rival)), differences=True)
+
+    def across(self, key: Key, only: Sequence[str] = ()) -> dict[str, Interval]:
+        """As :meth:`row`, with intervals across sections; none where a single one is held out."""
+        return _across(self._of(key, only))
+
+    def gain_across(self, cohort: str, ours: str, rival: str) -> dict[str, Interval]:
+        """As :meth:`gain`, with intervals across sections; none where a single one is held out."""
+        return _across(self._gains(cohort, ours, rival), differences=True)
+
+    def _of(self, key: Key, only: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        return [self.sampled[key][section] for section in only or self.sampled[key]]
+
+    def _gains(self, cohort: str, ours: str, rival: str) -> list[dict[str, np.ndarray]]:
         one, other = self.sampled[cohort, ours], self.sampled[cohort, rival]
-        pairs = [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one if s in other]
-        return intervals.intervals_of(intervals.over_sections(pairs), differences=True)
+        return [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one if s in other]
 
     def by_section(self) -> pd.DataFrame:
         """A row per cohort, method and held-out section."""
         rows = {
             (*key, section): {name: float(values[name][0]) for name in intervals.METRICS}
+            | {"n_undefined": self.undefined[key][section]}
             for key, sections in self.sampled.items()
             for section, values in sections.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data", "method", "section"])
 
 
+def _across(sections: Sequence[Mapping[str, np.ndarray]], *, differences: bool = False) -> dict[str, Interval]:
+    if len(sections) < 2:
+        return {}
+    return intervals.intervals_of(intervals.across_sections(sections), differences=differences)
+
+
 def score_runs(plan: Plan) -> BenchScores:
     """Read the predictions of all runs, which must be finished, and score them; a section is in memory by itself."""
-    seeds: dict[Key, dict[str, list]] = {}
-    coverage: dict[Key, dict[str, list[float]]] = {}
+    found: dict[Key, dict[str, list[tuple]]] = {}
     for (cohort, section), runs in _by_section(plan.runs).items():
         truth = plan.refs[cohort][section].read()
         _refuse_other(truth, [run for run in plan.runs if run.cohort.name == cohort], section)
         weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
         for run in runs:
-            predicted = read_run(run, section)
-            log2, counts = expected_log2(predicted, run), contract.counts(truth, list(predicted.var_names))
-            scores = intervals.resampled_scores(log2, metrics.log2p1(counts), weights)
             key = cohort, run.method.name
-            seeds.setdefault(key, {}).setdefault(section, []).append(scores)
-            coverage.setdefault(key, {}).setdefault(section, []).append(_coverage(predicted, counts))
-    averaged = {
-        key: {section: intervals.over_sections(parts) for section, parts in sections.items()}
-        for key, sections in seeds.items()
+            found.setdefault(key, {}).setdefault(section, []).append(_score(run, section, truth, weights))
+    drawn = {
+        key: {s: intervals.over_sections([o[0] for o in seeds]) for s, seeds in by.items()} for key, by in found.items()
     }
-    held = {key: {s: float(np.mean(shares)) for s, shares in by.items()} for key, by in coverage.items()}
-    return BenchScores(averaged, held, pd.DataFrame([_facts(run) for run in plan.runs]), _notes(plan.runs))
+    held, undefined = (
+        {key: {s: float(np.mean([one[part] for one in seeds])) for s, seeds in by.items()} for key, by in found.items()}
+        for part in (1, 2)
+    )
+    facts = pd.DataFrame([_facts(run) for run in plan.runs])
+    return BenchScores(drawn, held, undefined, facts, _notes(plan.runs))
+
+
+def _score(run: Run, section: str, truth: AnnData, weights: np.ndarray) -> tuple[dict[str, np.ndarray], float, int]:
+    """Metrics of the resamples, coverage, and the number of genes without a PCC."""
+    predicted = read_run(run, section)
+    log2, counts = expected_log2(predicted, run), contract.counts(truth, list(predicted.var_names))
+    true_log2 = metrics.log2p1(counts)
+    undefined = int(np.isnan(metrics.pcc(log2, true_log2)).sum())
+    return intervals.resampled_scores(log2, true_log2, weights), _coverage(predicted, counts), undefined
 
 
 def refuse_other_data(plan: Plan) -> None:
@@ -155,6 +188,18 @@ def _coverage(predicted: AnnData, counts: np.ndarray) -> float:
     return float(metrics.coverage(low, high, counts).mean())
 
 
+def _inputs(run: Run) -> str:
+    """What the method saw of a spot."""
+    if run.plan.input == "patches":
+        return "pixels"
+    seen = run.plan.inputs
+    widths = " + ".join(f"{width:g}" for width in seen.widths_um or (FeatureRecipe.width_um,)) + " um"
+    parts = ["imported" if run.plan.encoder.startswith(encoders.IMPORTED) else widths]
+    parts += [f"mean of {n} spots" for n in seen.context_spots]
+    parts += ["whole section"] if model_class(run.plan.model).unit == "section" else []
+    return ", ".join(parts)
+
+
 def _facts(run: Run) -> Mapping:
     """A row of ``runs.csv``."""
     told = _told(run)
@@ -166,6 +211,7 @@ def _facts(run: Run) -> Mapping:
         "fold": run.fold.name,
         "seed": run.seed if run.method.seeded else "",
         "encoder": run.method.encoder,
+        "inputs": _inputs(run),
         "seconds_training": seconds.get("training", float("nan")),
         "seconds": round(sum(seconds.values()), 1),
         "peak_rss_mib": told.get("peak_rss_mib") or float("nan"),

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from genar.bench.recipe import Cohort, Recipe, TableOfRecipe, shipped
 from genar.bench.scores import BenchScores
 from genar.data.files import write_text
 from genar.evaluation import intervals
+from genar.evaluation.intervals import Interval
 
 PAPER_METRICS = {"PCC-10": "pcc_10", "PCC-50": "pcc_50", "PCC-200": "pcc_200", "MSE": "mse", "MAE": "mae"}
 """The paper's name of a metric -> ours."""
@@ -21,24 +22,28 @@ _NAMES = {
     "pcc_fixed": "PCC fixed",
     "rvd": "RVD",
     "coverage_90": "90 % cov.",
+    "n_undefined": "n undef.",
 }
-_METRICS = (*intervals.METRICS, "coverage_90")
+_METRICS = ("pcc_10", "pcc_50", "pcc_200", "n_undefined", "pcc_fixed", "mse", "mae", "rvd", "coverage_90")
+_FEW_SECTIONS = 5
 _NONE = "–"
 _ESCAPES = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "µ": r"\textmu{}", "<": r"\textless{}",
     ">": r"\textgreater{}",
 }  # fmt: skip
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: value, low and high of each metric, and the paper's value where it has one."""
+    """A row of a table: value, low and high of each metric, the same across sections where there are several, and the
+    paper's value where it has one."""
 
     data: str
     name: str
-    values: Mapping[str, Triple]
+    values: Mapping[str, Interval]
+    across: Mapping[str, Interval]
+    n_sections: int
     paper: Mapping[str, float]
 
 
@@ -57,11 +62,13 @@ def paper_results() -> dict[tuple[str, str, str], dict[str, float]]:
 def table_lines(recipe: Recipe, table: TableOfRecipe, scores: BenchScores) -> list[Line]:
     """The rows of one table of the recipe, data set by data set."""
     only = recipe.shared(table.rows.values())
-    return [
-        Line(cohort.name, row, scores.row((cohort.name, method), only), _paper_row(table, cohort, row))
-        for cohort in recipe.cohorts
-        for row, method in table.rows.items()
-    ]
+    lines = []
+    for cohort in recipe.cohorts:
+        for row, method in table.rows.items():
+            key, paper = (cohort.name, method), _paper_row(table, cohort, row)
+            n_sections = len(only or scores.sampled[key])
+            lines.append(Line(cohort.name, row, scores.row(key, only), scores.across(key, only), n_sections, paper))
+    return lines
 
 
 def _paper_row(table: TableOfRecipe, cohort: Cohort, row: str) -> dict[str, float]:
@@ -70,11 +77,13 @@ def _paper_row(table: TableOfRecipe, cohort: Cohort, row: str) -> dict[str, floa
 
 def gain_lines(recipe: Recipe, scores: BenchScores) -> list[Line]:
     """A row for each pair that the recipe compares."""
-    return [
-        Line(cohort.name, f"{ours} minus {rival}", scores.gain(cohort.name, ours, rival), {})
-        for cohort in recipe.cohorts
-        for ours, rival in recipe.compare
-    ]
+    lines = []
+    for cohort in recipe.cohorts:
+        for pair in recipe.compare:
+            one, other = (scores.sampled[cohort.name, method] for method in pair)
+            found = scores.gain(cohort.name, *pair), scores.gain_across(cohort.name, *pair)
+            lines.append(Line(cohort.name, " minus ".join(pair), *found, len(set(one) & set(other)), {}))
+    return lines
 
 
 def write_tables(recipe: Recipe, scores: BenchScores, out: Path) -> dict[str, Path]:
@@ -103,11 +112,14 @@ def write_tables(recipe: Recipe, scores: BenchScores, out: Path) -> dict[str, Pa
 
 
 def frame(lines: Sequence[Line], facts: Mapping[tuple[str, str], Mapping] | None = None) -> pd.DataFrame:
-    """Lines as a table with ``<metric>``, ``_low``, ``_high`` and, where the paper has it, ``_paper``; then ``facts``
-    by (data, row)."""
+    """Lines as a table with ``<metric>``, ``_low``, ``_high``, with several sections ``_across_low``, ``_across_high``
+    and, where the paper has it, ``_paper``; then ``facts`` by (data, row)."""
     rows = {}
     for line in lines:
         row = {f"{m}{end}": v for m, t in line.values.items() for end, v in zip(("", "_low", "_high"), t, strict=True)}
+        row = {name: value for name, value in row.items() if not name.startswith("n_undefined_")}
+        for metric, (_, low, high) in line.across.items():
+            row |= {f"{metric}_across_low": low, f"{metric}_across_high": high}
         row |= {f"{metric}_paper": value for metric, value in line.paper.items()}
         rows[line.data, line.name] = row | dict((facts or {}).get((line.data, line.name), {}))
     index = pd.MultiIndex.from_tuples(list(rows), names=["data", "method"])
@@ -133,7 +145,7 @@ def _per_method(runs: pd.DataFrame, table: TableOfRecipe) -> dict[tuple[str, str
         for data, of_method in runs[runs["method"] == method].groupby("data", dropna=False):
             joined = {
                 f"{column}s" if column == "seed" else column: " ".join(dict.fromkeys(of_method[column].astype(str)))
-                for column in ("seed", "encoder", "panel_sha256", "features", "checkpoint_sha256", "folder")
+                for column in ("seed", "encoder", "inputs", "panel_sha256", "features", "checkpoint_sha256", "folder")
             }
             facts[str(data), row] = {
                 "seconds_training": of_method["seconds_training"].mean(),
@@ -196,18 +208,15 @@ def _grid(lines: Sequence[Line], *, signed: bool = False) -> tuple[list[str], li
             if which:
                 cells.append(f"{line.paper[metric]:.3f}" if metric in line.paper else _NONE)
             else:
-                cells.append(_cell(line.values[metric], "+" if signed else ""))
+                cells.append(_cell(metric, line.values[metric], "+" if signed else ""))
         rows.append(cells)
     return head, rows
 
 
-def _cell(values: Triple, sign: str = "") -> str:
-    value, low, high = values
-    if np.isnan(value):
+def _cell(metric: str, found: Interval, sign: str = "") -> str:
+    if np.isnan(found[0]):
         return _NONE
-    if low == high:
-        return f"{value:{sign}.3f}"
-    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    return f"{found[0]:.3g}" if metric == "n_undefined" else intervals.words(found, sign)
 
 
 def _markdown(recipe: Recipe, table: TableOfRecipe, notes, lines, gains, runs: pd.DataFrame | None) -> str:
@@ -215,21 +224,40 @@ def _markdown(recipe: Recipe, table: TableOfRecipe, notes, lines, gains, runs: p
     parts = [f"# {title}", _about(recipe, table, notes), _pipes(*_grid(lines))]
     if gains:
         parts.append(_pipes(*_grid(gains, signed=True)))
+    parts += _across(lines, gains)
     if runs is not None:
-        parts.append("Seeds, time (mean training seconds of a run), memory (largest peak of a run), hashes:")
+        parts.append(
+            "What each method saw of a spot, seeds, time (mean training seconds of a run), memory (largest peak of a "
+            "run), hashes:"
+        )
         parts.append(_pipes(*_runs_grid(runs)))
     return "\n\n".join(parts) + "\n"
 
 
+def _across(lines: Sequence[Line], gains: Sequence[Line]) -> list[str]:
+    """The tables once more with intervals across sections, where several are held out."""
+    parts = []
+    for of, signed in ((lines, False), (gains, True)):
+        wide = [replace(line, values=line.across, paper={}) for line in of if line.across]
+        parts += [_pipes(*_grid(wide, signed=signed))] if wide else []
+    if not parts:
+        return []
+    fewest = min(line.n_sections for line in (*lines, *gains) if line.across)
+    few = f"; from {fewest} sections they are too narrow" if fewest < _FEW_SECTIONS else ""
+    return [f"Across sections (sections are drawn, too: what holds for a new section), 95 % intervals{few}:", *parts]
+
+
 def _runs_grid(runs: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    head = ["data", "method", "seeds", "encoder", "runs", "training s", "peak MiB", "panel", "features", "checkpoints"]
+    head = ["data", "method", "inputs", "seeds", "encoder", "runs", "training s", "peak MiB", "panel", "features"]
+    head.append("checkpoints")
     rows = []
     for key, part in runs.groupby(["data", "method"], sort=False, dropna=False):
         data, method = key  # pyright: ignore
         short = {name: _join(v[:8] for v in dict.fromkeys(part[name])) for name in ("panel_sha256", "features")}
         checkpoints = [v[:8] for v in dict.fromkeys(part["checkpoint_sha256"])]
         rows.append([
-            str(data), str(method), _join(v for v in dict.fromkeys(part["seed"]) if v != "") or _NONE,
+            str(data), str(method), _join(dict.fromkeys(part["inputs"])),
+            _join(v for v in dict.fromkeys(part["seed"]) if v != "") or _NONE,
             _join(dict.fromkeys(part["encoder"])), str(len(part)), _number(float(np.mean(part["seconds_training"]))),
             _number(float(np.max(part["peak_rss_mib"]))), *short.values(),
             _join(checkpoints[:4]) + (", …" if len(checkpoints) > 4 else ""),
