@@ -18,7 +18,7 @@ from torch import Tensor
 import genar
 from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
-from genar.data import contract, find_sections, options_for, pick
+from genar.data import contract, find_sections, options_for, pick, reading
 from genar.data.door import read_json
 from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, no_bar
@@ -236,13 +236,15 @@ def _predict_and_score(
         found[name] = intervals.compare(scored, [(ours, rival) for rival in rivals], name, RESAMPLES)
         for pair, gains in found[name][1].items():
             say(f"{name}: {pair}: " + intervals.told(gains, "pcc_200", "mse"))
-        if plan.maps:
-            shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
-            maps.write_section_maps(predicted, section, shown, plan.out / "maps")
-            outputs["maps"] = plan.out / "maps"
     if held_out:
         outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
         rewrite_card(plan.out / "checkpoint", {name: _for_card(scores[name], found[name][0]) for name in scores})
+    for section in held_out if plan.maps else ():  # last: a picture that fails loses nothing
+        name = contract.name(section)
+        predicted = reading.read_adata(outputs[f"prediction {name}"])
+        shown = scores[name].get(f"{plan.model}_mean", scores[name][plan.model]).per_gene
+        maps.write_section_maps(predicted, section, shown, plan.out / "maps")
+        outputs["maps"] = plan.out / "maps"
     return scores
 
 

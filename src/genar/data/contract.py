@@ -167,6 +167,12 @@ def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
     return np.rint(x).astype(np.int32)
 
 
+def values(adata: AnnData, genes: list[str]) -> np.ndarray:
+    """X of a prediction as it is scored, float64 [N, G]: other methods' may be fractional. Raises as :func:`counts`."""
+    x = _of_genes(adata, genes).X
+    return np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float64)  # pyright: ignore
+
+
 def _of_genes(adata: AnnData, genes: list[str]) -> AnnData:
     missing = [gene for gene in genes if gene not in adata.var_names]
     if missing:

@@ -3,6 +3,7 @@ killed process left under such a name goes when the file is written again."""
 
 import contextlib
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 from genar.errors import InputError
 
 LOCK = ".lock"
+_LONGEST_PART = 80  # bytes
+_NO_FILE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|[. ]$')
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the quota is used up; free some space",
@@ -165,6 +168,26 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_part(name: str) -> str:
+    """A name from a file as part of a file's name: as it is where every system takes it, else plain, with a hash.
+
+    >>> file_part("HLA-A"), file_part("HLA-DRB3/4")
+    ('HLA-A', 'HLA-DRB3-4-36d1d4d4')
+    """
+    if len(name.encode()) <= _LONGEST_PART and not _NO_FILE.search(name):
+        return name
+    return f"{plain(name)[:_LONGEST_PART]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def plain(name: str) -> str:
+    """A name in letters, digits, points and hyphens; ``x`` where none is left.
+
+    >>> plain("run/1 (old)")
+    'run-1-old'
+    """
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "x"
 
 
 def json_ready(value):

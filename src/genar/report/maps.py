@@ -1,20 +1,24 @@
 """Static maps: spots coloured by counts over the H&E, truth beside prediction (as in the paper's figure 3)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from matplotlib import colormaps
 from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from genar.data import contract
-from genar.data.files import replacing
+from genar.data.files import file_part, replacing
 from genar.data.slide import open_slide
 
 _BACKGROUND_PX = 1000
 _COLOURS = "viridis"  # readable without colour vision, and in grey
+_TITLE, _GENE = 40, 28  # letters of a line that is as wide as a map, and of a gene's name in it
 _RING = "#1b1bb3"
 SIMULATED = "simulated tissue"
 
@@ -32,6 +36,11 @@ def background(section: AnnData, longest_px: int = _BACKGROUND_PX) -> tuple[np.n
         slide.close()
         return image, size
     return contract.picture(section)
+
+
+def colours(n: int) -> list[str]:
+    """``n`` colours of the maps from the lowest value to the highest, as #rrggbb."""
+    return [to_hex(colour) for colour in colormaps[_COLOURS](np.linspace(0, 1, n))]
 
 
 def genes_to_show(per_gene: pd.DataFrame, n: int = 1) -> dict[str, list[str]]:
@@ -69,12 +78,19 @@ def write_method_maps(
         for axis, (name, value) in zip(row, values.items(), strict=True):
             _draw_tissue(axis, truth, behind)
             spots = _draw_spots(axis, truth, value, (0, top))
-            axis.set_title(f"{gene} {name}", fontsize=10)
+            axis.set_title(_title(gene, name), fontsize=10, parse_math=False)
         row[0].text(0, -0.02, title, transform=row[0].transAxes, fontsize=8, va="top")
         figure.colorbar(spots, ax=row.tolist(), label="log2(1 + count)", shrink=0.8)  # pyright: ignore
     source = SIMULATED if truth.uns[contract.GENAR][contract.SOURCE] == "simulated" else ""
-    figure.suptitle(f"section {contract.name(truth)}" + (f" ({source})" if source else ""), fontsize=10)
+    told = f"section {contract.name(truth)}" + (f" ({source})" if source else "")
+    figure.suptitle(told, fontsize=10, parse_math=False)
     return _save(figure, path)
+
+
+def _title(gene: str, name: str) -> str:
+    """Within the width of a map."""
+    gene = gene if len(gene) <= _GENE else f"{gene[: _GENE - 1]}…"
+    return textwrap.fill(f"{gene} {name}", _TITLE, break_on_hyphens=False, max_lines=4, placeholder=" …")
 
 
 def draw_map(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
@@ -91,7 +107,7 @@ def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFram
         for gene in genes:
             value = per_gene.loc[gene, "pcc"]
             rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
-            write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{gene}.png", title=rows[-1][1])
+            write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{file_part(gene)}.png", title=rows[-1][1])
     write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
 
 
@@ -115,7 +131,7 @@ def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.nda
     else:  # nothing to colour by: rings, through which the tissue is seen
         spots.set(array=None, facecolor="none", edgecolor=_RING, linewidth=0.7)
     dark = ", dark: not tissue" if tissue is not None else ", no image"
-    axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots{dark}", fontsize=10)
+    axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots{dark}", fontsize=10, parse_math=False)
     return _save(figure, path)
 
 
@@ -144,7 +160,7 @@ def _predicted_log2(predicted: AnnData, gene: str) -> np.ndarray:
     one = predicted[:, gene]
     if contract.LOG1P_MEAN in one.layers:
         return np.asarray(one.layers[contract.LOG1P_MEAN])[:, 0] / np.log(2)
-    return np.log2(1 + contract.counts(predicted, [gene])[:, 0])
+    return np.log2(1 + contract.values(predicted, [gene])[:, 0])
 
 
 def _draw_tissue(axis, section: AnnData, behind) -> None:
