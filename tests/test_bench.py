@@ -135,7 +135,9 @@ def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
     plan = bench.plan_runs(recipe, tissue, tmp_path / "out")
     assert len(plan.runs) == 10
     assert len(plan.waiting) == 8
-    other = bench.plan_runs(read(tmp_path, **{"n_genes: 12": "n_genes: 11", "[3, 12]": "[3, 11]"}), tissue, tmp_path / "out")
+    other = bench.plan_runs(
+        read(tmp_path, **{"n_genes: 12": "n_genes: 11", "[3, 12]": "[3, 11]"}), tissue, tmp_path / "out"
+    )
     assert not set(other.waiting) & set(plan.waiting)  # another panel is another run
 
 

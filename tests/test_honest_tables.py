@@ -1,9 +1,23 @@
 """Tables, intervals, maps and pages say what was measured, of what, and how far it can be trusted."""
 
+import json
+import shutil
+
+import anndata
 import numpy as np
 import pytest
 
+from genar.assess import evaluate_run
+from genar.data import contract, read_section
+from genar.data.files import file_part
+from genar.data.simulate import TissueConfig, write_tissue
 from genar.evaluation import intervals
+from genar.report import maps
+from genar.report.figures import wilson
+from genar.report.index import write_report
+from genar.report.page import page_html
+from genar.report.subject import subjects
+from genar.runs import TrainPlan, train_run
 
 
 def scores_of(predicted, truth, seed=0, resamples=300):
@@ -69,3 +83,144 @@ def test_one_spot_has_no_interval():
     assert np.isnan(found["mse"][1:]).all()
     assert intervals.words(found["mse"]) == "2.500"
     assert intervals.words(found["pcc_200"]) == "undefined"
+
+
+@pytest.fixture(scope="module")
+def ridge(tmp_path_factory):
+    """A tissue of two small sections and a run on it."""
+    folder = tmp_path_factory.mktemp("ridge")
+    write_tissue(folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=5, n_cols=5, n_genes=80, mpp=2.0))
+    plan = TrainPlan(
+        folder / "tissue", ("B",), folder / "run", "ridge", n_genes=8, views=1, features=folder / "store", maps=False
+    )
+    train_run(plan, say=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def pair(ridge):
+    """A prediction of one gene, and the truth, in which that gene has another name."""
+
+    def named(gene, section="B"):
+        predicted = anndata.read_h5ad(ridge / "run/predictions/B.h5ad")[:, :1].copy()
+        truth = read_section(f"{ridge / 'tissue'}:B")
+        truth.var_names = [gene if name == predicted.var_names[0] else name for name in truth.var_names]
+        predicted.var_names = [gene]
+        truth.uns[contract.GENAR][contract.SECTION] = section
+        return predicted, truth
+
+    return named
+
+
+@pytest.mark.parametrize(
+    "gene", ["../../../outside", "HLA-DRB3/4", "A" * 300, "µ" * 90, "a$b$c", r"$\frac$", "x\ny", ".."]
+)
+def test_a_genes_name_is_no_path_and_no_formula(gene, pair, tmp_path):
+    predicted, truth = pair(gene, section=r"$\section$")
+    evaluate_run(predicted, truth, tmp_path / "deep/er/out", resamples=0)
+    made = sorted(tmp_path.rglob("*.png"))
+    assert len(made) == 4
+    assert {path.parent for path in made} == {tmp_path / "deep/er/out/maps"}
+
+
+def test_names_of_files_stay_where_they_can_and_differ_where_they_cannot():
+    for name in ("ERBB2", "H2-Ab1", "RP11-34P13.7", "基因α"):
+        assert file_part(name) == name
+    assert len({file_part(name) for name in ("a/b", "a\\b", "a:b", "a-b")}) == 4
+    assert len(file_part("A" * 300)) < 100
+
+
+def test_long_names_of_methods_stay_within_their_map(pair, tmp_path, monkeypatch):
+    predicted, truth = pair("G" * 60)
+    figures = []
+    monkeypatch.setattr(maps, "_save", lambda figure, path: figures.append(figure))
+    names = ["GenAR, default of this package, as it was trained for all of that", "50 nearest spots on GenAR's inputs"]
+    maps.write_method_maps(truth, dict.fromkeys(names, predicted), [("G" * 60, "")], tmp_path / "x.png")
+    figures[0].canvas.draw()
+    for axis in figures[0].axes[:3]:
+        width = axis.title.get_window_extent().width
+        assert width < figures[0].bbox.width / 3
+        assert max(map(len, axis.get_title().splitlines())) <= 40
+
+
+def test_scores_are_written_before_a_picture_can_fail(ridge, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(maps, "write_section_maps", fail)
+    plan = TrainPlan(
+        ridge / "tissue", ("B",), tmp_path / "run", "ridge", n_genes=8, views=1, features=ridge / "store", beside=()
+    )
+    with pytest.raises(RuntimeError, match="no picture"):
+        train_run(plan, say=lambda line: None)
+    assert {"metrics.json", "intervals.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_fractional_predictions_are_shown_as_they_are_scored(pair):
+    predicted, _ = pair("X")
+    values = np.linspace(0.1, 0.45, predicted.n_obs, dtype=np.float32)[:, None]
+    predicted = anndata.AnnData(values, predicted.obs, predicted.var, uns=predicted.uns, obsm=dict(predicted.obsm))
+    np.testing.assert_allclose(maps._predicted_log2(predicted, "X"), np.log2(1 + values[:, 0]), rtol=1e-6)
+
+
+def test_a_fractional_prediction_keeps_its_values_on_its_page(ridge, tmp_path):
+    predicted = anndata.read_h5ad(ridge / "run/predictions/B.h5ad")
+    values = np.random.default_rng(0).random(predicted.shape).astype(np.float32)
+    bare = anndata.AnnData(values, predicted.obs, predicted.var, uns=predicted.uns, obsm=dict(predicted.obsm))
+    bare.write_h5ad(tmp_path / "bare.h5ad")
+    (subject,) = subjects(tmp_path / "bare.h5ad", f"{ridge / 'tissue'}:B")
+    payload = json.loads(page_html(subject).split('id="payload">')[1].split("</script>")[0])
+    assert payload["table"]["mean predicted"] == pytest.approx(values.mean(axis=0).tolist(), rel=1e-3)
+    assert min(payload["matrices"]["counts"]["step"]) < 1e-4
+
+
+def test_the_page_counts_undefined_genes(ridge):
+    (subject,) = subjects(ridge / "run")
+    assert subject.methods["mean"]["n_undefined"] == 8
+    html = page_html(subject)
+    assert "n undefined" in html
+    assert "<td>8</td>" in html
+
+
+def test_pages_of_names_that_are_plain_alike_stay_apart(ridge, tmp_path):
+    names = ["run_1", "run-1", "RUN 1", "第一", "第二"]
+    for name in names:
+        shutil.copytree(ridge / "run", tmp_path / "runs" / name)
+    made = write_report(tmp_path / "runs", tmp_path / "all.html")
+    assert len({path.name.lower() for path in made.values()}) == 1 + len(names)
+    for name in names:
+        assert (tmp_path / made[f"{name} B"].name).is_file()
+    html = (tmp_path / "all.html").read_text()
+    assert all(html.count(f'href="{path.name}"') == 1 for name, path in made.items() if name != "index")
+
+
+def test_a_prediction_without_the_gene_keeps_its_card(ridge, tmp_path):
+    for name in ("whole", "cut"):
+        shutil.copytree(ridge / "run", tmp_path / "runs" / name)
+    path = tmp_path / "runs/cut/predictions/B.h5ad"
+    predicted = anndata.read_h5ad(path)
+    predicted[:, 1:].copy().write_h5ad(path)
+    gene = str(predicted.var_names[0])
+    write_report(tmp_path / "runs", tmp_path / "all.html", gene=gene)
+    html = (tmp_path / "all.html").read_text()
+    assert f"{gene} is not in its panel" in html
+    assert 'href="all_cut_B.html"' in html
+    assert "it flatters" not in html
+    assert "linear-gradient(to right, #440154" in html
+
+
+def test_the_index_says_that_pcc_chose_where_it_did(ridge, tmp_path):
+    shutil.copytree(ridge / "run", tmp_path / "runs/one")
+    write_report(tmp_path / "runs", tmp_path / "all.html")
+    assert "it flatters" in (tmp_path / "all.html").read_text()
+    facts = json.loads((tmp_path / "runs/one/run.json").read_text())
+    facts["plan"]["sections"] = str(tmp_path / "gone")
+    (tmp_path / "runs/one/run.json").write_text(json.dumps(facts))
+    write_report(tmp_path / "runs", tmp_path / "all.html")
+    assert "it flatters" not in (tmp_path / "all.html").read_text()
+
+
+def test_intervals_of_shares_have_a_width_at_their_ends():
+    low, high = wilson(np.array([0.0, 1.0]), np.array([5, 5]))
+    assert low[0] == 0 < 0.3 < high[0]
+    assert high[1] == 1 > 0.7 > low[1]

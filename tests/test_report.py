@@ -272,6 +272,33 @@ def test_in_a_browser_a_gene_is_chosen_by_typing(browser, page, trained):
     assert opened.errors() == []
 
 
+def test_in_a_browser_genes_that_differ_in_case_alone_are_chosen_as_typed(browser, trained, tmp_path):
+    subject = subjects(trained)[0]
+    subject.predicted.var_names = ["Actb", "ACTB", *subject.predicted.var_names[2:]]
+    opened = Opened(browser, write_page(Subject(subject.predicted), tmp_path / "case.html"))
+    for name, other in (("ACTB", "ACTB"), ("Actb", "Actb"), ("actb", "Actb")):
+        opened.type(name)
+        opened.until(lambda _, other=other: opened.told().startswith(other))
+    assert opened.errors() == []
+
+
+def test_in_a_browser_labels_say_what_is_shown(browser, page):
+    opened = Opened(browser, page)
+    bar = "Bokeh.documents[0].get_model_by_name('bar_uncertainty').title"
+    choose = (
+        "(() => {{ const s = document.getElementById('{}'); s.value = '{}'; s.dispatchEvent(new Event('change')); }})()"
+    )
+    low, high = map(float, opened.js("Bokeh.documents[0].get_model_by_name('spots').data.interval[0]").split(" to "))
+    assert opened.js(bar) == "log2(1 + width in counts)"
+    assert opened.colours("uncertainty")[0] == pytest.approx(np.log2(1 + high - low), abs=0.02)
+    assert " PCC " in opened.told()
+    opened.js(choose.format("shown", "counts"))
+    assert "PCC of the expected count" in opened.told()
+    opened.js(choose.format("scale", "linear"))
+    assert opened.js(bar) == "width, counts"
+    assert opened.errors() == []
+
+
 def test_in_a_browser_maps_move_together_and_a_unit_is_as_wide_as_high(browser, page):
     opened = Opened(browser, page)
     ranges = [f"Bokeh.documents[0].get_model_by_name('map_{p}').x_range.id" for p in PANELS]

@@ -116,14 +116,25 @@ def zero_figure(p_zero: np.ndarray, truth: np.ndarray) -> figure:
     plot.line([0, 1], [0, 1], color="#999999", line_dash="dashed")
     known = bins["n"] > 0
     n, x, y = (bins[name][known] for name in ("n", "predicted", "observed"))
-    half = 1.96 * np.sqrt(np.maximum(y * (1 - y), 1e-9) / n)
-    source = ColumnDataSource({"x": x, "y": y, "n": n, "low": np.maximum(y - half, 0), "high": np.minimum(y + half, 1)})
+    low, high = wilson(y, n)
+    source = ColumnDataSource({"x": x, "y": y, "n": n, "low": low, "high": high})
     plot.line("x", "y", source=source, color=_ACCENT)
     plot.scatter("x", "y", source=source, size=8, color=_ACCENT)
     plot.add_layout(Whisker(source=source, base="x", lower="low", upper="high", line_color=_ACCENT))
     plot.add_tools(HoverTool(tooltips=[("predicted", "@x{0.000}"), ("observed", "@y{0.000}"), ("counts", "@n{0,0}")]))
     plot.xaxis.axis_label, plot.yaxis.axis_label = "predicted probability of zero", "share of true zeros"
     return plot
+
+
+def wilson(share: np.ndarray, n: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % interval of a share of ``n`` (Wilson, 1927): it has a width at 0 and 1, too.
+
+    >>> [end.round(3).tolist() for end in wilson(np.array([0.0, 0.5]), np.array([10, 10]))]
+    [[0.0, 0.237], [0.278, 0.763]]
+    """
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
 
 
 def training_figures(history: Sequence[Mapping], best_epoch: int) -> dict[str, figure]:

@@ -1,9 +1,9 @@
 """From what lies at a path to pages: one of a prediction, or an index of many with a page for each."""
 
 import base64
+import hashlib
 import io
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from genar.data import contract
-from genar.data.files import write_text
+from genar.data.files import plain, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.report import maps
@@ -79,7 +79,7 @@ def write_report(
     with bar("writing pages", len(names)) as tick:
         for done, (name, path) in enumerate(names.items(), start=1):
             for subject in found.get("") or subjects(path):
-                page = out.with_name(f"{out.stem}_{_plain(name)}_{_plain(subject.section)}.html")
+                page = out.with_name(_page_name(out.stem, name, subject.section, [entry.page for entry in entries]))
                 write_page(subject, page, say=say)
                 entries.append(_entry(subject, name, page))
             tick(done, len(names))
@@ -98,9 +98,12 @@ def _runs(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _plain(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "x"
+def _page_name(stem: str, run: str, section: str, taken: Sequence[str]) -> str:
+    """Name of a page; with a hash of both names where others, made plain, gave the same."""
+    name = f"{stem}_{plain(run)}_{plain(section)}"
+    if f"{name}.html".lower() in map(str.lower, taken):
+        name += "-" + hashlib.sha256(f"{run}/{section}".encode()).hexdigest()[:8]
+    return f"{name}.html"
 
 
 def _entry(subject: Subject, run: str, page: Path) -> _Entry:
@@ -122,8 +125,10 @@ def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None
     sections: dict[str, dict] = {}
     for section in sorted({entry.section for entry in entries}, key=contract.section_key):
         here = [entry for entry in entries if entry.section == section]
-        chosen = _gene(here, gene)
+        chosen, by_pcc = (gene, False) if gene else _gene(here)
         shown = [entry for entry in here if chosen in entry.genes]
+        if not shown:
+            raise InputError(f"--gene {gene}: no prediction of section {section} has it")
         top = max(1.0, *(float(_column(e, kind, chosen).max()) for e in shown for kind in e.log2))
         measured = next((entry for entry in shown if "measured" in entry.log2), None)
         cards = [
@@ -132,38 +137,38 @@ def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None
                 "page": entry.page,
                 "model": entry.model,
                 "scores": entry.scores,
-                "image": _thumbnail(entry, "predicted", chosen, top),
+                "image": _thumbnail(entry, "predicted", chosen, top) if entry in shown else "",
             }
-            for entry in shown
+            for entry in here
         ]
         sections[section] = {
             "gene": chosen,
+            "by_pcc": by_pcc,
+            "top": f"{top:.1f}",
             "cards": cards,
             "measured": _thumbnail(measured, "measured", chosen, top) if measured else "",
         }
+    flatters = any(entry["by_pcc"] for entry in sections.values())
     text = render(
         "index.html",
         "",
         title=f"Predictions of {name}",
         subtitle=f"Predictions: {len(entries)}, sections: {len(sections)}; log2(1 + count), one scale a section.",
-        notes=() if gene else ("the gene shown is the one predicted best on average: it flatters",),
+        notes=("the gene shown is the one predicted best on average: it flatters",) if flatters else (),
+        colours=", ".join(maps.colours(9)),
         sections=sections,
     )
     write_text(out, text)
 
 
-def _gene(entries: list[_Entry], asked: str) -> str:
-    """The gene of a section's small multiples."""
-    if asked:
-        if not any(asked in entry.genes for entry in entries):
-            raise InputError(f"--gene {asked}: no prediction of section {entries[0].section} has it")
-        return asked
+def _gene(entries: list[_Entry]) -> tuple[str, bool]:
+    """The gene of a section's small multiples, and whether its PCC chose it."""
     scored = [entry.pcc.fillna(-1) for entry in entries if entry.pcc is not None]
     if scored:
         mean = pd.Series(pd.concat(scored, axis=1).mean(axis=1, skipna=False)).dropna()
         if len(mean):
-            return str(mean.idxmax())
-    return entries[0].genes[0]
+            return str(mean.idxmax()), True
+    return entries[0].genes[0], False
 
 
 def _column(entry: _Entry, kind: str, gene: str) -> np.ndarray:

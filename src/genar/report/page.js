@@ -84,7 +84,7 @@
     }
     limits.uncertainty = [0, kind === "zero" ? 1 : largest(seen.uncertainty) || 1];
     const units = { measured: unit, predicted: unit, difference: `predicted - measured, ${unit}`,
-      uncertainty: kind === "zero" ? "probability of zero" : `width, ${unit}` };
+      uncertainty: kind === "zero" ? "probability of zero" : log ? "log2(1 + width in counts)" : "width, counts" };
     const palette = facts.palettes[setting("palette", "viridis")];
     for (const panel of panels) {
       const mapper = model(`colours_${panel}`);
@@ -105,7 +105,8 @@
     const mean = (values) => values.reduce((a, b) => a + b, 0) / nSpots;
     const words = [single ? label : `${label}, ${members.length} genes`, `mean predicted ${number(mean(predicted))}`];
     if (measured) words.push(`mean measured ${number(mean(measured))}`);
-    if (single && table.PCC) words.push(`PCC ${table.PCC[gene] === null ? "undefined" : table.PCC[gene].toFixed(3)}`);
+    const other = setting("shown", "counts") !== facts.scored ? ` of the ${{ mean: "expected", counts: "generated" }[facts.scored]} count` : "";
+    if (single && table.PCC) words.push(`PCC${other} ${table.PCC[gene] === null ? "undefined" : table.PCC[gene].toFixed(3)}`);
     say(words.join(" · "));
     for (const row of byId("genes").tBodies[0].rows) row.classList.toggle("chosen", row.dataset.gene === String(single ? gene : -1));
     for (const box of document.querySelectorAll(".groups button")) {
@@ -126,17 +127,21 @@
     draw();
   }
 
-  const places = new Map(genes.map((name, i) => [name.toLowerCase(), i]));
+  // Names may differ in case alone: as it is typed first.
+  const place = (text) => {
+    const exact = genes.indexOf(text);
+    return exact >= 0 ? exact : genes.findIndex((name) => name.toLowerCase() === text.toLowerCase());
+  };
   const typed = byId("gene");
   typed.addEventListener("input", () => {
-    const found = places.get(typed.value.trim().toLowerCase());
-    if (found !== undefined) chooseGene(found);
+    const found = place(typed.value.trim());
+    if (found >= 0) chooseGene(found);
   });
   typed.addEventListener("change", () => {
-    const text = typed.value.trim().toLowerCase();
-    if (text && !places.has(text)) {
-      const near = genes.filter((name) => name.toLowerCase().includes(text));
-      if (near.length === 1) chooseGene(places.get(near[0].toLowerCase()));
+    const text = typed.value.trim();
+    if (text && place(text) < 0) {
+      const near = genes.filter((name) => name.toLowerCase().includes(text.toLowerCase()));
+      if (near.length === 1) chooseGene(place(near[0]));
       else say(`No gene ${typed.value.trim()} here${near.length ? `; perhaps ${near.slice(0, 5).join(", ")}` : ""}.`, true);
     }
   });

@@ -23,7 +23,8 @@ from genar.report.matrices import pack
 from genar.report.subject import Subject
 
 _SHOWN_METRICS = {
-    "pcc_10": "PCC-10", "pcc_50": "PCC-50", "pcc_200": "PCC-200", "pcc_fixed": "PCC, undefined as 0", "mse": "MSE",
+    "pcc_10": "PCC-10", "pcc_50": "PCC-50", "pcc_200": "PCC-200", "n_undefined": "n undefined",
+    "pcc_fixed": "PCC, undefined as 0", "mse": "MSE",
     "mae": "MAE", "rvd": "RVD",
 }  # fmt: skip
 _UNITS = {"mse": "log2(1 + count)", "mae": "log2(1 + count)"}
@@ -124,7 +125,7 @@ def _uncertainties(subject: Subject) -> dict[str, str]:
 def _payload(subject: Subject) -> dict:
     """What the page's script works on."""
     predicted, genes = subject.predicted, list(subject.predicted.var_names)
-    matrices = {"counts": pack(contract.counts(predicted, genes))}
+    matrices = {"counts": pack(contract.values(predicted, genes))}
     named = {"mean": contract.MEAN, "low": "q05", "high": "q95", "zero": contract.P_ZERO}
     matrices |= {
         name: pack(np.asarray(predicted.layers[layer])) for name, layer in named.items() if layer in predicted.layers
@@ -145,6 +146,7 @@ def _payload(subject: Subject) -> dict:
         "matrices": matrices,
         "groups": groups,
         "table": _table(subject),
+        "scored": "mean" if contract.LOG1P_MEAN in predicted.layers else "counts",
         "palettes": figures.PALETTES,
         "span_um": contract.mpp(predicted),
     }
@@ -154,7 +156,7 @@ def _table(subject: Subject) -> dict[str, list]:
     """A column a figure of the genes, in the panel's order; NaN where it is undefined."""
     genes = list(subject.predicted.var_names)
     layers = subject.predicted.layers
-    mean = np.asarray(layers[contract.MEAN]) if contract.MEAN in layers else contract.counts(subject.predicted, genes)
+    mean = np.asarray(layers[contract.MEAN]) if contract.MEAN in layers else contract.values(subject.predicted, genes)
     columns: dict[str, np.ndarray] = {}
     if subject.truth is not None and subject.per_gene is not None:
         names = {"pcc": "PCC", "mse": "MSE", "coverage_90": "in 90 %"}

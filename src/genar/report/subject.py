@@ -12,7 +12,7 @@ from anndata import AnnData
 from genar.data import contract, find_sections, options_for, pick, read_section, reading
 from genar.data.door import door, read_json
 from genar.errors import InputError
-from genar.evaluation import align, intervals, score_aligned
+from genar.evaluation import align, intervals, metrics, score_aligned
 from genar.genes import Scales
 
 _RESAMPLES = 1000
@@ -107,15 +107,16 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject
     aligned = {"prediction": align(predicted, section)}
     if expected:
         aligned["prediction_mean"] = align(predicted, section, use=contract.LOG1P_MEAN)
-    best = aligned["prediction_mean" if expected else "prediction"]
-    scores = score_aligned(best)
+    scores = score_aligned(aligned["prediction_mean" if expected else "prediction"])
     if contract.name(section) != subject.section:
         subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
     subject.methods, subject.differences = _scores_of_run(home, subject.section)
     if not subject.methods:
         scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
-        subject.methods, _ = intervals.compare(scored, [], subject.section, _RESAMPLES)
+        found, _ = intervals.compare(scored, [], subject.section, _RESAMPLES)
+        n_undefined = {m: int(np.isnan(metrics.pcc(one.log2, one.truth_log2)).sum()) for m, one in aligned.items()}
+        subject.methods = {method: {**values, "n_undefined": n_undefined[method]} for method, values in found.items()}
         subject.notes += ("the baselines mean and ridge are scored by a training run, not by a prediction alone",)
     return subject
 
@@ -164,14 +165,15 @@ def _scores_of_run(home: Path | None, section: str) -> tuple[dict, dict]:
     """Scores that the run wrote: with their intervals, or without them where it is an older one."""
     if home is None:
         return {}, {}
-    for name in ("intervals.json", "metrics.json"):
-        if (home / name).is_file():
-            facts: Mapping = read_json(home / name, "JSON of scores").get(section, {})
-            if name == "metrics.json":
-                return dict(facts), {}
-            if facts:
-                return facts["methods"], facts["differences"]
-    return {}, {}
+    names = ("metrics", "intervals")
+    found = {name: home / f"{name}.json" for name in names if (home / f"{name}.json").is_file()}
+    told = {name: read_json(path, "JSON of scores").get(section, {}) for name, path in found.items()}
+    summary: Mapping = told.get("metrics", {})
+    if not (facts := told.get("intervals")):
+        return dict(summary), {}
+    n_undefined = {method: values.get("n_undefined") for method, values in summary.items()}  # it has no interval
+    methods = {name: {**values, "n_undefined": n_undefined.get(name)} for name, values in facts["methods"].items()}
+    return methods, facts["differences"]
 
 
 def log2_of(subject: Subject) -> dict[str, np.ndarray]:
@@ -180,7 +182,7 @@ def log2_of(subject: Subject) -> dict[str, np.ndarray]:
     if contract.LOG1P_MEAN in subject.predicted.layers:
         values = {"predicted": np.asarray(subject.predicted.layers[contract.LOG1P_MEAN]) / np.log(2)}
     else:
-        values = {"predicted": np.log2(1 + contract.counts(subject.predicted, genes))}
+        values = {"predicted": np.log2(1 + contract.values(subject.predicted, genes))}
     if subject.truth is not None:
         values["measured"] = np.log2(1 + contract.counts(subject.truth, genes))
     return values
