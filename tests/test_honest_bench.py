@@ -123,6 +123,7 @@ def test_tables_count_the_undefined_genes(made):
     lines = (out / "out/table.md").read_text().splitlines()
     head, row = (next(line for line in lines if line.startswith(start)).split("|") for start in ("| method", "| mean"))
     assert row[head.index(" n undef. ")] == " 12 "
+    assert row[head.index(" PCC fixed ")] == " 0.000 "  # by definition: no interval
     assert pd.read_csv(out / "out/by_section.csv", index_col=[0, 1]).loc[("mean", "A"), "n_undefined"] == 12
 
 

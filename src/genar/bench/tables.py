@@ -216,6 +216,8 @@ def _grid(lines: Sequence[Line], *, signed: bool = False) -> tuple[list[str], li
 def _cell(metric: str, found: Interval, sign: str = "") -> str:
     if np.isnan(found[0]):
         return _NONE
+    if found[1] == found[2]:  # constant by definition, as the training mean's PCC
+        return f"{found[0]:{sign}.3f}"
     return f"{found[0]:.3g}" if metric == "n_undefined" else intervals.words(found, sign)
 
 
