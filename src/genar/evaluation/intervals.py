@@ -57,10 +57,11 @@ def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarr
         varies = var_y > least[1]
         defined = (var_x > least[0]) & varies
         r = np.where(defined, (xy - mx * my) / np.sqrt(np.where(defined, var_x * var_y, 1)), 0)
+        inside = np.broadcast_to(known, r.shape)
         ratio = np.where(varies, np.square((var_x - var_y) / np.where(varies, var_y, 1)), 0)
         for n in PCC_TOPS:
-            scores[f"pcc_{n}"].append(_mean_of(r, ranked[:n][known[ranked[:n]]]))
-        scores["pcc_200"].append(_mean_of(r, np.flatnonzero(known)))
+            scores[f"pcc_{n}"].append(_mean_where(r[:, ranked[:n]], inside[:, ranked[:n]]))
+        scores["pcc_200"].append(_mean_where(r, inside))
         scores["pcc_fixed"].append(r.mean(axis=1))
         scores["mse"].append(squared.mean(axis=1))
         scores["mae"].append(absolute.mean(axis=1))
@@ -70,11 +71,6 @@ def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarr
         for values in joined.values():
             values[1:] = np.nan
     return joined
-
-
-def _mean_of(values: np.ndarray, genes: np.ndarray) -> np.ndarray:
-    """Mean of each row over ``genes``; NaN where there are none."""
-    return values[:, genes].mean(axis=1) if len(genes) else np.full(len(values), np.nan)
 
 
 def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
