@@ -34,6 +34,7 @@ class Hub:
 
     def __init__(self):
         self.repositories, self.private, self.asked, self.tokens = {}, set(), [], set()
+        self.own = set()  # of the one who asks
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,12 +62,13 @@ class Hub:
         self.tokens.add(request.headers.get("Authorization"))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             name, revision = found.groups()
-            if name not in self.repositories or name in self.private:
+            if name not in self.repositories or name in self.private - self.own:
                 return self.answer(request, 401, b"{}", {"X-Error-Code": "RepoNotFound"})
             if revision not in (None, "main", COMMIT):
                 return self.answer(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             files = [{"rfilename": file} for file in self.repositories[name]]
-            facts = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "private": False, "tags": []}
+            facts = {"id": name, "modelId": name, "sha": COMMIT, "siblings": files, "tags": []}
+            facts["private"] = name in self.private
             return self.answer(request, 200, json.dumps(facts).encode())
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             files = self.repositories[found[1]]
@@ -85,8 +87,10 @@ class Hub:
         if path == "/api/repos/create":
             facts = json.loads(body)
             name = "/".join(filter(None, (facts.get("organization"), facts["name"])))
-            if facts.get("private"):
-                self.private.add(name)
+            if name not in self.repositories:
+                self.own.add(name)
+                is_private = facts.get("private") or facts.get("visibility") == "private"  # by the client's release
+                self.private |= {name} if is_private else set()
             self.repositories.setdefault(name, {})
             return self.answer(request, 200, json.dumps({"url": f"{self.url}/{name}", "name": name}).encode())
         if path == "/api/validate-yaml":
@@ -172,6 +176,19 @@ def test_pushed_and_fetched_it_is_the_same(hub, saved, monkeypatch, capsys):
     check_predicts(checkpoint)
     assert checkpoint.panel == load_checkpoint(saved).panel
     assert f"Bearer {TOKEN}" in hub.tokens
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, saved, monkeypatch, capsys):
+    assert run(monkeypatch, "push", saved, NAME) == 0
+    kept = dict(hub.repositories[NAME])
+    (saved / "README.md").write_text("secret")
+    assert run(monkeypatch, "push", saved, NAME, "--private") == 2
+    assert "is public, and nothing was written" in capsys.readouterr().err
+    assert hub.repositories[NAME] == kept
+    for _ in range(2):  # made private, it stays so
+        assert run(monkeypatch, "push", saved, "lab/new", "--private") == 0
+    assert hub.private == {"lab/new"}
+    assert hub.repositories["lab/new"]["README.md"] == b"secret"
 
 
 def test_only_weights_configuration_and_card_come(hub, saved):
@@ -278,10 +295,52 @@ def test_the_card_tells_what_is_known_and_breaks_nothing(saved):
     facts = json.loads((saved / "config.json").read_text())
     facts["features"]["encoder"] = "uni2_h"
     assert "access must be asked for" in write_card(facts, 1, {})
+    facts["training"]["held_out"] = []
     assert "nothing is known of how well it does" in write_card(facts, 1, {})
+    facts["training"]["held_out"] = ["SPA|1"]
+    assert "Held out were SPA?1; the scores on them are not recorded here" in write_card(facts, 1, {})
 
 
 def test_saved_and_loaded_by_the_names_of_the_hub(saved, tmp_path):
     checkpoint = genar.GenAR.from_pretrained(saved)
     check_predicts(genar.GenAR.from_pretrained(checkpoint.save_pretrained(tmp_path / "again")))
     save_checkpoint(tmp_path / "again", checkpoint)
+
+
+def test_the_card_of_the_same_weights_is_kept(saved, tmp_path):
+    card = "---\nlicense: mit\n---\nwritten by hand, größer\n"
+    (saved / "README.md").write_text(card, encoding="utf-8")
+    for folder in (tmp_path / "again", tmp_path / "once more"):  # of format 1, then of this one
+        saved = load_checkpoint(saved).save_pretrained(folder)
+        assert (folder / "README.md").read_text(encoding="utf-8") == card
+    other = load_checkpoint(saved)
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    other.save_pretrained(saved)
+    assert "license: unknown" in (saved / "README.md").read_text()
+
+
+def test_what_else_lies_in_the_folder_stays(saved, tmp_path):
+    """A clone of a repository, another model, a training run, a source folder."""
+    checkpoint = load_checkpoint(saved)
+    clone = tmp_path / "clone"
+    (clone / ".git").mkdir(parents=True)
+    (clone / ".git" / "HEAD").write_text("ref")
+    (clone / "README.md").write_text("my own")
+    for _ in range(2):
+        check_predicts(load_checkpoint(checkpoint.save_pretrained(clone)))
+        assert (clone / ".git" / "HEAD").read_text() == "ref"
+        assert {path.name for path in clone.iterdir()} == {".git", "README.md", "config.json", "model.safetensors"}
+        assert {path.name for path in tmp_path.iterdir()} == {"saved", "clone"}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["Bert"]}')
+    with pytest.raises(InputError, match=r"its config\.json is not of a GenAR checkpoint"):
+        checkpoint.save_pretrained(str(other))
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds a training run"):
+        checkpoint.save_pretrained(tmp_path / "run")
+    assert (other / "config.json").read_text() == '{"architectures": ["Bert"]}'
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="a file lies there"):
+        checkpoint.save_pretrained(tmp_path / "file")

@@ -38,6 +38,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         _make_room(path)
         yield temporary
+        if temporary.is_dir() and path.is_file():
+            raise InputError(f"{path}: a folder is to be written, and a file lies there; choose another place")
         _move(temporary, path)
     except (OSError, RuntimeError) as error:
         if told := refusal(error, path):

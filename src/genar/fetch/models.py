@@ -45,7 +45,8 @@ def download_model(hub_id: str, revision: str | None = None) -> Path:
 
 def upload_model(folder: Path, hub_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Write a checkpoint's folder to the hub as one commit, making the repository where there is none; returns its
-    address. Raises ``InputError`` where the hub is out of reach or refuses."""
+    address. Raises ``InputError`` where the hub is out of reach or refuses, or where ``private`` is asked for and the
+    repository is public."""
     from huggingface_hub import HfApi, constants
 
     if _HUB_ID.fullmatch(hub_id) is None:
@@ -56,6 +57,13 @@ def upload_model(folder: Path, hub_id: str, *, private: bool = False, revision: 
     api = HfApi(endpoint=endpoint, library_name="genar", library_version=genar.__version__)
     with in_one_line(endpoint, hub_id, revision or "main", _LOG_IN):
         api.create_repo(hub_id, private=private, exist_ok=True)
+        is_public = private and not api.repo_info(hub_id).private  # one that was there before stays as it is
+    if is_public:
+        raise InputError(
+            f"{hub_id} on {endpoint} is public, and nothing was written; make it private in its settings, choose "
+            "another name, or push without --private"
+        )
+    with in_one_line(endpoint, hub_id, revision or "main", _LOG_IN):
         if revision is not None:
             api.create_branch(hub_id, branch=revision, exist_ok=True)
         api.upload_folder(

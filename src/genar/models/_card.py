@@ -13,7 +13,7 @@ def write_card(facts: Mapping, n_weights: int, scores: Mapping[str, Mapping[str,
     """The card as Markdown with the hub's header.
 
     ``facts`` are those of ``config.json``; ``scores``: section -> method -> metric -> value, or (value, low, high),
-    empty where nothing was held out.
+    empty where nothing was held out, or it is not known here.
     """
     training, features, panel = facts["training"], facts["features"], facts["panel"]
     name = _plain(facts["name"])
@@ -33,7 +33,7 @@ def write_card(facts: Mapping, n_weights: int, scores: Mapping[str, Mapping[str,
         "recipe": f"preset {_plain(training.get('preset', '?'))}, seed {training.get('config', {}).get('seed', '?')}",
     }
     lines += [f"- **{what}**: {value}" for what, value in rows.items()]
-    lines += ["", "## Scores", "", *_scores(scores), "", "## Use", ""]
+    lines += ["", "## Scores", "", *_scores(scores, training.get("held_out", ())), "", "## Use", ""]
     lines += [
         "For research on tissue like that of the training sections, stained and scanned alike, with the same encoder. "
         "Score it on sections of your own before you rely on it (`genar evaluate`).",
@@ -51,7 +51,9 @@ def write_card(facts: Mapping, n_weights: int, scores: Mapping[str, Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def _scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def _scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], held_out: Sequence[str]) -> list[str]:
+    if not scores and held_out:
+        return [f"Held out were {_names(held_out)}; the scores on them are not recorded here, but in the training run."]
     if not scores:
         return ["No section was held out: nothing is known of how well it does."]
     known = [m for m in _METRICS if any(m in values for methods in scores.values() for values in methods.values())]

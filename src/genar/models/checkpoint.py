@@ -4,6 +4,7 @@ pickle."""
 import copy
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import genar
 from genar.data.door import door, read_json, room
-from genar.data.files import replacing, write_text
+from genar.data.files import replacing, scratch_beside, write_text
 from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
 from genar.genes import Panel
@@ -25,7 +26,7 @@ from genar.models import Model, model_class
 from genar.models._card import write_card
 
 FORMAT = 2
-_ATTENTION_BYTES = 1 << 30
+_ATTENTION_BYTES, _CARD_BYTES = 1 << 30, 1 << 20
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -44,6 +45,10 @@ class Checkpoint:
     """what it was trained on and how"""
     sha256: str = ""
     """of the weights file"""
+    card: str = field(default="", repr=False)
+    """the card that lay beside it; saved again with the same weights"""
+    card_of: str = field(default="", repr=False)
+    """sha256 of the weights that the card tells of, as this release writes them; empty: of any"""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
@@ -51,8 +56,8 @@ class Checkpoint:
         return load_checkpoint(source, revision=revision)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """As :func:`save_checkpoint`; the card holds no scores, as those are the training run's."""
-        return save_checkpoint(Path(folder), self)
+        """As :func:`save_checkpoint`."""
+        return save_checkpoint(folder, self)
 
     def push_to_hub(self, hub_id: str, *, private: bool = False, revision: str | None = None) -> str:
         """Write it to ``hub_id`` (``organisation/name``) of the Hugging Face hub as one commit; returns the address.
@@ -64,13 +69,18 @@ class Checkpoint:
             return upload_model(folder, hub_id, private=private, revision=revision)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write the folder, whole or not at all, and return it; sets ``checkpoint.sha256``."""
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write the folder and return it; sets ``checkpoint.sha256``.
+
+    A new folder, or one that holds a checkpoint and nothing else, is written whole or not at all. In any other, a clone
+    of a repository, say, each of the three files is, and all else stays as it is, a ``README.md`` of the user's own,
+    too. The card is the one that was loaded, where the weights are still those; else a new one, without scores, as
+    those are the training run's. Raises ``InputError`` where another model's files, or a training run, lie there.
+    """
+    folder = Path(folder)
+    with _filling(folder) as temporary:
         try:
-            save_file(state, temporary / WEIGHTS)
+            save_file(_state(checkpoint.model), temporary / WEIGHTS)
         except SafetensorError as error:  # the system's refusal in words of its own
             raise OSError(str(error)) from error
         checkpoint.sha256 = _hash(temporary / WEIGHTS)
@@ -85,8 +95,40 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             "sha256": checkpoint.sha256,
         }
         (temporary / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
-        (temporary / CARD).write_text(write_card(facts, _n_weights(checkpoint.model), {}))
+        kept = checkpoint.card if checkpoint.card_of in ("", checkpoint.sha256) else ""
+        card = kept or write_card(facts, _n_weights(checkpoint.model), {})
+        (temporary / CARD).write_text(card, encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes ``folder``, or whose files go into it one by one where other things lie there."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = _is_ours(folder)
+    if not there or (ours and there <= {WEIGHTS, CONFIG, CARD}):
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
+        return
+    if (folder / "checkpoint").is_dir():
+        raise InputError(f"{folder}: holds a training run; a checkpoint needs a folder of its own, choose another")
+    if foreign := sorted(there & {WEIGHTS, CONFIG}) if not ours else []:
+        raise InputError(
+            f"{folder}: its {foreign[0]} is not of a GenAR checkpoint; choose another folder, or delete it"
+        )
+    with scratch_beside(folder) as temporary:
+        yield temporary
+        for name in (WEIGHTS, CONFIG, *([CARD] if ours or CARD not in there else [])):
+            with replacing(folder / name) as path:
+                os.replace(temporary / name, path)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return isinstance(read_json(folder / CONFIG, "JSON of a checkpoint").get("panel"), dict)
+    except InputError:
+        return False
 
 
 def rewrite_card(folder: Path, scores: Mapping[str, Mapping[str, Mapping]]) -> None:
@@ -148,6 +190,10 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             f"expected {checkpoint.sha256[:12]}…; copy it again"
         )
     model.eval()
+    if (folder / CARD).is_file() and (folder / CARD).stat().st_size <= _CARD_BYTES:
+        checkpoint.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+        # tensors of an older format are saved under other names
+        checkpoint.card_of = found if facts["format"] == FORMAT else hashlib.sha256(save(_state(model))).hexdigest()
     return checkpoint
 
 
@@ -228,6 +274,10 @@ def _load_weights(path: Path, model: Model, version: int) -> None:
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(model.upgraded(state, version))
+
+
+def _state(model: Model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _hash(path: Path) -> str:
