@@ -195,8 +195,9 @@ def panel(
 ) -> None:
     """Select the gene panel, or check a list of genes against the sections."""
     from genar.data import find_sections, pick
-    from genar.genes import listed_panel, read_aliases, read_panel, select_panel
+    from genar.genes import check_place, listed_panel, read_aliases, read_panel, select_panel
 
+    check_place(out)
     refs = find_sections(sections)
     left_out = pick(refs, _ids(exclude))
     chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in refs if ref not in left_out]

@@ -171,7 +171,7 @@ def expected_log2(predicted: AnnData, run: Run) -> np.ndarray:
     otherwise (``greedy``: the paper), and of one without an expectation, its counts."""
     asked = run.method.settings.decoding.get("decode", "mean")
     if asked == "mean" and contract.LOG1P_MEAN in predicted.layers:
-        values = np.asarray(predicted.layers[contract.LOG1P_MEAN], dtype=np.float64) / np.log(2)
+        values = contract.layer(predicted, contract.LOG1P_MEAN).astype(np.float64) / np.log(2)
     else:
         values = metrics.log2p1(contract.counts(predicted, list(predicted.var_names)))
     if not np.isfinite(values).all():
@@ -184,7 +184,7 @@ def expected_log2(predicted: AnnData, run: Run) -> np.ndarray:
 def _coverage(predicted: AnnData, counts: np.ndarray) -> float:
     if not {"q05", "q95"} <= set(predicted.layers):
         return float("nan")
-    low, high = (np.asarray(predicted.layers[q]) for q in ("q05", "q95"))
+    low, high = (contract.layer(predicted, q) for q in ("q05", "q95"))
     return float(metrics.coverage(low, high, counts).mean())
 
 

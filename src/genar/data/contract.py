@@ -97,13 +97,18 @@ def check_name(section: object) -> None:
 
 
 def name(adata: AnnData) -> str:
-    """The section's id."""
-    return str(adata.uns[GENAR][SECTION])
+    """The section's id. Raises ``InputError`` where it has none."""
+    if SECTION not in (told := adata.uns.get(GENAR, {})):
+        raise InputError(
+            f"an AnnData without uns['{GENAR}']['{SECTION}'], of {adata.n_obs} spots; expected a section as "
+            "genar.read_section gives it: read its file with that"
+        )
+    return str(told[SECTION])
 
 
 def slide_path(adata: AnnData) -> Path | None:
-    """Path of the section's slide image; ``None`` where the folder holds none."""
-    slide = str(adata.uns[GENAR][SLIDE])
+    """Path of the section's slide image; ``None`` where there is none."""
+    slide = str(adata.uns.get(GENAR, {}).get(SLIDE, ""))
     return Path(slide) if slide else None
 
 
@@ -148,8 +153,16 @@ def spot_diameter_px(adata: AnnData) -> float:
 
 
 def coords_px(adata: AnnData) -> np.ndarray:
-    """Spot centres, float64 [N, 2], (x, y) in full-resolution px."""
-    return np.asarray(adata.obsm[SPATIAL], dtype=np.float64)
+    """Spot centres, float64 [N, 2], (x, y) in full-resolution px. Raises ``InputError`` where it has none."""
+    if SPATIAL not in adata.obsm:
+        raise InputError(
+            f"an AnnData without obsm['{SPATIAL}'], of {adata.n_obs} spots; expected spot centres [N, 2] in px, as "
+            "genar.read_section gives them"
+        )
+    xy = np.asarray(adata.obsm[SPATIAL], dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] != 2:
+        raise InputError(f"obsm['{SPATIAL}'] must be spot centres [N, 2], (x, y), found shape {list(xy.shape)}")
+    return xy
 
 
 def coords_um(adata: AnnData) -> np.ndarray:
@@ -163,8 +176,19 @@ def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
     Raises ``InputError`` naming the genes the section lacks.
     """
     adata = adata if genes is None else _of_genes(adata, genes)
-    x = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)  # pyright: ignore
-    return np.rint(x).astype(np.int32)
+    return np.rint(dense(adata.X)).astype(np.int32)
+
+
+def dense(values) -> np.ndarray:
+    """A matrix, sparse or dense, of memory or of a file that is open, as an array of its own type."""
+    if not (isinstance(values, np.ndarray) or sparse.issparse(values)):
+        values = values[:]
+    return values.toarray() if sparse.issparse(values) else np.asarray(values)  # pyright: ignore
+
+
+def layer(adata: AnnData, name: str) -> np.ndarray:
+    """A layer [N, G], dense."""
+    return dense(adata.layers[name])
 
 
 def values(adata: AnnData, genes: list[str]) -> np.ndarray:

@@ -38,8 +38,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         _make_room(path)
         yield temporary
-        if temporary.is_dir() and path.is_file():
-            raise InputError(f"{path}: a folder is to be written, and a file lies there; choose another place")
+        if temporary.exists() and path.exists() and temporary.is_dir() != path.is_dir():
+            made, found = ("folder", "file") if temporary.is_dir() else ("file", "folder")
+            raise InputError(f"{path}: a {made} is to be written, and a {found} lies there; choose another place")
         _move(temporary, path)
     except (OSError, RuntimeError) as error:
         if told := refusal(error, path):

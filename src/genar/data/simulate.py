@@ -15,16 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
+import tifffile
 from anndata import AnnData
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import KDTree
 
 from genar.data import contract
+from genar.data.door import door
 from genar.data.files import replacing
 from genar.data.pyramid import write_pyramid
+from genar.errors import InputError
 
 KINDS = ("gland", "stroma", "immune", "fat")
 MARKERS = {
@@ -431,7 +435,8 @@ def write_tissue(
     """Write sections in the layout of HEST-1k under ``out`` and return it: ``st/``, ``wsis/`` and ``metadata/``.
 
     A file appears under its name only once it is whole; writing again gives the same counts and pixels.
-    Raises ``ValueError`` where a section's name is used twice or is not a file name.
+    Raises ``InputError`` where a section's name is used twice or is not a file name, or a section or image of that name
+    lies there that was not simulated.
 
     >>> from genar.data.simulate import TissueConfig
     >>> small = TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0)
@@ -441,7 +446,9 @@ def write_tissue(
     """
     out = Path(out)
     if not sections or len(set(sections)) < len(sections) or not all(n and Path(n).name == n for n in sections):
-        raise ValueError(f"sections must be names fit for a file, at least one and each once, found {list(sections)}")
+        raise InputError(f"sections must be names fit for a file, at least one and each once, found {list(sections)}")
+    for section in sections:
+        _refuse_measured(out, section)
     for section in sections:
         adata, image = simulate_section(section, seed, config)
         with replacing(out / "wsis" / f"{section}.tif") as path:
@@ -451,6 +458,19 @@ def write_tissue(
         with replacing(out / "metadata" / f"{section}.json") as path:
             path.write_text(json.dumps(_metadata(adata, image, config), indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def _refuse_measured(folder: Path, section: str) -> None:
+    counts, image = folder / "st" / f"{section}.h5ad", folder / "wsis" / f"{section}.tif"
+    ours = True
+    if counts.is_file():
+        with door(counts, ".h5ad file", "choose another folder"), h5py.File(counts) as file:
+            ours = "uns/simulated" in file
+    elif image.is_file():
+        with door(image, "TIFF", "choose another folder"), tifffile.TiffFile(image) as file:
+            ours = file.pages.first.software == "genar"
+    if not ours:
+        raise InputError(f"{counts if counts.is_file() else image}: is there and not simulated; choose another folder")
 
 
 def _metadata(adata: AnnData, image: np.ndarray, config: TissueConfig) -> dict:

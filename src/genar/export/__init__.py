@@ -1,5 +1,6 @@
 """Predictions in the files that other programs open: a format a file of this folder."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,13 +31,17 @@ FORMATS = {
     "vitessce": write_vitessce,
 }
 _SUFFIXES = {".geojson": "geojson", ".json": "geojson", ".zarr": "spatialdata", ".tmap": "tissuumaps"}
+_IN_A_FOLDER = {"vitessce.json", "prediction.sdata.zarr"}
+_IN_A_STORE = {"images/he", "shapes/spots", "tables/table"}
+_MARK = {"geojson": rb'"type":\s*"FeatureCollection"', "tissuumaps": rb'"uid":\s*"genar"'}
+_MARK_WITHIN = 1 << 16  # bytes of a file
 
 
 def format_of(path: Path, asked: str | None = None, *more: str) -> str:
     """The format to write: the one ``asked`` for, or what the suffix of ``path`` says; ``more`` names suffixes that
     mean something to the caller.
 
-    Raises ``InputError`` where neither names one.
+    Raises ``InputError`` where neither names one, or ``path`` has a suffix of something else.
 
     >>> format_of(Path("spots.geojson")), format_of(Path("out.zarr"))
     ('geojson', 'spatialdata')
@@ -47,18 +52,25 @@ def format_of(path: Path, asked: str | None = None, *more: str) -> str:
             f"--format {found or 'was not given'}: expected {', '.join(FORMATS)}, or an --out that ends in "
             f"{', '.join((*more, *_SUFFIXES))}; found {path.name}"
         )
-    if found == "tissuumaps" and path.suffix != ".tmap":
-        raise InputError(f"--out {path}: TissUUmaps opens projects that end in .tmap; name it {path.stem}.tmap")
+    suffixes = [suffix for suffix, kind in _SUFFIXES.items() if kind == found]
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"--out {path}: {found} ends in {' or '.join(suffixes)}; name it {path.stem}{suffixes[0]}")
     return found
 
 
 def refuse_foreign(path: Path) -> None:
-    """``InputError`` where an ``.h5ad``, a store or a folder that is no prediction of GenAR's lies at ``path``: a
-    measured section must not be overwritten."""
+    """``InputError`` where something lies at ``path`` that is no prediction of GenAR's, or holds other things, too: a
+    measured section, or a user's own work, must not be overwritten."""
     if path.is_dir():
-        ours = (path / "vitessce.json").is_file() or any(path.glob("tables/*/uns/genar/prediction"))
-        if ours or not any(path.iterdir()):
+        there = {one.name for one in path.iterdir()}
+        elements = {one.relative_to(path).as_posix() for one in path.glob("*/*") if one.is_dir()}
+        is_store = elements <= _IN_A_STORE and any(path.glob("tables/*/uns/genar/prediction"))
+        if is_store or there <= _IN_A_FOLDER:
             return
+    elif path.is_file() and (mark := _MARK.get(_SUFFIXES.get(path.suffix.lower(), ""))):
+        with path.open("rb") as file:
+            if re.search(mark, file.read(_MARK_WITHIN)):
+                return
     elif path.suffix == ".h5ad" and path.is_file():
         import h5py
 
@@ -73,13 +85,14 @@ def refuse_foreign(path: Path) -> None:
 
 
 def write_export(
-    predicted: AnnData, path: Path, kind: str | None = None, *, genes: Sequence[str] = ()
+    predicted: AnnData, path: str | Path, kind: str | None = None, *, genes: Sequence[str] = ()
 ) -> dict[str, Path]:
     """Write a prediction [N, G] as ``kind`` (see :func:`format_of`), cut to ``genes`` where some are named.
 
     Returns name -> path of what was written. Raises ``InputError`` where a gene or the positions are missing, or a
     package that the format needs.
     """
+    path = Path(path)
     kind = format_of(path, kind)
     refuse_foreign(path)
     return {kind: FORMATS[kind](predicted, path, genes=genes)}

@@ -15,8 +15,8 @@ IMAGE_PX = 4000
 
 
 def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
-    """The prediction with ``genes`` alone (all where none is named). Raises ``InputError`` where one, or the positions,
-    are missing."""
+    """The prediction with ``genes`` alone (all where none is named). Raises ``InputError`` where one, the counts or the
+    positions are missing, or a value is NaN or infinite."""
     if missing := [gene for gene in genes if gene not in predicted.var_names]:
         raise InputError(
             f"genes: {len(missing)} of {len(genes)} are not in the prediction ({', '.join(missing[:3])}); "
@@ -24,16 +24,22 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         )
     if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
         raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
-    return predicted[:, list(genes)].copy() if genes else predicted.copy()
+    if predicted.X is None:
+        raise InputError("no X: expected predicted counts there, as `genar predict` writes them")
+    predicted = predicted[:, list(genes)].copy() if genes else predicted.copy()
+    for where, values in {"X": predicted.X, **{f"layers['{n}']": v for n, v in predicted.layers.items()}}.items():
+        if not np.isfinite(values.data if sparse.issparse(values) else values).all():  # pyright: ignore
+            raise InputError(f"{where} holds NaN or infinite values; expected counts: predict again, or leave it out")
+    return predicted
 
 
 def expected(predicted: AnnData) -> np.ndarray:
     """Expected counts [N, G]; where the prediction has the expectation of ln(1 + count) alone, what that is in counts,
     and where it has neither, its counts."""
     if contract.MEAN in predicted.layers:
-        return np.asarray(predicted.layers[contract.MEAN], dtype=np.float64)
+        return contract.layer(predicted, contract.MEAN).astype(np.float64)
     if contract.LOG1P_MEAN in predicted.layers:
-        return np.expm1(np.asarray(predicted.layers[contract.LOG1P_MEAN], dtype=np.float64))
+        return np.expm1(contract.layer(predicted, contract.LOG1P_MEAN).astype(np.float64))
     return contract.counts(predicted).astype(np.float64)
 
 
@@ -43,7 +49,7 @@ def plain_table(predicted: AnnData) -> AnnData:
         sparse.csr_matrix(predicted.X, dtype=np.float32),
         obs=pd.DataFrame(index=predicted.obs_names),
         var=pd.DataFrame(predicted.var),
-        layers={name: np.asarray(values, dtype=np.float32) for name, values in predicted.layers.items()},
+        layers={name: contract.layer(predicted, name).astype(np.float32) for name in predicted.layers},
     )
     table.obsm[contract.SPATIAL] = contract.coords_px(predicted)
     table.uns[contract.GENAR] = predicted.uns[contract.GENAR]

@@ -15,7 +15,7 @@ _CORNERS = 24  # of the polygon that stands for a round spot
 _DECIMALS = 4
 
 
-def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
+def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] = ()) -> Path:
     """Spots as GeoJSON that QuPath opens: a detection per spot, with the predicted counts as its measurements.
 
     ``predicted`` [N, G] is a prediction of GenAR, or any section that fulfils the contract. Each spot is a polygon of
@@ -27,7 +27,7 @@ def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) 
     chosen = [str(name) for name in predicted.var_names]
     values = dict(zip(chosen, contract.counts(predicted, chosen).T, strict=True))
     if "mean" in predicted.layers:
-        means = np.asarray(predicted[:, chosen].layers["mean"], dtype=np.float64).round(_DECIMALS)
+        means = contract.layer(predicted, "mean").astype(np.float64).round(_DECIMALS)
         values |= {f"{gene} mean": column for gene, column in zip(chosen, means.T, strict=True)}
     measured = {name: column.tolist() for name, column in values.items()}
     features = [
@@ -43,7 +43,7 @@ def write_geojson(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) 
         for i, (barcode, ring) in enumerate(zip(predicted.obs_names, _rings(predicted), strict=True))
     ]
     write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
-    return path
+    return Path(path)
 
 
 def _rings(section: AnnData) -> list:

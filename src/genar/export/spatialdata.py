@@ -9,6 +9,7 @@ from anndata import AnnData
 
 from genar.data import contract
 from genar.data.files import replacing
+from genar.errors import InputError
 from genar.export._common import IMAGE_PX, cut, missing, plain_table
 from genar.report.maps import background
 
@@ -16,7 +17,7 @@ IMAGE, SPOTS, TABLE = "he", "spots", "table"
 _PYRAMID = (2, 2)
 
 
-def write_spatialdata(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
+def write_spatialdata(predicted: AnnData, path: str | Path, *, genes: Sequence[str] = ()) -> Path:
     """Write a store that spatialdata, napari-spatialdata, squidpy and GenAR read, whole or not at all.
 
     ``images/he`` is the slide at up to 4,000 px, ``shapes/spots`` are the circles in full-resolution px,
@@ -29,7 +30,7 @@ def write_spatialdata(predicted: AnnData, path: Path, *, genes: Sequence[str] = 
         from spatialdata.transformations import Identity, Scale, Sequence
     except ImportError as error:
         raise missing("spatialdata", "spatialdata") from error
-    chosen = cut(predicted, genes)
+    path, chosen = Path(path), cut(predicted, genes)
     mpp = contract.mpp(chosen)
     um = Scale([mpp, mpp], axes=("x", "y"))
     table = plain_table(chosen)
@@ -48,8 +49,13 @@ def write_spatialdata(predicted: AnnData, path: Path, *, genes: Sequence[str] = 
             image.transpose(2, 0, 1), dims=("c", "y", "x"), c_coords=["r", "g", "b"], scale_factors=list(_PYRAMID),
             transformations={"global": full, "um": Sequence([full, um])},
         )  # fmt: skip
-    tables = {TABLE: TableModel.parse(table, region=SPOTS, region_key="region", instance_key="spot")}
+    try:
+        tables = {TABLE: TableModel.parse(table, region=SPOTS, region_key="region", instance_key="spot")}
+        store = SpatialData(images=images, shapes={SPOTS: shapes}, tables=tables)
+    except ValueError as error:
+        told = " ".join(str(error).split())[:300]
+        raise InputError(f"SpatialData refuses a column or layer: {told}; rename it, or leave it out") from error
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autosharding.*")  # zarr's note on a later release
-        SpatialData(images=images, shapes={SPOTS: shapes}, tables=tables).write(temporary)
+        store.write(temporary)
     return path

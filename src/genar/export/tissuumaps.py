@@ -17,7 +17,7 @@ _UID = "genar"
 _DISC = 0.85  # of its diameter is the size of a disc: TissUUmaps (3.2) draws it wider
 
 
-def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
+def write_tissuumaps(predicted: AnnData, path: str | Path, *, genes: Sequence[str] = ()) -> Path:
     """Write ``NAME.tmap`` with ``NAME_tmap.csv`` (a row a spot, expected counts a column a gene) and ``NAME_tmap.tif``
     beside it: names that no slide has.
 
@@ -25,7 +25,7 @@ def write_tissuumaps(predicted: AnnData, path: Path, *, genes: Sequence[str] = (
     are px of the image written here; without an image, full-resolution px. The project file is written last. Raises
     ``InputError`` as ``write_export`` does.
     """
-    chosen = cut(predicted, genes)
+    path, chosen = Path(path), cut(predicted, genes)
     names = list(map(str, chosen.var_names))
     xy, mpp = contract.coords_px(chosen), contract.mpp(chosen)
     layers, diameter = [], contract.spot_diameter_px(chosen)

@@ -17,7 +17,7 @@ STORE, CONFIG = "prediction.sdata.zarr", "vitessce.json"
 URL = "http://localhost:8000"
 
 
-def write_vitessce(predicted: AnnData, path: Path, *, genes: Sequence[str] = ()) -> Path:
+def write_vitessce(predicted: AnnData, path: str | Path, *, genes: Sequence[str] = ()) -> Path:
     """Write a folder with ``prediction.sdata.zarr`` and ``vitessce.json``: spots over the H&E, genes, a heat map.
 
     The configuration names the store under ``http://localhost:8000``, as a web server in that folder offers it.
@@ -36,7 +36,7 @@ def write_vitessce(predicted: AnnData, path: Path, *, genes: Sequence[str] = ())
             from vitessce import ViewType as View  # pyright: ignore
     except ImportError as error:
         raise missing("vitessce", "vitessce") from error
-    chosen = cut(predicted, genes)
+    path, chosen = Path(path), cut(predicted, genes)
     name = contract.name(chosen)
     has_image = background(chosen, 64) is not None
     told = "Gene counts predicted from H&E"

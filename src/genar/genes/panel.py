@@ -79,6 +79,18 @@ class Panel:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
+def check_place(path: Path) -> None:
+    """``InputError`` where a panel written to ``path`` would have another suffix than ``.json``, or overwrite what is
+    none."""
+    if path.suffix != ".json":
+        raise InputError(f"--out {path}: a panel is a .json file; name it {path.stem}.json")
+    if path.is_file():
+        try:
+            read_panel(path)
+        except InputError as error:
+            raise InputError(f"--out {path}: is there already, and no panel; choose another, or delete it") from error
+
+
 def read_panel(path: str | Path) -> Panel:
     """A panel from ``panel.json`` or from a text file with one gene a line (# begins a comment).
 

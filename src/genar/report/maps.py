@@ -159,7 +159,7 @@ def _truth_log2(truth: AnnData, gene: str) -> np.ndarray:
 def _predicted_log2(predicted: AnnData, gene: str) -> np.ndarray:
     one = predicted[:, gene]
     if contract.LOG1P_MEAN in one.layers:
-        return np.asarray(one.layers[contract.LOG1P_MEAN])[:, 0] / np.log(2)
+        return contract.layer(one, contract.LOG1P_MEAN)[:, 0] / np.log(2)
     return np.log2(1 + contract.values(predicted, [gene])[:, 0])
 
 

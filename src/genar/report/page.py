@@ -128,7 +128,7 @@ def _payload(subject: Subject) -> dict:
     matrices = {"counts": pack(contract.values(predicted, genes))}
     named = {"mean": contract.MEAN, "low": "q05", "high": "q95", "zero": contract.P_ZERO}
     matrices |= {
-        name: pack(np.asarray(predicted.layers[layer])) for name, layer in named.items() if layer in predicted.layers
+        name: pack(contract.layer(predicted, layer)) for name, layer in named.items() if layer in predicted.layers
     }
     if subject.truth is not None:
         matrices["measured"] = pack(contract.counts(subject.truth, genes))

@@ -180,7 +180,7 @@ def log2_of(subject: Subject) -> dict[str, np.ndarray]:
     """``predicted`` and, where it is known, ``measured`` [N, G] in log2(1 + count) space."""
     genes = list(subject.predicted.var_names)
     if contract.LOG1P_MEAN in subject.predicted.layers:
-        values = {"predicted": np.asarray(subject.predicted.layers[contract.LOG1P_MEAN]) / np.log(2)}
+        values = {"predicted": contract.layer(subject.predicted, contract.LOG1P_MEAN) / np.log(2)}
     else:
         values = {"predicted": np.log2(1 + contract.values(subject.predicted, genes))}
     if subject.truth is not None:

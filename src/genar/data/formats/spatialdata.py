@@ -57,6 +57,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))  # pyright: ignore
         adata, region = _table(store, path)
         reading.check_sparse(adata.X)
+    reading.refuse_prediction(adata, path)
     image = reading.named_image(section, options)
     name = _image_name(store, region, image, path)
     to_px = _to_px(store, region, name)
