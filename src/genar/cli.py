@@ -306,6 +306,7 @@ def predict(
         str | None, typer.Option(help="h5ad, spatialdata, … (see `genar export`) (default: by the suffix of --out).")
     ] = None,
     features: Store = None,
+    encoder: Annotated[str | None, typer.Option(help="module:function of the model's encoder: lets it run.")] = None,
     weights: Weights = None,
     image: Image = None,
     bin_um: BinUm = None,
@@ -322,7 +323,7 @@ def predict(
     how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = inference.predict_run(
-        read, model, out, revision=revision, kind=format, features=features, weights=weights, how=how,
+        read, model, out, revision=revision, kind=format, features=features, encoder=encoder, weights=weights, how=how,
         device=machine.device(device), bar=_console.bar(json), say=_console.speaker(json),
     )  # fmt: skip
     outputs = {"prediction": out} | inference.tissue_overlay(read, out)

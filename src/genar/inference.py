@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from genar import encoders, machine, pixels
 from genar.data import contract
+from genar.data.door import door, reason_of
 from genar.data.files import scratch_beside
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
@@ -18,7 +19,7 @@ from genar.errors import InputError
 from genar.export import format_of, refuse_foreign, write_export
 from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
 from genar.models.checkpoint import Checkpoint, load_checkpoint
-from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, write_prediction
+from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused, write_prediction
 from genar.report import maps
 
 STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
@@ -26,51 +27,59 @@ STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 
 def predict_run(
     section: AnnData,
-    model: str | Path,
+    model: str | Path | Checkpoint,
     out: Path | None,
     *,
     revision: str | None = None,
     kind: str | None = None,
     features: Path | None = None,
+    encoder: str | None = None,
     weights: Path | None = None,
     how: Mapping | None = None,
     device: str = "cpu",
     bar: Bar = no_bar,
     say: Callable[[str], None] = print,
 ) -> AnnData:
-    """Predict one section with a checkpoint (of a folder, a run or the hub, there at ``revision``), embedding it where
-    its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of the formats
-    of ``genar.export``.
+    """Predict one section with a checkpoint (loaded, of a folder, a run or the hub, there at ``revision``), embedding
+    it where its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of
+    the formats of ``genar.export``.
 
     A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
     backed mode); the other formats are made in memory. Without ``out`` nothing is written.
 
     ``how`` holds fields of ``Decoding`` that differ from the default (see ``prediction.decoding``). A model that was
-    trained on patches reads them from the slide; then no encoder is loaded.
+    trained on patches reads them from the slide; then no encoder is loaded. An encoder that is a function
+    (``module:function``) runs only where ``encoder`` names that very one: a checkpoint must not choose code.
     """
     if out is not None:
-        kind = "h5ad" if kind in (None, "h5ad") and (kind or out.suffix == ".h5ad") else format_of(out, kind, ".h5ad")
+        kind = _kind(out, kind)
         refuse_foreign(out)
-    checkpoint = load_checkpoint(model, revision=revision)
-    checkpoint.model.to(machine.of_models(device))
+    if isinstance(model, Checkpoint) and revision is not None:
+        raise InputError(f"revision {revision}: the checkpoint is loaded already; name one when you load it")
+    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
+    checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
     with scratch_beside(out or Path(tempfile.gettempdir(), "genar")) as scratch:
         if pixels.takes_patches(checkpoint.features):
-            recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
+            with door(str(model) if not isinstance(model, Checkpoint) else "checkpoint", "recipe of patches"):
+                recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
             patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
             values = pixels.no_features(section.n_obs)
         else:
             store = features or default_store()
-            values, patches = _features_for(checkpoint, section, store, weights, device, bar), None
+            values, patches = _features_for(checkpoint, section, store, encoder, weights, device, bar), None
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
             if out is not None and kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
                 predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
-                return anndata.read_h5ad(out, backed="r")
-            predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
+                predicted = anndata.read_h5ad(out, backed="r")
+            else:
+                predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
-    if out is None:
+    if note := unused(checkpoint.model, how or {}, predicted.layers):
+        say(note)
+    if out is None or predicted.isbacked:
         return predicted
     if kind == "h5ad":
         write_prediction(predicted, out)
@@ -79,11 +88,27 @@ def predict_run(
     return predicted
 
 
+def _kind(out: Path, asked: str | None) -> str:
+    """The format to write, by what was asked for or the suffix."""
+    if asked in (None, "h5ad") and out.suffix == ".h5ad":
+        return "h5ad"
+    if asked == "h5ad":
+        raise InputError(f"--out {out}: h5ad ends in .h5ad; name it {out.stem}.h5ad")
+    return format_of(out, asked, ".h5ad")
+
+
 def _features_for(
-    checkpoint: Checkpoint, section: AnnData, store: Path, weights: Path | None, device: str, bar: Bar
+    checkpoint: Checkpoint, section: AnnData, store: Path, asked: str | None, weights: Path | None, device: str, bar
 ) -> StoredInputs:
     """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
+    if asked not in (None, recipe.encoder):
+        raise InputError(f"--encoder {asked}: the model was trained on {recipe.encoder}; name that, or none")
+    if asked is None and recipe.encoder not in encoders.ENCODERS and encoders.is_function(recipe.encoder):
+        raise InputError(
+            f"the model's encoder {recipe.encoder} is a function, and to predict runs its code: where you know that "
+            f"code and trust it, pass --encoder {recipe.encoder}"
+        )
     encoder = encoders.load_encoder(recipe.encoder, weights=weights, device=device, precision=recipe.precision)
     if encoder.weights_sha256 != recipe.weights_sha256:
         raise InputError(
@@ -107,7 +132,16 @@ def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
 
 
 def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
-    """What a checkpoint says of its features."""
+    """What a checkpoint says of its features. Raises ``InputError`` where that is not enough to make them."""
     known = {f.name for f in fields(Inputs)}
-    inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
-    return FeatureRecipe(**{name: value for name, value in facts.items() if name not in known}), inputs
+    try:
+        inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
+        recipe = FeatureRecipe(**{name: value for name, value in facts.items() if name not in known})
+        if not (isinstance(recipe.encoder, str) and isinstance(recipe.weights_sha256, str)):
+            raise TypeError("encoder and weights_sha256 must be text")
+    except TypeError as error:
+        raise InputError(
+            f"the checkpoint does not say how its features are made ({reason_of(error)}): expected the fields of a "
+            "FeatureRecipe in Checkpoint.features (dataclasses.asdict); genar.predict_section takes features themselves"
+        ) from error
+    return recipe, inputs

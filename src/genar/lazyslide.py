@@ -12,7 +12,7 @@ from genar.errors import InputError
 from genar.features.stored import neighbours
 from genar.models import Batch
 from genar.models.checkpoint import load_checkpoint
-from genar.prediction import decoding
+from genar.prediction import decoding, of_expectation
 
 
 def register_model(
@@ -22,11 +22,14 @@ def register_model(
     revision: str | None = None,
     mpp: float | None = None,
     values: str = "mean",
+    samples: int | None = None,
+    seed: int = 0,
 ) -> type:
     """Make a checkpoint (a folder, a training run, or ``organisation/name`` of the hub) known to LazySlide as ``key``.
 
     ``lazyslide.tl.feature_prediction(wsi, key, feature_key=...)`` then writes a table with a column a gene: ``values``
-    ``mean`` for expected counts, ``counts`` for generated ones. The features [tiles, F] must be those of the encoder
+    ``mean`` for expected counts, over ``samples`` trajectories (16) of ``seed``, ``counts`` for generated ones. The
+    features [tiles, F] must be those of the encoder
     that the model was trained with, over patches as wide; where it was trained with several widths, side by side
     (:func:`widen_tiles`, :func:`join_features`). Means of the nearest tiles are added here. ``mpp`` (um per px of the
     tiles' coordinates) is needed by models that look at positions. Returns the class. Raises ``InputError`` where
@@ -49,11 +52,11 @@ def register_model(
     placed = model.unit == "section" or getattr(config, "coords", "none") != "none"
     if placed and mpp is None:
         raise InputError(f"{source}: the model looks at positions: give mpp, the um per px of the tiles' coordinates")
-    how = decoding(model, {"layers": ("mean", "log1p_mean")})
+    how = decoding(model, {"layers": ("mean", "log1p_mean"), "seed": seed, **({"samples": samples} if samples else {})})
+    how = of_expectation(how) if values == "mean" else how
     widths, context = tuple(facts.get("widths_um", ())), tuple(facts.get("context_spots", ()))
     n_widths = max(1, len(widths))
-    n_features = getattr(config, "n_features", None) or getattr(model, "n_features", None)
-    n_given = n_features and n_features // (n_widths + len(context)) * n_widths
+    n_given = model.n_features // (n_widths + len(context)) * n_widths
 
     class GenARModel(FeaturePredictionModel):
         """Raw gene counts of tiles from their features."""
@@ -68,7 +71,7 @@ def register_model(
         def predict(self, features, coords=None) -> dict[str, Any]:
             """Features [n, F] and tile corners [n, 2] -> gene -> [n]."""
             x = np.asarray(features.toarray() if hasattr(features, "toarray") else features, dtype=np.float32)
-            if x.ndim != 2 or (n_given and x.shape[1] != n_given):
+            if x.ndim != 2 or x.shape[1] != n_given:
                 of = f", of patches {' and '.join(f'{w:g}' for w in widths)} um wide side by side" if widths[1:] else ""
                 raise InputError(f"features have shape {x.shape}, the model takes [tiles, {n_given}]{of}")
             corners = np.zeros((len(x), 2)) if coords is None else np.asarray(coords, dtype=np.float64)

@@ -10,11 +10,14 @@ from anndata import AnnData
 from genar import _console, machine
 from genar.data import read_section
 from genar.errors import InputError
+from genar.genes import Panel
 from genar.inference import predict_run
+from genar.models.checkpoint import Checkpoint
 from genar.runs import RunResult, TrainPlan, train_run
-from genar.settings import sort_decoding, sort_settings
+from genar.settings import read_settings, sort_decoding, sort_settings
 
 _PATHS = ("weights", "features", "image")
+_ALONE = ("samples", "seed", "precision", "accumulate")  # settings that are options, too
 
 
 def train(
@@ -24,6 +27,8 @@ def train(
     test: str | tuple[str, ...] | list[str] = (),
     model: str = "genar",
     settings: Mapping | None = None,
+    config: str | Path | None = None,
+    panel: str | Path | Panel = "clean",
     device: str = "auto",
     progress: bool = True,
     **options,
@@ -31,9 +36,11 @@ def train(
     """Train a model on the sections of a folder and score it on those held out: what ``genar train`` does.
 
     ``test`` names the sections held out; ``settings`` are those of the model, the training, the inputs and the decoding
-    (``--set``); ``options`` are the command's others, spelt with underscores: ``preset``, ``recipe``, ``panel``,
-    ``n_genes`` (200), ``encoder``, ``patch``, ``views``, ``features`` (folder of the feature stores), ``weights``,
-    ``mpp`` (um per px), ``image``, ``bin_um``, ``input``, ``encoder_precision``. ``progress`` shows bars and prints
+    (``--set``), over those of the YAML file ``config``; ``panel`` is a recipe, a file, or a ``Panel``, which is written
+    beside ``out``; ``options`` are the command's others, spelt with underscores: ``preset``, ``recipe``, ``n_genes``
+    (200), ``encoder``, ``patch``, ``views``, ``features`` (folder of the feature stores), ``weights``, ``mpp`` (um per
+    px), ``image``, ``bin_um``, ``input``, ``encoder_precision``, ``samples`` (16), ``seed``, ``precision``,
+    ``accumulate``. ``progress`` shows bars and prints
     what happens. Returns where things lie (``outputs``, name -> path) and the scores (``scores``, section -> method ->
     ``Scores``). Goes on where it was stopped, if called again. Raises ``InputError`` as the command does.
 
@@ -42,29 +49,45 @@ def train(
     ['mean', 'ridge']
     """
     known = [f.name for f in fields(TrainPlan) if f.name not in ("sections", "test", "out", "settings")]
+    known += _ALONE
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"train: option {name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
     options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
-    options["panel"] = str(options.get("panel", "clean"))
+    merged = read_settings(None if config is None else Path(config), (), model)
+    given = sort_settings(settings or {}, model)
+    for name, values in vars(merged).items():
+        values |= getattr(given, name)
+    alone = {name: value for name in _ALONE if (value := options.pop(name, None)) is not None}
+    merged.decoding.update(sort_decoding({name: alone.pop(name) for name in ("samples",) if name in alone}))
+    merged.train.update(sort_settings(alone, model, owners=("train",)).train)
+    panel = _written(panel, Path(out)) if isinstance(panel, Panel) else str(panel)
     test = tuple(part.strip() for part in test.split(",") if part.strip()) if isinstance(test, str) else tuple(test)
     plan = TrainPlan(
-        Path(sections), test, Path(out), model, settings=sort_settings(settings or {}, model),
-        device=machine.device(device), **options,
+        Path(sections), test, Path(out), model, settings=merged,
+        panel=panel, device=machine.device(device), **options,
     )  # fmt: skip
     return train_run(
         plan, say=_say(progress), bar=_console.bar(not progress), progress=_console.is_watched(not progress)
     )
 
 
+def _written(panel: Panel, out: Path) -> str:
+    """The file of a panel, beside a run: another panel is another file, so that a stopped run goes on with its own."""
+    path = out.with_name(f"{out.name}-panel-{panel.sha256[:8]}.json")
+    panel.write(path)
+    return str(path)
+
+
 def predict(
     section: AnnData | str | Path,
-    model: str | Path,
+    model: str | Path | Checkpoint,
     out: str | Path | None = None,
     *,
     revision: str | None = None,
     features: str | Path | None = None,
+    encoder: str | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
     progress: bool = True,
@@ -78,11 +101,11 @@ def predict(
 
     ``section`` is what ``genar.read_section`` gave, or a path (a slide, a section's file or folder, ``FOLDER:ID``),
     read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um); ``model`` a training run, a checkpoint
-    folder or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in ``features`` (default:
-    the user's cache) or made, with ``weights`` where the encoder's are a file. ``decoding`` are fields of
-    ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given.
-    Returns AnnData [N, G]: integer counts in ``X``, ``layers["mean"]`` and others. Raises ``InputError`` as the command
-    does.
+    (loaded, or its folder) or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in
+    ``features`` (default: the user's cache) or made, with ``weights`` where the encoder's are a file; an encoder that
+    is a function runs where ``encoder`` names it. ``decoding`` are fields of ``genar.models.Decoding``: ``decode``,
+    ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given. Returns AnnData [N, G]: integer counts in
+    ``X``, ``layers["mean"]`` and others. Raises ``InputError`` as the command does.
 
     >>> counts = genar.predict("tissue/wsis/SIM2.tif", "run", mpp=2.0, progress=False)
     >>> counts.n_vars, sorted(counts.layers)
@@ -96,7 +119,8 @@ def predict(
         raise InputError(f"predict: {', '.join(given)} tell how a file is read; this section was read already")
     paths = [None if path is None else Path(path) for path in (out, features, weights)]
     return predict_run(
-        section, model, paths[0], revision=revision, features=paths[1], weights=paths[2], how=sort_decoding(decoding),
+        section, model, paths[0], revision=revision, features=paths[1], encoder=encoder, weights=paths[2],
+        how=sort_decoding(decoding),
         device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
     )  # fmt: skip
 

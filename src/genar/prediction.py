@@ -1,7 +1,8 @@
 """Checkpoint and section in, AnnData of counts out."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,23 @@ def decoding(model: Model | type[Model], facts: Mapping) -> Decoding:
     return Decoding(**{"decode": model.decodings[0], "samples": SAMPLES, "layers": LAYERS, **own, **facts})
 
 
+def of_expectation(how: Decoding) -> Decoding:
+    """The decoding that the layers come from: over all its trajectories, where X follows one."""
+    return how if how.trajectories == how.samples else replace(how, decode="mean")
+
+
+def unused(model: Model | type[Model], facts: Mapping, layers: Collection[str]) -> str:
+    """A line that names what of the decoding ``facts`` that a user gave is not in a prediction that has ``layers``;
+    empty where all is."""
+    names = [name for name in facts if name not in ("decode", "layers", *model.decodes_by)]
+    names += [f"layer {name}" for name in facts.get("layers", ()) if name not in layers]
+    return f"note: the model does not use, or have, {', '.join(names)}: left out of the prediction" if names else ""
+
+
 def predict_section(
     checkpoint: Checkpoint,
     section: AnnData,
-    features: Rows,
+    features: Rows | np.ndarray | Tensor,
     how: Decoding | None = None,
     *,
     patches: Tensor | None = None,
@@ -46,13 +60,13 @@ def predict_section(
 ) -> AnnData:
     """Predict the panel's counts at every spot: AnnData [N, G] with integer counts in X.
 
-    ``features`` float32 [N, views, F], an array or ``StoredInputs``, are averaged over the views; a model that was
+    ``features`` [N, views, F], an array, a tensor or ``StoredInputs``, are averaged over the views; a model that was
     trained on pixels takes ``patches`` uint8 [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy``
     for GenAR by default); ``layers`` (as far as the model has them) are of the distribution averaged over
     ``how.samples`` trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the
     checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how
-    it was made. It is computed where the model lies. Raises ``InputError`` where the features or ``how.decode`` do not
-    fit the model.
+    it was made. It is computed where the model lies. Raises ``InputError`` where there are no spots, or the features or
+    ``how.decode`` do not fit the model.
 
     >>> checkpoint, section = genar.load_checkpoint("run"), genar.read_section("tissue:SIM2")
     >>> encoder = genar.load_encoder()
@@ -60,10 +74,10 @@ def predict_section(
     >>> genar.predict_section(checkpoint, section, genar.read_features(store, section)).shape
     (35, 20)
     """
-    how = _checked(checkpoint, section, features, how)
-    made = zip(*_blocks(checkpoint, section, features, how, patches, batch_size, progress), strict=True)
+    rows, how = _checked(checkpoint, section, features, patches, how)
+    made = zip(*_blocks(checkpoint, section, rows, how, patches, batch_size, progress), strict=True)
     x, layers = _as_written(*(Counts.join(parts) for parts in made))
-    predicted = _without_counts(checkpoint, section, how)
+    predicted = _without_counts(checkpoint, section, how, layers)
     predicted.X = x
     for name, values in layers.items():
         predicted.layers[name] = values
@@ -73,7 +87,7 @@ def predict_section(
 def predict_to_file(
     checkpoint: Checkpoint,
     section: AnnData,
-    features: Rows,
+    features: Rows | np.ndarray | Tensor,
     path: Path,
     how: Decoding | None = None,
     *,
@@ -84,10 +98,11 @@ def predict_to_file(
     """What :func:`predict_section` gives, written to an ``.h5ad`` block by block, whole or not at all: memory holds
     ``_BLOCK`` spots of it. A model that takes a whole section at a time still needs its features and counts at once.
     """
-    how = _checked(checkpoint, section, features, how)
-    blocks = _blocks(checkpoint, section, features, how, patches, batch_size, progress)
+    rows, how = _checked(checkpoint, section, features, patches, how)
+    blocks = (_as_written(*b) for b in _blocks(checkpoint, section, rows, how, patches, batch_size, progress))
     with replacing(path) as temporary:
-        write_rows(temporary, _without_counts(checkpoint, section, how), (_as_written(*block) for block in blocks))
+        first = next(blocks)
+        write_rows(temporary, _without_counts(checkpoint, section, how, first[1]), chain([first], blocks))
     return path
 
 
@@ -96,17 +111,29 @@ def held_bytes(checkpoint: Checkpoint, section: AnnData, how: Decoding) -> int:
     return 4 * section.n_obs * len(checkpoint.panel.genes) * (1 + len(how.kept))
 
 
-def _checked(checkpoint: Checkpoint, section: AnnData, features: Rows, how: Decoding | None) -> Decoding:
-    model = checkpoint.model
+def _checked(
+    checkpoint: Checkpoint, section: AnnData, features: Rows | np.ndarray | Tensor, patches: Tensor | None, how
+) -> tuple[Rows, Decoding]:
+    """Features and decoding, once they fit the model and the section."""
+    model, name = checkpoint.model, contract.name(section)
     how = how or decoding(model, {})
     if how.decode not in model.decodings:
         raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
+    if not section.n_obs:
+        raise InputError(f"section {name}: expected at least one spot, found none; is this the right section?")
+    if patches is None and checkpoint.features.get("input") == "patches" and "patches" in model.inputs:
+        raise InputError(f"section {name}: model {checkpoint.name} takes patches, found none; genar.predict reads them")
+    features = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
     if features.shape[0] != section.n_obs:
         raise InputError(
-            f"section {contract.name(section)}: features of {features.shape[0]} spots, {section.n_obs} expected; embed "
-            "this very section"
+            f"section {name}: features of {features.shape[0]} spots, {section.n_obs} expected; embed this very section"
         )
-    return how
+    if len(features.shape) != 3 or features.shape[2] != model.n_features:
+        raise InputError(
+            f"section {name}: features of shape {list(features.shape)}, the model takes [{section.n_obs}, views, "
+            f"{model.n_features}]; read them as it was trained on: genar.predict does"
+        )
+    return features, how
 
 
 def _blocks(
@@ -115,13 +142,13 @@ def _blocks(
     """Point counts and expectations of about ``_BLOCK`` spots after the other, predicted ``size`` at a time; of all at
     once where the model's unit is the section."""
     model, n_spots = checkpoint.model, section.n_obs
-    expected = how if how.trajectories == how.samples else replace(how, decode="mean")
+    expected = of_expectation(how)
     places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)
     size = max(1, n_spots) if model.unit == "section" else size
     per_block = -(-_BLOCK // size) * size
     for first in range(0, n_spots, per_block):
         rows = torch.arange(first, min(first + per_block, n_spots))
-        held = replace(places.rows(rows), features=torch.from_numpy(features[first : first + per_block]))
+        held = replace(places.rows(rows), features=_as_float(features[first : first + per_block]))
         points, layers = [], []
         for start in range(0, len(rows), size):
             batch = held.batch(slice(start, start + size)).to(model.device)
@@ -131,6 +158,10 @@ def _blocks(
                 points.append(model.predict(batch, replace(how, layers=())).to("cpu") if other else layers[-1])
             progress(first + min(start + size, len(rows)), n_spots)
         yield Counts.join(points), Counts.join(layers)
+
+
+def _as_float(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:
@@ -143,9 +174,10 @@ def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dic
     return sparse.csr_matrix(point.point.numpy().astype(np.int32)), layers
 
 
-def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding) -> AnnData:
-    """All of a prediction but X and layers."""
-    made = {"model": checkpoint.name, **asdict(how), "layers": list(how.kept)}
+def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding, layers: Collection[str]) -> AnnData:
+    """All of a prediction but X and ``layers``."""
+    made = {"model": checkpoint.name, "decode": how.decode, "layers": list(layers)}
+    made |= {name: getattr(how, name) for name in checkpoint.model.decodes_by}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
     var = pd.DataFrame(index=pd.Index(list(checkpoint.panel.genes)))

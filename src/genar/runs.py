@@ -36,7 +36,7 @@ from genar.features import (
 from genar.genes import ORDERS, RECIPES, Panel, leak, order_by_sets, read_gene_sets, read_panel, select_panel
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
-from genar.prediction import decoding, predict_section, write_prediction
+from genar.prediction import decoding, predict_section, unused, write_prediction
 from genar.report import maps
 from genar.resume import RESUME_FILE
 from genar.settings import Settings
@@ -140,6 +140,8 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     model_settings, sets = _gene_sets(model_settings)
     cls.check_settings(plan.preset, model_settings)
     cls.check_decoding(plan.preset, model_settings, how)
+    if plan.settings.train and not cls.gradient:
+        say(f"note: model {plan.model} is fitted at once, and does not use {', '.join(plan.settings.train)}")
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
@@ -225,6 +227,8 @@ def _predict_and_score(
             predicted = predict_section(
                 checkpoint, section, seen.features[name], how, patches=seen.patches.get(name), progress=tick
             )
+        if section is held_out[0] and (note := unused(checkpoint.model, plan.settings.decoding, predicted.layers)):
+            say(note)
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
         aligned = _align(plan.model, predicted, section)
         ours = list(aligned)[-1]

@@ -34,6 +34,7 @@ __all__ = [
     "check_precision",
     "encoder_row",
     "hub_of",
+    "is_function",
     "load_encoder",
     "weights_state",
 ]

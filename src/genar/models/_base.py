@@ -244,7 +244,11 @@ class Model(nn.Module, abc.ABC):
     """by preset, what it sees of a spot beyond one patch: fields of ``features.Inputs``"""
     decoding_defaults: ClassVar[Mapping[str, Any]] = {}
     """fields of ``Decoding`` that differ from the default of a prediction"""
+    decodes_by: ClassVar[tuple[str, ...]] = ()
+    """fields of ``Decoding`` that it looks at beside ``decode`` and ``layers``: how it draws"""
     card: ClassVar[Card | None] = None
+    n_features: int
+    """F of the features that it takes; 0 where it reads pixels"""
 
     @property
     def device(self) -> torch.device:
@@ -341,9 +345,12 @@ class ClosedForm(Model):
 
     @classmethod
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
-        """It has none."""
+        """It has none, and one preset."""
+        name = cls.__name__.lower()
+        if preset != "small":
+            raise InputError(f"model {name}: preset {preset!r} is not known; expected small")
         if settings:
-            raise InputError(f"model {cls.__name__.lower()} has no settings, found {', '.join(settings)}")
+            raise InputError(f"model {name} has no settings, found {', '.join(settings)}")
 
     @classmethod
     def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "ClosedForm":

@@ -76,6 +76,7 @@ class GenAR(Model):
     """
 
     decodings = DECODINGS
+    decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
     input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
     sampled = True
     order: Tensor
@@ -88,7 +89,7 @@ class GenAR(Model):
         if config.max_count == 0:
             raise InputError("model: max_count is 0 (auto); resolve it from the training counts first (auto_max_count)")
         self.config, self.scales, self.sizes = config, scales, scales.sizes
-        width, n_groups = config.width, sum(scales.sizes)
+        self.n_features, width, n_groups = config.n_features, config.width, sum(scales.sizes)
         n_classes = config.max_count + 1
         self.condition = Condition(config)
         self.embed = CountTable(n_classes, width, config.count_basis, std=1.0 if config.count_basis else 0.5)

@@ -157,6 +157,7 @@ class STEM(SpotRival):
         "warmup_steps": 20, "clip": 1.0, "ema_decay": 0.99,
     }  # fmt: skip
     decoding_defaults: ClassVar = {"samples": 5}
+    decodes_by = ("samples", "seed", "steps")
     card = Card(
         title="STEM (Zhu et al. 2025, Diffusion Generative Modeling for Spatially Resolved Gene Expression Inference "
         "from Histology Images)",

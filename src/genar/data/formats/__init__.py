@@ -84,12 +84,23 @@ def _expected(modules: Sequence[ModuleType]) -> str:
 
 
 def pick(refs: list[SectionRef], ids: Iterable[str]) -> list[SectionRef]:
-    """Those of ``refs`` with the given ids, in that order; ``InputError`` with the known ids where one is unknown."""
-    known, ids = {ref.id: ref for ref in refs}, list(ids)
-    for section in ids:
-        if section not in known:
-            raise InputError(f"{section!r} is no section of {refs[0].root}; it holds {', '.join(known)}")
-    return [known[section] for section in ids]
+    """Those of ``refs`` with the given ids, in that order; ``InputError`` with the known ids where one is unknown.
+
+    An id that holds commas may come in the parts between them, as a list of the command line is cut.
+    """
+    known, ids, found = {_parts(ref.id): ref for ref in refs}, list(ids), []
+    while ids:
+        n = next((n for n in range(len(ids), 0, -1) if _parts(",".join(ids[:n])) in known), 0)
+        if not n:
+            names = ", ".join(ref.id for ref in refs)
+            raise InputError(f"{ids[0]!r} is no section of {refs[0].root}; it holds {names}")
+        found.append(known[_parts(",".join(ids[:n]))])
+        ids = ids[n:]
+    return found
+
+
+def _parts(section: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in section.split(","))
 
 
 def read_section(path: str | Path, *, format: str | None = None, **options) -> AnnData:
