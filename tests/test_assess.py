@@ -260,7 +260,7 @@ def test_bad_input_is_one_clear_line(files, name, by, expected, monkeypatch, cap
 
 def test_nan_in_a_truth_is_refused(truth, tmp_path):
     truth.X[2, 3] = np.nan
-    with pytest.raises(InputError, match="the truth's X holds NaN"):
+    with pytest.raises(InputError, match="the truth: X holds NaN"):
         evaluate_run(rival(make_section(np.ones((30, 12))), 1), truth, tmp_path)
 
 

@@ -1,13 +1,17 @@
 """Predictions in the forms of other programs, read back with their own libraries where they are installed."""
 
 import json
+from pathlib import Path
+from zlib import crc32
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
 import torch
 
+import genar
 from commands import run
 from genar.assess import read_prediction
 from genar.data import contract, read_section
@@ -16,6 +20,7 @@ from genar.export import format_of, write_export
 from genar.genes import Panel
 from genar.models import Spots, model_class
 from genar.models.checkpoint import Checkpoint, save_checkpoint
+from genar.prediction import decoding, predict_section
 from test_downstream import write_toy
 
 
@@ -52,10 +57,17 @@ def test_a_spatialdata_store_holds_image_spots_and_table(store, prediction):
     assert to_um[0, 0] == pytest.approx(contract.mpp(predicted))
 
 
-def test_our_own_reader_takes_the_store(store, prediction):
-    predicted = read_prediction(prediction)
-    section = read_section(store, mpp=contract.mpp(predicted))
-    np.testing.assert_array_equal(contract.counts(section), contract.counts(predicted))
+def test_a_store_of_predictions_is_no_measured_section(store):
+    with pytest.raises(InputError, match="holds predicted counts, no measured ones"):
+        read_section(store, mpp=2.0)
+
+
+def test_our_own_reader_takes_a_store_of_counts(prediction, tmp_path):
+    pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
+    measured = read_prediction(prediction)
+    del measured.uns["genar"]["prediction"]
+    section = read_section(write_export(measured, str(tmp_path / "S.zarr"))["spatialdata"], mpp=contract.mpp(measured))
+    np.testing.assert_array_equal(contract.counts(section), contract.counts(measured))
 
 
 def test_squidpy_takes_a_prediction_as_it_is(prediction, monkeypatch):
@@ -148,6 +160,35 @@ def test_lazyslide_predicts_with_a_registered_checkpoint(prediction, tmp_path):
     np.testing.assert_allclose(np.asarray(table.X), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="mean or counts"):
         register_model(tmp_path / "model", values="magic")
+
+
+def test_lazyslide_gives_the_expectation_that_predict_gives():
+    """Over all trajectories, not the one that X follows; a tile's draws are those of a spot of the same id."""
+    pytest.importorskip("lazyslide", reason="lazyslide is not installed: the adapter is not tried")
+    from genar import lazyslide
+
+    model = Path(__file__).parent / "data" / "checkpoint_format1"
+    checkpoint = genar.load_checkpoint(model)
+    features = np.random.default_rng(1).normal(size=(30, 8)).astype("f4")
+    corners = np.random.default_rng(2).integers(0, 5000, (30, 2))
+    section = anndata.AnnData(obs=pd.DataFrame(index=[f"{x}x{y}" for x, y in corners]))
+    section.obsm["spatial"] = corners.astype(float)
+    section.uns["genar"] = {"section": "S", "mpp": 1.0}
+    how = {"samples": 16, "layers": ("mean", "log1p_mean")}
+    expected = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("genar.training.zlib.crc32", lambda text: crc32(text.removeprefix(b"S/")))
+        for decode in ("greedy", "mean"):
+            made = predict_section(
+                checkpoint, section, features[:, None], decoding(checkpoint.model, {**how, "decode": decode})
+            )
+            expected[decode] = made.layers["mean"]
+    found = lazyslide.register_model(model, "genar-mean", mpp=1.0)().predict(features, corners)
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected["greedy"], rtol=1e-5)
+    np.testing.assert_allclose(expected["mean"], expected["greedy"], rtol=1e-5)
+    one = lazyslide.register_model(model, "genar-one", mpp=1.0, samples=1)().predict(features, corners)
+    gene = checkpoint.panel.genes[-1]
+    assert not np.allclose(one[gene], found[gene], rtol=1e-2)
 
 
 def test_lazyslide_gives_a_model_of_several_widths_and_neighbours_what_it_was_trained_on(prediction, tmp_path):

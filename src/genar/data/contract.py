@@ -149,7 +149,7 @@ def mpp(adata: AnnData) -> float:
 
 def spot_diameter_px(adata: AnnData) -> float:
     """Diameter of a spot in full-resolution px; 55 um where it is not known (0)."""
-    return (float(adata.uns[GENAR].get(SPOT_DIAMETER_UM, 0)) or 55.0) / mpp(adata)
+    return (float(adata.uns.get(GENAR, {}).get(SPOT_DIAMETER_UM, 0)) or 55.0) / mpp(adata)
 
 
 def coords_px(adata: AnnData) -> np.ndarray:
@@ -181,9 +181,13 @@ def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
 
 def dense(values) -> np.ndarray:
     """A matrix, sparse or dense, of memory or of a file that is open, as an array of its own type."""
-    if not (isinstance(values, np.ndarray) or sparse.issparse(values)):
-        values = values[:]
+    values = in_memory(values)
     return values.toarray() if sparse.issparse(values) else np.asarray(values)  # pyright: ignore
+
+
+def in_memory(values):
+    """A matrix of memory as it is, one of an open file (anndata's backed mode) as it is read."""
+    return values if isinstance(values, np.ndarray) or sparse.issparse(values) else values[:]
 
 
 def layer(adata: AnnData, name: str) -> np.ndarray:
@@ -241,13 +245,8 @@ def check(adata: AnnData) -> None:
     where = f"section {name(adata)}"
     if adata.n_obs == 0:
         raise InputError(f"{where}: expected at least one spot, found none; is this the right file?")
-    for kind, names in (("spot", adata.obs_names), ("gene", adata.var_names)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{where}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
-        if bad := [one for one in names if not one or "\0" in one]:  # NumPy would cut them short
-            raise InputError(f"{where}: {kind} name {bad[0]!r} is empty or holds a NUL; name each {kind}")
-    _check_counts(adata, where)
+    check_names(adata, where)
+    check_counts(adata, where)
     if SPATIAL not in adata.obsm:
         raise InputError(f'{where}: expected spot centres in obsm["{SPATIAL}"], found none; add them in px, (x, y)')
     xy = np.asarray(adata.obsm[SPATIAL])
@@ -257,8 +256,21 @@ def check(adata: AnnData) -> None:
         raise InputError(f"{where}: all {adata.n_obs} spots lie at the same point; expected one centre per spot")
 
 
-def _check_counts(adata: AnnData, where: str) -> None:
-    x = adata.X
+def check_names(adata: AnnData, where: str) -> None:
+    """``InputError`` where a spot or gene has no name, or the name of another."""
+    for kind, names in (("spot", adata.obs_names), ("gene", adata.var_names)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"{where}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
+        if bad := [one for one in names if not one or "\0" in one]:  # NumPy would cut them short
+            raise InputError(f"{where}: {kind} name {bad[0]!r} is empty or holds a NUL; name each {kind}")
+
+
+def check_counts(adata: AnnData, where: str) -> None:
+    """``InputError`` where X holds other things than raw counts."""
+    if adata.X is None:
+        raise InputError(f"{where}: X is missing; expected raw counts there (perhaps they are in layers['counts'])")
+    x = in_memory(adata.X)
     values = np.asarray(x.data if sparse.issparse(x) else x)  # pyright: ignore
     if not np.isfinite(values).all():
         raise InputError(f"{where}: X holds NaN or infinite values; expected raw counts, whole numbers >= 0")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 
 from genar.data import contract
 from genar.data.files import json_ready, write_text
@@ -58,15 +57,17 @@ def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
 
     ``use`` says what of the prediction is compared: ``X``, its counts, or ``log1p_mean``, the layer with the
     expectation of ln(1 + count). Raises ``InputError`` where spots or genes of the one are missing in the other,
-    either is empty or names one twice, the prediction lacks the layer, or NaN or negative values are found.
+    either is empty or names one twice, the prediction lacks the layer, NaN or negative values are found, or the truth
+    holds other things than raw counts.
     """
     if use not in ("X", contract.LOG1P_MEAN):
         raise InputError(f"cannot score {use!r} of a prediction; expected X or {contract.LOG1P_MEAN}")
     if predicted.X is None:
         raise InputError("the prediction has no X; expected its counts there")
+    contract.check_names(truth, "the truth")
     ordered = _ordered(predicted, truth)
     genes = list(predicted.var_names)
-    _dense(truth[:, genes].X, "the truth's X")
+    contract.check_counts(truth[:, genes], "the truth")
     if use == "X":
         counts = _dense(ordered.X, "the prediction's X")
         log2 = metrics.log2p1(counts)
@@ -177,7 +178,7 @@ def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:
 
 def _dense(values, where: str) -> np.ndarray:
     # row by row in memory, wherever they come from: sums in another order differ in their last digits
-    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64, order="C")
+    values = np.asarray(contract.dense(values), dtype=np.float64, order="C")
     if not np.isfinite(values).all() or (values < 0).any():
         raise InputError(f"{where} holds NaN, infinite or negative values; expected counts >= 0")
     return values

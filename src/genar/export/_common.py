@@ -17,6 +17,9 @@ IMAGE_PX = 4000
 def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
     """The prediction with ``genes`` alone (all where none is named). Raises ``InputError`` where one, the counts or the
     positions are missing, or a value is NaN or infinite."""
+    genes = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    if not predicted.n_obs:
+        raise InputError("the prediction has no spots; expected at least one")
     if missing := [gene for gene in genes if gene not in predicted.var_names]:
         raise InputError(
             f"genes: {len(missing)} of {len(genes)} are not in the prediction ({', '.join(missing[:3])}); "
@@ -26,7 +29,7 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
     if predicted.X is None:
         raise InputError("no X: expected predicted counts there, as `genar predict` writes them")
-    predicted = predicted[:, list(genes)].copy() if genes else predicted.copy()
+    predicted = predicted[:, genes].copy() if genes else predicted.copy()
     for where, values in {"X": predicted.X, **{f"layers['{n}']": v for n, v in predicted.layers.items()}}.items():
         if not np.isfinite(values.data if sparse.issparse(values) else values).all():  # pyright: ignore
             raise InputError(f"{where} holds NaN or infinite values; expected counts: predict again, or leave it out")

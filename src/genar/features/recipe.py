@@ -53,7 +53,7 @@ class FeatureRecipe:
             return self.width_um / mpp
         if self.patch == "genar":
             return 224.0
-        return max(224.0, float(section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM]) / mpp)
+        return max(224.0, float(section.uns[contract.GENAR].get(contract.SPOT_DIAMETER_UM, 0)) / mpp)
 
 
 @dataclass(frozen=True)

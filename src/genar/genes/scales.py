@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from genar.data.contract import dense
 from genar.errors import InputError
 
 ORDERS = ("kmeans", "random")
@@ -92,13 +93,17 @@ def fit_scales(
     """The hierarchy over the genes of the training counts [N, G]; ``sizes`` as in ``Scales``, ``default_sizes`` if
     ``None``.
 
-    ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in their order.
+    ``counts`` may be sparse. ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in
+    their order.
 
     >>> section = genar.read_section("tissue:SIM1")
-    >>> scales = genar.fit_scales(section.X[:, :20].toarray(), (1, 4, 20))
+    >>> scales = genar.fit_scales(section.X[:, :20], (1, 4, 20))
     >>> scales.n_scales, scales.n_genes
     (3, 20)
     """
+    counts = dense(counts)
+    if counts.ndim != 2 or not counts.size:
+        raise InputError(f"scales: expected training counts [N, G], found shape {list(counts.shape)}")
     n_genes = counts.shape[1]
     sizes = default_sizes(n_genes) if sizes is None else tuple(sizes)
     if order == "kmeans":

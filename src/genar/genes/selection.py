@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from genar.data import contract
 from genar.errors import InputError
@@ -34,7 +35,8 @@ def select_panel(
     counts over the six nearest spots, the mean over sections); all three of the genes common to all sections but
     mitochondrial and ribosomal ones. Ties go by name. Genes come in alphabetical order.
 
-    Raises ``InputError`` where the recipe is unknown or fewer genes are left than asked for.
+    Raises ``InputError`` where the recipe is unknown, a section holds other things than raw counts or names a gene
+    twice, or fewer genes are left than asked for.
 
     >>> training = genar.read_section("tissue:SIM1")
     >>> panel = genar.select_panel([training], n_genes=20)
@@ -45,11 +47,26 @@ def select_panel(
         raise InputError(f"panel recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}, or a file")
     if n_genes is not None and n_genes < 1:
         raise InputError(f"a panel needs at least one gene, {n_genes} asked for")
+    sections = [_sound(section) for section in ([sections] if isinstance(sections, AnnData) else sections)]
     names = tuple(contract.name(section) for section in sections)
     if recipe in _SCORES:
         return Panel(_best(sections, n_genes, recipe), recipe, names)
     genes, n_top = _by_both_ranks(sections, n_genes, recipe, n_top)
     return Panel(genes, recipe, names, n_top)
+
+
+def _sound(section: AnnData) -> AnnData:
+    """The section with its counts in memory, csr, once they are known to be raw and each gene to have its own name."""
+    where = f"section {contract.name(section)}"
+    contract.check_names(section, where)
+    contract.check_counts(section, where)
+    if isinstance(section.X, sparse.csr_matrix):
+        return section
+    x = sparse.csr_matrix(contract.in_memory(section.X), dtype=np.float32)
+    made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=section.var_names))
+    made.obsm.update({contract.SPATIAL: section.obsm[contract.SPATIAL]} if contract.SPATIAL in section.obsm else {})
+    made.uns[contract.GENAR] = section.uns[contract.GENAR]
+    return made
 
 
 def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str, str] | None = None) -> Panel:
