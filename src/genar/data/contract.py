@@ -141,7 +141,7 @@ def mpp(adata: AnnData) -> float:
     or it is none."""
     told = adata.uns.get(GENAR, {})
     if MPP not in told:
-        raise InputError(f"no pixel size: expected uns['{GENAR}']['{MPP}'] in um per px, as `genar predict` writes it")
+        raise InputError(f"no pixel size: expected uns['{GENAR}']['{MPP}'], um per px, as genar.read_section has it")
     if not float(told[MPP]) > 0:
         raise InputError(f"pixel size uns['{GENAR}']['{MPP}'] must be above 0 um, found {told[MPP]}; predict again")
     return float(told[MPP])

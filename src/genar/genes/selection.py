@@ -60,7 +60,7 @@ def _sound(section: AnnData) -> AnnData:
     where = f"section {contract.name(section)}"
     contract.check_names(section, where)
     contract.check_counts(section, where)
-    if isinstance(section.X, sparse.csr_matrix):
+    if isinstance(section.X, sparse.csr_matrix) and section.X.dtype.kind == "f":
         return section
     x = sparse.csr_matrix(contract.in_memory(section.X), dtype=np.float32)
     made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=section.var_names))

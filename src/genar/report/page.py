@@ -155,8 +155,8 @@ def _payload(subject: Subject) -> dict:
 def _table(subject: Subject) -> dict[str, list]:
     """A column a figure of the genes, in the panel's order; NaN where it is undefined."""
     genes = list(subject.predicted.var_names)
-    layers = subject.predicted.layers
-    mean = np.asarray(layers[contract.MEAN]) if contract.MEAN in layers else contract.values(subject.predicted, genes)
+    has_mean = contract.MEAN in subject.predicted.layers
+    mean = contract.layer(subject.predicted, contract.MEAN) if has_mean else contract.values(subject.predicted, genes)
     columns: dict[str, np.ndarray] = {}
     if subject.truth is not None and subject.per_gene is not None:
         names = {"pcc": "PCC", "mse": "MSE", "coverage_90": "in 90 %"}
@@ -175,7 +175,8 @@ def _calibration(subject: Subject) -> dict:
         made["coverage"] = coverage
     layers, genes = subject.predicted.layers, list(subject.predicted.var_names)
     if contract.P_ZERO in layers:
-        made["zeros"] = figures.zero_figure(np.asarray(layers[contract.P_ZERO]), contract.counts(subject.truth, genes))
+        p_zero = contract.layer(subject.predicted, contract.P_ZERO)
+        made["zeros"] = figures.zero_figure(p_zero, contract.counts(subject.truth, genes))
     return made
 
 
