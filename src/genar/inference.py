@@ -104,7 +104,7 @@ def _features_for(
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
     if asked not in (None, recipe.encoder):
         raise InputError(f"--encoder {asked}: the model was trained on {recipe.encoder}; name that, or none")
-    if asked is None and recipe.encoder not in encoders.ENCODERS and encoders.is_function(recipe.encoder):
+    if asked is None and encoders.runs_code(recipe.encoder):
         raise InputError(
             f"the model's encoder {recipe.encoder} is a function, and to predict runs its code: where you know that "
             f"code and trust it, pass --encoder {recipe.encoder}"

@@ -34,8 +34,8 @@ __all__ = [
     "check_precision",
     "encoder_row",
     "hub_of",
-    "is_function",
     "load_encoder",
+    "runs_code",
     "weights_state",
 ]
 
@@ -90,6 +90,11 @@ def check_name(name: str) -> None:
     if name in ENCODERS or name.startswith(IMPORTED) or is_function(name) or is_timm(name):
         return
     encoder_row(name)
+
+
+def runs_code(name: str) -> bool:
+    """Whether it names a function of somebody's (``module:function``), which :func:`load_encoder` imports and calls."""
+    return name not in ENCODERS and not name.startswith(IMPORTED) and is_function(name)
 
 
 def hub_of(name: str) -> str:
