@@ -431,16 +431,9 @@ def bench(
 
     say = _console.speaker(json)
     result = benching.bench_run(
-        benching.read_recipe(recipe),
-        data,
-        out,
-        features=features,
-        device=machine.device(device),
-        say=say,
-        bar=_console.bar(json),
-        dry_run=dry_run,
-        toy=toy,
-    )
+        benching.read_recipe(recipe), data, out, features=features, device=machine.device(device), say=say,
+        bar=_console.bar(json), dry_run=dry_run, toy=toy,
+    )  # fmt: skip
     if result is None:
         return _console.finish(json, {}, "planned")
     if not json and "table" in result.outputs:

@@ -57,7 +57,6 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         store = spatialdata.read_zarr(path, selection=("images", "shapes", "tables"))  # pyright: ignore
         adata, region = _table(store, path)
         reading.check_sparse(adata.X)
-    reading.refuse_prediction(adata, path)
     image = reading.named_image(section, options)
     name = _image_name(store, region, image, path)
     to_px = _to_px(store, region, name)
@@ -86,6 +85,7 @@ def _table(store, path: Path) -> tuple[AnnData, str]:
             "write the one to use to a store of its own (sdata.subset)"
         )
     table, region = found[0]
+    reading.refuse_prediction(table, path)
     key = table.uns["spatialdata_attrs"].get("region_key")
     rows = table.obs[key].astype(str) == region if key in table.obs else slice(None)  # others are of other elements
     return table[rows].copy(), region
