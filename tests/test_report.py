@@ -174,6 +174,17 @@ def test_several_runs_make_an_index(trained, tmp_path, monkeypatch, capsys):
     assert "no prediction of section SIM2 has it" in capsys.readouterr().err
 
 
+def test_the_index_of_a_bench_calls_its_methods_by_name(trained, tmp_path, monkeypatch):
+    for name in ("genar-0a1b/SIM2-1", "ridge-2c3d/SIM2-1"):
+        shutil.copytree(trained, tmp_path / "bench" / "runs" / name)
+    table = "method,fold,seed,folder\nGenAR <i>,SIM2,1,genar-0a1b/SIM2-1\nridge,SIM2,,ridge-2c3d/SIM2-1\n"
+    (tmp_path / "bench" / "runs.csv").write_text(table)
+    for source in (tmp_path / "bench", tmp_path / "bench" / "runs"):
+        assert run(monkeypatch, "report", source, "--out", tmp_path / "all.html") == 0
+        cards = re.findall(r'<h3><a href="[^"]+">([^<]+)</a>', (tmp_path / "all.html").read_text())
+        assert cards == ["GenAR &lt;i&gt;, seed 1", "ridge"]
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["empty"], ["run", "--out", "x.txt"]])
 def test_bad_input_is_told_in_a_line(words, trained, tissue, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()

@@ -1,9 +1,10 @@
 """From what lies at a path to pages: one of a prediction, or an index of many with a page for each."""
 
 import base64
+import csv
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from genar.data import contract
+from genar.data.door import door
 from genar.data.files import plain, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
@@ -83,7 +85,7 @@ def write_report(
                 write_page(subject, page, say=say)
                 entries.append(_entry(subject, name, page))
             tick(done, len(names))
-    _write_index(entries, out, source.name or str(source), gene)
+    _write_index(entries, out, source.name or str(source), gene, _methods(source))
     pages = {f"{entry.run} {entry.section}": out.with_name(entry.page) for entry in entries}
     return {"index": out, **pages}
 
@@ -95,6 +97,17 @@ def _runs(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.glob("/".join(["*"] * depth) + "/run.json")):
             if any((path.parent / "predictions").glob("*.h5ad")):
                 found[str(path.parent.relative_to(folder))] = path.parent
+    return found
+
+
+def _methods(folder: Path) -> dict[str, str]:
+    """The last two folders of a bench's run -> its method, as the bench's tables call it."""
+    found: dict[str, str] = {}
+    for path in (*folder.glob("runs.csv"), *folder.glob("*/runs.csv"), *folder.parent.glob("runs.csv")):
+        with door(path, "table of a bench's runs"), path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if {"folder", "method", "seed"} <= set(row):
+                    found.setdefault(row["folder"], row["method"] + (f", seed {row['seed']}" if row["seed"] else ""))
     return found
 
 
@@ -121,7 +134,7 @@ def _entry(subject: Subject, run: str, page: Path) -> _Entry:
     return _Entry(run, page.name, subject.model, subject.section, bare, log2, genes, pcc, scores)
 
 
-def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None:
+def _write_index(entries: list[_Entry], out: Path, name: str, gene: str, methods: Mapping[str, str]) -> None:
     sections: dict[str, dict] = {}
     for section in sorted({entry.section for entry in entries}, key=contract.section_key):
         here = [entry for entry in entries if entry.section == section]
@@ -133,7 +146,7 @@ def _write_index(entries: list[_Entry], out: Path, name: str, gene: str) -> None
         measured = next((entry for entry in shown if "measured" in entry.log2), None)
         cards = [
             {
-                "run": entry.run,
+                "run": methods.get("/".join(Path(entry.run).parts[-2:]), entry.run),
                 "page": entry.page,
                 "model": entry.model,
                 "scores": entry.scores,
