@@ -328,7 +328,8 @@ def test_a_store_cut_in_the_middle_is_one_line(undisturbed, tissue, tmp_path, mo
     store = shutil.copytree(out.parent / "store", tmp_path / "store")
     cut = next(store.glob("SIM2*.zarr")) / part
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    words = ("predict", f"{tissue}:SIM2", "--model", out, "--features", store, "--out", tmp_path / "a.h5ad")
+    words = ("predict", f"{tissue}:SIM2", "--model", out, *SMALL[2:4], "--features", store)
+    words = (*words, "--out", tmp_path / "a.h5ad")
     assert run(monkeypatch, *words) == 2
     kind = "metadata of a Zarr array" if part == "zarr.json" else "feature store"
     assert re.search(f"not (a )?readable {kind}", line := told(capsys))

@@ -68,7 +68,8 @@ COMMANDS = (
     ),
     Command(
         "predict",
-        ("predict", "tissue:SIM2", "--model", "run", "--features", "out/store", "--out", "out/counts.h5ad"),
+        ("predict", "tissue:SIM2", "--model", "run", "--features", "out/store", "--out", "out/counts.h5ad",
+         "--encoder", ENCODER),
         "out", ("run",),
     ),
     Command("bench", ("bench", "recipe.yaml", "--out", "bench", "--toy"), "bench"),

@@ -252,7 +252,7 @@ held_out: [A1]
 k: 5
 n_genes: 20
 methods:
-  - {name: one, model: genar, set: {width: 64, scales: [20]}, held_out: [A1]}
+  - {name: one, model: genar, set: {width: 64, scales: [2]}, held_out: [A1]}
   - {name: two, model: ridge}
 compare:
   - [one, two]

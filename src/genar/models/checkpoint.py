@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import genar
 from genar.data.door import door, read_json, room
-from genar.data.files import replacing, scratch_beside, write_text
+from genar.data.files import refusal, replacing, scratch_beside, write_text
 from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
 from genar.genes import Panel
@@ -118,7 +118,10 @@ def _filling(folder: Path) -> Iterator[Path]:
             f"{folder}: its {foreign[0]} is not of a GenAR checkpoint; choose another folder, or delete it"
         )
     with scratch_beside(folder) as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            raise refusal(error, folder) or error from error
         for name in (WEIGHTS, CONFIG, *([CARD] if ours or CARD not in there else [])):
             with replacing(folder / name) as path:
                 os.replace(temporary / name, path)
