@@ -59,7 +59,8 @@ def soak(n_sections, minutes, spots, encoder, say=print):
             one = base / "one"
             write_tissue(one, (f"S{len(seen)}",), config=config)
             section, out = f"{one}:S{len(seen)}", one / "counts.h5ad"
-            command("predict", section, "--model", base / "run", "--features", one / "store", "--out", out)
+            where = ("--encoder", encoder, "--features", one / "store", "--out", out)
+            command("predict", section, "--model", base / "run", *where)
             assert out.stat().st_size > 0
             shutil.rmtree(one)
             gc.collect()

@@ -214,7 +214,7 @@ def _compared(path: Path) -> bytes:
     if path.suffix == ".csv":
         return _without_columns(list(csv.reader(io.StringIO(data.decode()))))
     if path.suffix == ".md" and b"| training s |" in data:
-        lines = data.decode().partition("\nSeeds, time")
+        lines = data.decode().partition("\nWhat each method saw")
         return lines[0].encode() + _without_columns([line.split(" | ") for line in lines[2].splitlines()[2:]])
     return data
 
