@@ -176,6 +176,13 @@ def test_a_child_ends_when_the_first_process_does():
     assert not is_running(child)
 
 
+@pytest.mark.parametrize("environ", [{}, {"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "1"}])
+def test_a_process_that_nobody_started_outlives_its_shell(environ, monkeypatch):
+    given(monkeypatch, **environ)
+    monkeypatch.setattr(processes.threading, "Thread", None)  # would be called
+    processes.end_with_parent()
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -44,7 +44,8 @@ def rank() -> int:
 def end_with_parent() -> None:
     """Have a process that Lightning started end when the first one does, also before they have met: until then it would
     wait for half an hour."""
-    if "LOCAL_RANK" not in os.environ or _torchrun() or _srun():
+    by_lightning = "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if not by_lightning or _torchrun() or _srun():
         return
     parent = os.getppid()
 
