@@ -29,12 +29,11 @@ def register_model(
 
     ``lazyslide.tl.feature_prediction(wsi, key, feature_key=...)`` then writes a table with a column a gene: ``values``
     ``mean`` for expected counts, over ``samples`` trajectories (16) of ``seed``, ``counts`` for generated ones. The
-    features [tiles, F] must be those of the encoder
-    that the model was trained with, over patches as wide; where it was trained with several widths, side by side
-    (:func:`widen_tiles`, :func:`join_features`). Means of the nearest tiles are added here. ``mpp`` (um per px of the
-    tiles' coordinates) is needed by models that look at positions. Returns the class. Raises ``InputError`` where
-    LazySlide is missing, the model takes pixels or positions without ``mpp``, ``values`` is neither; the prediction
-    raises it where the features' width differs.
+    features [tiles, F] must be those of the encoder that the model was trained with, over patches as wide; where it was
+    trained with several widths, side by side (:func:`widen_tiles`, :func:`join_features`). Means of the nearest tiles
+    are added here. ``mpp`` (um per px of the tiles' coordinates) is needed by models that look at positions. Returns
+    the class. Raises ``InputError`` where LazySlide is missing, the model takes pixels or positions without ``mpp``,
+    ``values`` is neither; the prediction raises it where the features' width differs.
     """
     try:
         from lazyslide_models import MODEL_REGISTRY  # pyright: ignore

@@ -40,9 +40,9 @@ def train(
     beside ``out``; ``options`` are the command's others, spelt with underscores: ``preset``, ``recipe``, ``n_genes``
     (200), ``encoder``, ``patch``, ``views``, ``features`` (folder of the feature stores), ``weights``, ``mpp`` (um per
     px), ``image``, ``bin_um``, ``input``, ``encoder_precision``, ``samples`` (16), ``seed``, ``precision``,
-    ``accumulate``. ``progress`` shows bars and prints
-    what happens. Returns where things lie (``outputs``, name -> path) and the scores (``scores``, section -> method ->
-    ``Scores``). Goes on where it was stopped, if called again. Raises ``InputError`` as the command does.
+    ``accumulate``. ``progress`` shows bars and prints what happens. Returns where things lie (``outputs``, name ->
+    path) and the scores (``scores``, section -> method -> ``Scores``). Goes on where it was stopped, if called again.
+    Raises ``InputError`` as the command does.
 
     >>> run = genar.train("tissue", "runs/ridge", test="SIM2", model="ridge", n_genes=20, views=1, progress=False)
     >>> sorted(run.scores["SIM2"])
@@ -56,12 +56,10 @@ def train(
             raise InputError(f"train: option {name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
     options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     merged = read_settings(None if config is None else Path(config), (), model)
-    given = sort_settings(settings or {}, model)
-    for name, values in vars(merged).items():
-        values |= getattr(given, name)
     alone = {name: value for name in _ALONE if (value := options.pop(name, None)) is not None}
-    merged.decoding.update(sort_decoding({name: alone.pop(name) for name in ("samples",) if name in alone}))
-    merged.train.update(sort_settings(alone, model, owners=("train",)).train)
+    for given in (sort_settings(settings or {}, model), sort_settings(alone, model, owners=("train", "decoding"))):
+        for name, values in vars(merged).items():
+            values |= getattr(given, name)
     panel = _written(panel, Path(out)) if isinstance(panel, Panel) else str(panel)
     test = tuple(part.strip() for part in test.split(",") if part.strip()) if isinstance(test, str) else tuple(test)
     plan = TrainPlan(

@@ -276,7 +276,9 @@ def _trainer(
 
 def _environments(group: Group) -> list:
     """Who started the processes; Lightning finds torchrun by itself."""
-    return {"srun": [srun_environment()], "torchrun": []}.get(group.by, [LightningEnvironment()])
+    if group.by == "srun":
+        return [srun_environment()]
+    return [] if group.by else [LightningEnvironment()]
 
 
 def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots | None]:
