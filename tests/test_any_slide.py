@@ -31,6 +31,20 @@ def test_a_slide_that_is_stored_turned_is_refused(tmp_path, how):
         open_slide(tmp_path / "t.tif")
 
 
+@pytest.mark.parametrize("name", ["t.jpg", "t.png"])
+def test_so_is_a_photograph_that_is_turned(tmp_path, name):
+    for orientation in (0, 1, 6):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(gradient()).save(tmp_path / name, exif=exif)
+        if orientation < 2:
+            assert open_slide(tmp_path / name).size_px == (512, 384)
+    with pytest.raises(InputError, match=r"its pixels are stored turned \(Orientation 6\); write it upright"):
+        open_slide(tmp_path / name)
+    with pytest.raises(InputError, match="Orientation 6"):
+        image_head(tmp_path / name)
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 @pytest.mark.parametrize("how", [TILED, STRIPED])
 def test_a_slide_of_more_bits_is_refused(tmp_path, dtype, how):

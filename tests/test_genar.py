@@ -89,15 +89,15 @@ def test_cached_generation_equals_uncached(model, decode):
 def test_cached_logits_equal_the_training_pass(model):
     spots = make_spots()
     batch = spots.batch()
-    means = model.pool(spots.counts)
+    means = model.layout.pool(spots.counts)
     tokens = [mean.round().long() for mean in means[:-1]]
     steering, table = model._steering(model.condition(batch)), model.embed.rows()
-    whole = model._trunk(model._sequence(table, tokens, len(spots)), steering, model.cuts)
-    caches = [Cache(model._n_cached) for _ in model.blocks]
+    whole = model._trunk(model._sequence(table, tokens, len(spots)), steering, model.layout.cuts)
+    caches = [Cache(model.layout.n_cached) for _ in model.blocks]
     for k in range(len(model.sizes)):
         above = tokens[k - 1] if k else torch.zeros(len(spots), 0, dtype=torch.long)
         step = model._cached_pass(k, table, above, steering, caches)
-        at = slice(model._interpolated_start[k], model._interpolated_start[k + 1])
+        at = slice(model.layout.interpolated_start[k], model.layout.interpolated_start[k + 1])
         assert (step - whole[:, at]).abs().max() < 1e-5
 
 
@@ -119,28 +119,28 @@ def test_no_position_sees_a_finer_or_its_own_token(model):
     spots = make_spots()
     batch = spots.batch()
     steering, table = model._steering(model.condition(batch)), model.embed.rows()
-    tokens = [mean.round().long() for mean in model.pool(spots.counts)[:-1]]
-    before = model._trunk(model._sequence(table, tokens, len(batch.features)), steering, model.cuts)
+    tokens = [mean.round().long() for mean in model.layout.pool(spots.counts)[:-1]]
+    before = model._trunk(model._sequence(table, tokens, len(batch.features)), steering, model.layout.cuts)
     for k in range(len(tokens)):
         changed = [t.clone() for t in tokens]
         changed[k] = (changed[k] + 3) % 32
-        after = model._trunk(model._sequence(table, changed, len(batch.features)), steering, model.cuts)
+        after = model._trunk(model._sequence(table, changed, len(batch.features)), steering, model.layout.cuts)
         difference = (after - before).abs().amax(dim=(0, 2))
-        border = model._interpolated_start[k + 1]
-        assert difference[model._interpolated_start[0] : border].max() == 0
+        border = model.layout.interpolated_start[k + 1]
+        assert difference[model.layout.interpolated_start[0] : border].max() == 0
         assert difference[border:].max() > 0
 
 
 def test_positions_number_as_the_design_says():
     scales = Scales(tuple(range(200)), default_sizes(200))
-    assert sum(cut.n_queries for cut in GenAR(small(n_features=8, max_count=7), scales).cuts) == 353
+    assert sum(cut.n_queries for cut in GenAR(small(n_features=8, max_count=7), scales).layout.cuts) == 353
     tokens = GenAR(small(n_features=8, max_count=7, history="tokens"), scales)
-    assert sum(cut.n_queries for cut in tokens.cuts) == 507
+    assert sum(cut.n_queries for cut in tokens.layout.cuts) == 507
 
 
 def test_pooling_agrees_with_scales_and_conserves_totals():
     spots, model = make_spots(), make_model()
-    for k, pooled in enumerate(model.pool(spots.counts)):
+    for k, pooled in enumerate(model.layout.pool(spots.counts)):
         np.testing.assert_allclose(pooled.numpy(), model.scales.pool(spots.counts.numpy(), k), rtol=1e-6)
         sizes = torch.from_numpy(np.diff(model.scales.edges(k)))
         torch.testing.assert_close((pooled * sizes).sum(dim=1), spots.counts.sum(dim=1).float())
@@ -190,20 +190,20 @@ def test_samples_average_distributions():
     many = model.generate(batch, Decoding("mean", 400)).layers["mean"]
     steering, table = model._steering(model.condition(batch)), model.embed.rows()
     nothing = torch.zeros(4, 0, dtype=torch.long)
-    first = model._cached_pass(0, table, nothing, steering, [Cache(model._n_cached) for _ in model.blocks])
+    first = model._cached_pass(0, table, nothing, steering, [Cache(model.layout.n_cached) for _ in model.blocks])
     known = model._known(batch)
-    inputs = (model._places[0], model._read_out(0, first, steering), model._start(0, known, []))
+    inputs = (model.layout.places[0], model._read_out(0, first, steering), model._start(0, known, []))
     p = model.head.logits(*inputs).softmax(dim=2)[:, 0]
     expected = torch.zeros(4, N_GENES)
     for token in range(32):
-        caches = [Cache(model._n_cached) for _ in model.blocks]
+        caches = [Cache(model.layout.n_cached) for _ in model.blocks]
         model._cached_pass(0, table, nothing, steering, caches)
         parents = torch.full((4, 1), token)
         x = model._cached_pass(1, table, parents, steering, caches)
         start = model._start(1, known, [parents])
-        logits = model.head.logits(model._places[1], model._read_out(1, x, steering), start)
+        logits = model.head.logits(model.layout.places[1], model._read_out(1, x, steering), start)
         expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
-    torch.testing.assert_close(many, expected.detach()[:, model.inverse], atol=0.15, rtol=0.05)
+    torch.testing.assert_close(many, expected.detach()[:, model.layout.inverse], atol=0.15, rtol=0.05)
 
 
 def test_seeds_decide_the_trajectories():
@@ -373,7 +373,7 @@ def test_attention_trained_on_a_cpu_is_the_automatic_one(variant, keeps, monkeyp
     and made again, in chunks of a few heads."""
     monkeypatch.setattr(_cosine_attention, "_CHUNK_WEIGHTS", 3 * 24 * 24)
     monkeypatch.setattr(_cosine_attention, "_MOST_KEPT", 1 << 20 if keeps else 0)
-    cuts = make_model(VARIANTS[variant]).cuts
+    cuts = make_model(VARIANTS[variant]).layout.cuts
     length = sum(cut.n_queries for cut in cuts)
     qkv, sharpness = torch.randn(5, length, 3 * 16).requires_grad_(), torch.tensor([2.0, 9.0]).requires_grad_()
     slope = torch.randn(5, length, 16)

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from genar.data.door import SMALL_BYTES, door
 from genar.errors import InputError
@@ -314,9 +314,14 @@ def _look_at_tiff(path: Path) -> _TiffLooks:
         raise InputError(f"{path}: truncated TIFF: expected {end:,} bytes, found {size:,}; copy it again")
     if kind != np.uint8:
         raise InputError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to 8-bit RGB")
-    if turned != 1:
-        raise InputError(f"{path}: its pixels are stored turned (Orientation {turned}); write it upright")
+    _refuse_turned(path, turned)
     return _TiffLooks(largest, fourth, ome_mpp)
+
+
+def _refuse_turned(path: Path, orientation: int) -> None:
+    """``InputError`` where the pixels are not stored as they are shown: nobody knows which ones coordinates mean."""
+    if orientation not in (0, 1):  # some programs write 0 for what they do not know
+        raise InputError(f"{path}: its pixels are stored turned (Orientation {orientation}); write it upright")
 
 
 def _fourth_is_no_alpha(page: Any) -> bool:
@@ -371,6 +376,7 @@ def _opened(path: Path):
             # these two alone: to open others, Pillow starts other programs
             with door(path, "image"), Image.open(path, formats=("JPEG", "PNG")) as image:
                 _refuse_huge(path, image.width * image.height)
+                _refuse_turned(path, image.getexif().get(ExifTags.Base.Orientation, 1))
                 if image.mode[0] in "IF":
                     raise InputError(f"{path}: expected an 8-bit RGB image, found {image.mode}; convert it to RGB")
                 yield image

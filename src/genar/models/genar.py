@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
-from genar.models._cosine_attention import Cache, Cut, as_it_comes
+from genar.models._cosine_attention import Cache, as_it_comes
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, refuse_distribution, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
+from genar.models._genar_layout import Layout
 from genar.models._genar_parts import Block, Condition, CountTable, LinearStart, bf16_products
 from genar.models._linear_start import (
     Components,
@@ -79,10 +80,7 @@ class GenAR(Model):
     decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
     input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
     sampled = True
-    order: Tensor
-    inverse: Tensor
-    first_gene: Tensor
-    last_gene: Tensor
+    layout: Layout
 
     def __init__(self, config: GenARConfig, scales: Scales):
         super().__init__()
@@ -119,60 +117,7 @@ class GenAR(Model):
                 steer.bias.copy_(torch.cat([torch.ones(width), torch.zeros(width)]))
             self.film = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), steer)
         if not self.start.is_meta:  # else it is only measured: there is nothing to lay out
-            self._lay_out()
-
-    # -- the order of positions -------------------------------------------------------------------------------------
-
-    def _lay_out(self) -> None:
-        """Number the positions of the training pass and make the one mask that says which sees which (appendix B)."""
-        sizes, tokens = self.sizes, self.config.history == "tokens"
-        n_history = (1, *sizes[:-1]) if tokens else ()  # start stands as history of scale "-1"
-        kind = torch.cat([torch.zeros(sum(n_history)), torch.ones(sum(sizes))]).long()
-        scale = torch.cat([torch.full((m,), k - 1) for k, m in enumerate(n_history)] + [torch.full((m,), k) for k, m in enumerate(sizes)])  # fmt: skip # noqa: E501
-        index = torch.cat([torch.arange(m) for m in (*n_history, *sizes)])
-        query_is_history, key_is_history = (kind == 0)[:, None], (kind == 0)[None]
-        older, same = scale[None] < scale[:, None], scale[None] == scale[:, None]
-        beside = same & ((index[None] <= index[:, None]) | (self.config.within == "full"))
-        seen = torch.where(
-            query_is_history,
-            key_is_history & (older | same),
-            (key_is_history & older) | (~key_is_history & (beside | (older & (not tokens)))),
-        )
-        self._history_start, self._interpolated_start = [0], [sum(n_history)]
-        for m in n_history:
-            self._history_start.append(self._history_start[-1] + m)
-        for m in sizes:
-            self._interpolated_start.append(self._interpolated_start[-1] + m)
-        self._places = [slice(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(len(sizes))]
-        # the positions of a scale see the same ones and need no mask, unless each sees those before it alone
-        runs = (*n_history, *sizes) if self.config.within == "full" else (len(seen) - sizes[-1], sizes[-1])
-        self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split(runs) if len(rows))
-        self.steps, self._n_keep = nn.ModuleList(), []
-        for new, old, n_keep in map(self._step, range(len(sizes))):
-            self.steps.append(Cut(seen[new][:, torch.cat([old, new])]))
-            self._n_keep.append(n_keep)
-        self._n_cached = len(old) + len(new)
-        for k in range(1, len(sizes)):
-            self.register_buffer(f"parent_{k}", torch.from_numpy(self.scales.parent(k)).long(), persistent=False)
-        edges = [torch.from_numpy(self.scales.edges(k)).long() for k in range(len(sizes))]
-        self.register_buffer("first_gene", torch.cat([e[:-1] for e in edges]), persistent=False)
-        self.register_buffer("last_gene", torch.cat([e[1:] for e in edges]), persistent=False)
-        self.register_buffer("order", torch.tensor(self.scales.order), persistent=False)
-        self.register_buffer("inverse", torch.from_numpy(self.scales.inverse).long(), persistent=False)
-
-    def _step(self, k: int) -> tuple[Tensor, Tensor, int]:
-        """Positions new at scale k, positions cached before it, and how many of the new ones stay cached."""
-        new = torch.arange(self._interpolated_start[k], self._interpolated_start[k + 1])
-        if self.config.history == "queries":
-            return new, torch.arange(self._interpolated_start[k]), len(new)
-        history = torch.arange(self._history_start[k], self._history_start[k + 1])
-        return torch.cat([history, new]), torch.arange(self._history_start[k]), len(history)
-
-    def pool(self, counts: Tensor) -> list[Tensor]:
-        """Mean count of every group of every scale: int [B, G] in panel order -> K tensors float32 [B, M_k]."""
-        running = fn.pad(counts[:, self.order].long().cumsum(dim=1), (1, 0))  # exact: no rounding in sums of counts
-        sums = running[:, self.last_gene] - running[:, self.first_gene]
-        return list((sums.float() / (self.last_gene - self.first_gene)).split(self.sizes, dim=1))
+            self.layout = Layout(scales, config.history, config.within)
 
     # -- inputs and outputs of the trunk ----------------------------------------------------------------------------
 
@@ -180,14 +125,14 @@ class GenAR(Model):
         """Tokens [B, M_k] of scale k as history [B, M_k, D]; k = -1 is the start."""
         if k < 0:
             return self.start.expand(len(tokens), 1, -1)
-        return fn.embedding(tokens, table) + self.history_position[self._places[k]] + self.scale_embedding[k]
+        return fn.embedding(tokens, table) + self.history_position[self.layout.places[k]] + self.scale_embedding[k]
 
     def _interpolated(self, k: int, table: Tensor, parents: Tensor) -> Tensor:
         """Positions of scale k [B, M_k, D], made of the tokens of the scale above [B, M_{k-1}] (eq. 3)."""
-        place = self.position[self._places[k]] + self.scale_embedding[k]
+        place = self.position[self.layout.places[k]] + self.scale_embedding[k]
         if k == 0:
             return place.expand(len(parents), -1, -1)
-        parent, transition = getattr(self, f"parent_{k}"), self.transition[k - 1]
+        parent, transition = self.layout.parent(k), self.transition[k - 1]
         if parents.numel() > len(table):  # every class once, rather than every token
             x = fn.embedding(parents.index_select(1, parent), transition(table))
         else:
@@ -219,7 +164,9 @@ class GenAR(Model):
         if not self.config.gene_identity:
             return None
         running = fn.pad(self.identity.cumsum(dim=0), (0, 0, 1, 0))
-        mean = (running[self.last_gene] - running[self.first_gene]) / (self.last_gene - self.first_gene)[:, None]
+        mean = (running[self.layout.last_gene] - running[self.layout.first_gene]) / (
+            self.layout.last_gene - self.layout.first_gene
+        )[:, None]
         n_coarse = len(mean) - self.scales.n_genes
         g = torch.cat([self.group_identity(mean[:n_coarse]), self.identity])
         gamma, beta = self.film(g).chunk(2, dim=1)
@@ -229,7 +176,7 @@ class GenAR(Model):
         """What the head of scale k reads, float32 [B, M_k, D]: AdaLN, then FiLM."""
         x = torch.addcmul(steering.head_shift, self.head_norm(x), steering.head_scale)
         if steering.film is not None:
-            gamma, beta = (part[self._places[k]] for part in steering.film)
+            gamma, beta = (part[self.layout.places[k]] for part in steering.film)
             x = torch.addcmul(beta, x, gamma)
         return x.float()
 
@@ -239,7 +186,7 @@ class GenAR(Model):
         if known is None:
             return None
         with as_it_comes(known.device.type):
-            return self.linear_start, self.linear_start.expected(self._places[k], known, counts)
+            return self.linear_start, self.linear_start.expected(self.layout.places[k], known, counts)
 
     def _known(self, batch: Batch) -> Tensor | None:
         """Components [B, C] that the linear start reads."""
@@ -253,13 +200,13 @@ class GenAR(Model):
         input of each."""
         kept, depth = 18 + 2 * self.config.mlp_ratio, self.config.depth
         in_blocks = depth + kept if self.config.recompute else depth * kept
-        return int(4 * self._interpolated_start[-1] * self.config.width * in_blocks)
+        return int(4 * self.layout.interpolated_start[-1] * self.config.width * in_blocks)
 
     @torch.no_grad()
     def prepare(self, spots: Spots) -> None:
         """Set constants from the training spots: the components, the frequency of each count, the linear start."""
         assert spots.counts is not None
-        means = self.pool(spots.counts.clamp(max=self.config.max_count))
+        means = self.layout.pool(spots.counts.clamp(max=self.config.max_count))
         self.head.prepare(means)
         if self.config.components:
             found = find_components(spots, self.config.components)
@@ -273,7 +220,7 @@ class GenAR(Model):
         x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
         shrink, fold, start = found.shrink(len(spots)).double()[:, None], folds(spots), self.linear_start
         for k, mean in enumerate(means):
-            y, place = level(mean).double(), self._places[k]
+            y, place = level(mean).double(), self.layout.places[k]
             seen = start.followed(means[:k]).double() if k else x[:, :0]
             follow, told = fit_followers(seen, y, fold)
             rest = y - y.mean(dim=0) - (seen - seen.mean(dim=0)) @ follow
@@ -296,17 +243,17 @@ class GenAR(Model):
         The coarser tokens are the true means, rounded, or those with noise (``token_noise``).
         """
         assert batch.counts is not None
-        means = self.pool(batch.counts.clamp(max=self.config.max_count))
+        means = self.layout.pool(batch.counts.clamp(max=self.config.max_count))
         given = self._noisy(means[:-1])
         tokens = [mean.round().long() for mean in given]
         known, steering = self._known(batch), self._steering(self.condition(batch))
-        x = self._trunk(self._sequence(self.embed.rows(), tokens, len(batch.counts)), steering, self.cuts)
-        scales, losses = x[:, self._interpolated_start[0] :].split(self.sizes, dim=1), []
+        x = self._trunk(self._sequence(self.embed.rows(), tokens, len(batch.counts)), steering, self.layout.cuts)
+        scales, losses = x[:, self.layout.interpolated_start[0] :].split(self.sizes, dim=1), []
         for k, mean in enumerate(means):
             read, start = self._read_out(k, scales[k], steering), self._start(k, known, given[:k])
             loss = self.head.loss if k < len(means) - 1 else self.head.final_loss
             with as_it_comes(x.device.type):
-                losses.append(loss(self._places[k], read, start, mean) / len(mean))
+                losses.append(loss(self.layout.places[k], read, start, mean) / len(mean))
         per_scale = torch.stack(losses)
         weights = per_scale.new_tensor(self.config.scale_weights or (1.0,) * len(losses))
         return LossOutput((per_scale * weights).sum() / weights.sum(), per_scale.detach())
@@ -377,19 +324,19 @@ class GenAR(Model):
             point = logits.max(dim=2).indices  # twice as fast as argmax
         elif how.decode == "sample":
             assert draws is not None
-            point = draw(logits, draws[:, self._places[-1]], how)
+            point = draw(logits, draws[:, self.layout.places[-1]], how)
         elif how.decode == "mean":
             point = summarise(p, ("mean",))["mean"].round().long()
         else:
             point = quantile(p, 0.5)
-        layers = {name: values[:, self.inverse] for name, values in summarise(p, how.kept).items()}
-        return Counts(point[:, self.inverse], how.decode, layers)
+        layers = {name: values[:, self.layout.inverse] for name, values in summarise(p, how.kept).items()}
+        return Counts(point[:, self.layout.inverse], how.decode, layers)
 
     def _generate_values(self, batch: Batch, how: Decoding, cache: bool) -> Counts:
         """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
         refuse_distribution(how)
         how = replace(how, samples=1)
-        value = self._last(batch, how, None, cache, values=True).clamp(min=0)[:, self.inverse]
+        value = self._last(batch, how, None, cache, values=True).clamp(min=0)[:, self.layout.inverse]
         known = {"log1p_mean": value, "mean": torch.expm1(value)}
         layers = {name: known[name] for name in how.kept if name in known}
         return Counts(torch.expm1(value).round().long(), how.decode, layers)
@@ -400,7 +347,7 @@ class GenAR(Model):
         known = self._known(batch)
         known = None if known is None else known.repeat_interleave(how.trajectories, dim=0)
         table, steering = self.embed.rows(), self._steering(h)
-        caches = [Cache(self._n_cached) for _ in self.blocks]
+        caches = [Cache(self.layout.n_cached) for _ in self.blocks]
         tokens = torch.zeros(len(h), 0, dtype=torch.long, device=h.device)
         made: list[Tensor] = []
         for k in range(len(self.sizes)):
@@ -408,14 +355,14 @@ class GenAR(Model):
                 x = self._cached_pass(k, table, tokens, steering, caches)
             else:
                 x = self._full_pass(k, table, made, steering, len(h))
-            inputs = (self._places[k], self._read_out(k, x, steering), self._start(k, known, made))
+            inputs = (self.layout.places[k], self._read_out(k, x, steering), self._start(k, known, made))
             with as_it_comes(x.device.type):
                 if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
                     return self.head.values(*inputs)[0]
                 logits = self.head.logits(*inputs)
             if k == len(self.sizes) - 1:
                 return logits
-            tokens = logits.max(dim=2).indices if draws is None else draw(logits, draws[:, self._places[k]], how)
+            tokens = logits.max(dim=2).indices if draws is None else draw(logits, draws[:, self.layout.places[k]], how)
             made.append(tokens)
         raise AssertionError("a model has at least one scale")
 
@@ -425,14 +372,14 @@ class GenAR(Model):
         if self.config.history == "tokens":
             x = torch.cat([self._history(k - 1, table, tokens), x], dim=1)
         for cache in caches:
-            cache.n_keep = self._n_keep[k]
-        return self._trunk(x, steering, self.steps[k : k + 1], caches)[:, -self.sizes[k] :]
+            cache.n_keep = self.layout.n_keep[k]
+        return self._trunk(x, steering, self.layout.steps[k : k + 1], caches)[:, -self.sizes[k] :]
 
     def _full_pass(self, k: int, table: Tensor, made: list[Tensor], steering: "_Steering", n_spots: int) -> Tensor:
         """The same by the training pass, with zeros for the tokens that are not known yet (the masks hide them)."""
         zeros = [table.new_zeros(n_spots, m, dtype=torch.long) for m in self.sizes[len(made) : -1]]
-        x = self._trunk(self._sequence(table, [*made, *zeros], n_spots), steering, self.cuts)
-        return x[:, self._interpolated_start[k] : self._interpolated_start[k + 1]]
+        x = self._trunk(self._sequence(table, [*made, *zeros], n_spots), steering, self.layout.cuts)
+        return x[:, self.layout.interpolated_start[k] : self.layout.interpolated_start[k + 1]]
 
     # -- making and saving ------------------------------------------------------------------------------------------
 
