@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("resource", reason="the benchmarks measure memory as Unix tells it")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

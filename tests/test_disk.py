@@ -5,7 +5,6 @@ import ast
 import contextlib
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,7 @@ SET = tuple(word for setting in TINY for word in ("--set", setting))
 @contextlib.contextmanager
 def no_file_above(n_bytes):
     """No file may grow beyond that: what a quota does, without the right to mount anything."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:

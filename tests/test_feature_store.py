@@ -3,7 +3,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -108,7 +107,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(place, tissue, enco
     chunks = lambda: len(list(store.glob("*.partial/features/c/*")))  # noqa: E731
     until(lambda: chunks() >= 2 or process.poll() is not None)
     workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     (partial,) = store.glob("*.partial")
     n_done = json.loads((partial / "zarr.json").read_text())["attributes"]["n_done"]

@@ -3,7 +3,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -330,7 +329,7 @@ def test_killed_and_started_again(hest, fetch_, tmp_path):
     deadline = time.monotonic() + 10
     while sum(part.stat().st_size for part in parts.glob("*.part")) < half and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert left(tmp_path / "out/metadata") == [f"{FIRST}.json"]
     assert not (tmp_path / "out" / path).exists()

@@ -16,6 +16,8 @@ import tifffile
 from numcodecs import Zstd
 from PIL import Image
 
+pytest.importorskip("resource")
+
 from fuzz.runner import make_seeds, run_all, run_case
 from fuzz.targets import TARGETS
 from genar.errors import InputError

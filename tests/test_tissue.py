@@ -151,6 +151,7 @@ def test_a_glance_shows_what_the_whole_image_holds(drawn, tmp_path, name):
     slide.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count a peak in other units, or not at all")
 def test_a_glance_holds_no_whole_image(tmp_path):
     """75 MB of pixels, in strips and as JPEG, looked at within 45 MB."""
     pixels = np.full((5000, 5000, 3), 200, np.uint8)

@@ -437,7 +437,7 @@ def bench(
     if result is None:
         return _console.finish(json, {}, "planned")
     if not json and "table" in result.outputs:
-        print(result.outputs["table"].read_text())
+        print(result.outputs["table"].read_text(encoding="utf-8"))
     table, differences = (benching.nested(frame) for frame in (result.table, result.differences))
     _console.finish(json, result.outputs, table=table, differences=differences)
 

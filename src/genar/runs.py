@@ -2,6 +2,7 @@
 them."""
 
 import contextlib
+import gc
 import json
 import math
 import shutil
@@ -126,7 +127,11 @@ def train_run(
     run is at work in ``plan.out``; ``StoppedError`` as ``training.fit`` does.
     """
     with contextlib.nullcontext() if processes.rank() else alone(plan.out, "training run"):
-        return _train(plan, say, bar, progress)
+        result = _train(plan, say, bar, progress)
+        if result.outputs:  # only now: the spots were read from files in there, and some systems remove no open one
+            gc.collect()  # Lightning's loop and its module hold each other
+            shutil.rmtree(plan.out / "resume", ignore_errors=True)
+        return result
 
 
 def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool) -> RunResult:
@@ -186,7 +191,6 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         outputs["training curve"] = maps.write_training_curve(summary.history, summary.best_epoch, path)
     clock.lap("prediction, scores and maps")
     _write_run(plan, config, how, checkpoint, digests, seen.stores, clock)
-    shutil.rmtree(resume)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
 

@@ -222,7 +222,7 @@ def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path) -> 
 
 
 def _has_features(store: Path, section: str, encoder: str) -> bool:
-    return any(f'"{encoder}"' in path.read_text() for path in store.glob(f"{section}-*.zarr/zarr.json"))
+    return any(f'"{encoder}"' in path.read_text(encoding="utf-8") for path in store.glob(f"{section}-*.zarr/zarr.json"))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -12,12 +12,16 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genar.errors import InputError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 LOCK = ".lock"
 _LONGEST_PART = 80  # bytes
-_NO_FILE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|[. ]$')
+_NO_FILE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the quota is used up; free some space",
@@ -85,10 +89,26 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
+        let_go(lock)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def let_go(lock: "FileLock") -> None:
+    """Release a lock and take its file away, in the order in which the system lets one do it.
+
+    First the file: else another process may hold a lock that a third one, which finds no file, does not see. Windows
+    removes no file that is open; there nobody can hold one that is gone.
+    """
+    path = Path(lock.lock_file)
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        lock.release()
+        with contextlib.suppress(OSError):  # another process's by now
+            path.unlink(missing_ok=True)
+    else:
+        lock.release()
 
 
 def make_folder(folder: Path) -> None:
@@ -108,9 +128,12 @@ def refusal(error: BaseException, path: object) -> InputError | None:
     ``error`` says something else. Libraries put the system's words into an error of their own, or raise another one
     over it."""
     over: BaseException | None = error
+    unknown = os.strerror(-1).lower()  # some systems have no words for a quota
     while over is not None:
         for number, advice in _REFUSALS.items():
-            if getattr(over, "errno", None) == number or os.strerror(number).lower() in str(over).lower():
+            words = os.strerror(number).lower()
+            says = words not in unknown and words in str(over).lower()
+            if getattr(over, "errno", None) == number or says:
                 return InputError(f"{path}: cannot be written: {advice}")
         over = over.__cause__ or over.__context__
     return None
@@ -170,7 +193,7 @@ def _remove(path: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def file_part(name: str) -> str:

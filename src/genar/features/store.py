@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 import genar
 from genar.data import contract
-from genar.data.files import make_folder
+from genar.data.files import let_go, make_folder
 from genar.data.patches import CHUNK, Readers
 from genar.data.slide import Slide, open_slide
 from genar.encoders import Encoder, ImportedFeatures
@@ -98,8 +98,9 @@ def _locked(path: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         if path.is_dir():
-            path.with_suffix(".lock").unlink(missing_ok=True)
-        lock.release()
+            let_go(lock)
+        else:
+            lock.release()
 
 
 def _fill(path, slide, section, encoder, recipe, readers, batch_size, progress) -> None:

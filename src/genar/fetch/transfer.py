@@ -202,15 +202,15 @@ def _append(file: RemoteFile, part: Path, have: int, access: Access, tick: Tick)
             os.truncate(part, start)
         try:
             with part.open("ab") as out:
-                while chunk := _read(response):
-                    if start + len(chunk) > file.size:
-                        part.unlink()
-                        raise _other_size(file, f"more than {file.size:,}")
+                while (chunk := _read(response)) and start + len(chunk) <= file.size:
                     out.write(chunk)
                     start += len(chunk)
                     tick(len(chunk))
         except OSError as error:  # the network's are _DroppedErrors
             raise InputError(f"{part}: cannot write ({error.strerror}); free some space and go on") from error
+    if chunk:
+        part.unlink()
+        raise _other_size(file, f"more than {file.size:,}")
 
 
 def _start(response, file: RemoteFile, have: int) -> int:
