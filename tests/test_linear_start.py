@@ -81,7 +81,9 @@ def test_genes_follow_all_coarser_groups():
     g = torch.Generator().manual_seed(1)
     groups = torch.rand(400, 3, generator=g) * 2
     genes = groups @ torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    follow, told = fit_followers(groups.double(), genes.double(), torch.arange(400) % 4)
+    exact = torch.zeros(3).double()
+    follow, told, passed_on = fit_followers(groups.double(), genes.double(), torch.arange(400) % 4, exact)
+    assert float(passed_on.abs().max()) == 0
     assert float((told - genes).square().mean()) < 1e-3
     torch.testing.assert_close(follow[:, 3], torch.tensor([-1.0, 0.0, 1.0]).double(), atol=0.05, rtol=0)
 

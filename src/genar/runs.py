@@ -42,7 +42,7 @@ from genar.report import maps
 from genar.resume import RESUME_FILE
 from genar.settings import Settings
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
-from genar.training import FitSummary, TrainConfig, fit, make_spots, train_config_from_dict
+from genar.training import FitSummary, TrainConfig, fit, make_spots, split_validation, train_config_from_dict
 
 BASELINES = ("mean", "ridge")
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
@@ -173,7 +173,8 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     of = "a section" if len(training) == 1 else f"{len(training)} sections"
     say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
-    model = cls.create(spots.n_features, look_at(cls, spots), plan.preset, model_settings)
+    learnt_from, _ = split_validation(spots, config.validation_share)  # the order of genes is learnt, too
+    model = cls.create(spots.n_features, look_at(cls, learnt_from), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group, device=plan.device)
     if rank:
         return RunResult({}, {}, {})  # the first process writes and scores

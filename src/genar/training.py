@@ -4,6 +4,7 @@ The epoch is chosen by free-running generation on a validation part of the *trai
 loss says nothing of what generation makes of its own tokens.
 """
 
+import copy
 import hashlib
 import logging
 import math
@@ -149,8 +150,15 @@ def make_spots(
     """The spots of a section for a model, with the counts of ``genes`` where given; ``features`` float32 [N, views, F],
     of ``n_blocks`` equal blocks; ``patches`` uint8 [N, crops, 3, px, px] for a model that takes pixels.
 
-    A spot's random numbers follow its name and its section's, so they stay the same in any order or batch.
+    A spot's random numbers follow its name and its section's, so they stay the same in any order or batch. Raises
+    ``InputError`` where a feature is no finite number.
     """
+    if not np.isfinite(features).all():
+        spot = section.obs_names[int(np.argmin(np.isfinite(features).reshape(len(features), -1).all(axis=1)))]
+        raise InputError(
+            f"section {contract.name(section)}: the features of spot {spot} hold NaN or infinite values; "
+            "make or import them again"
+        )
     xy = contract.coords_um(section)
     extent = np.where(np.ptp(xy, axis=0) > 0, np.ptp(xy, axis=0), 1)
     ids = [zlib.crc32(f"{contract.name(section)}/{spot}".encode()) for spot in section.obs_names]
@@ -340,6 +348,14 @@ class _Module(pl.LightningModule):
         least = min(n_rows, config.accumulate)
         self.n_parts = 1 if whole else max(least, count_parts(model, n_rows, config.memory_gib))
 
+    def __deepcopy__(self, memo: dict) -> "_Module":
+        """For the averages: the weights once more, the spots, which nobody changes, the same."""
+        for spots in (self._training, self._validation):
+            memo[id(spots)] = spots
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def train_dataloader(self) -> Loader | StreamedLoader:
         config, rank = self.config, self.global_rank
         if isinstance(self._training, StoredSpots):
@@ -370,11 +386,13 @@ class _Module(pl.LightningModule):
         return Share(batch.batch.to(device), batch.weight) if isinstance(batch, Share) else batch.to(device)
 
     def training_step(self, batch: Share, batch_idx: int) -> Tensor:
-        loss = self.model.loss(batch.batch).total
+        loss, weight = self.model.loss(batch.batch).total, batch.weight
         n_spots = len(batch.batch.features)
+        if self.model.sums:  # Lightning takes the mean over parts and processes
+            loss, weight = loss / n_spots, self.n_parts * self.n_ranks * n_spots
         self._losses.append(torch.stack([loss.detach() * n_spots, loss.new_tensor(n_spots)]))
         self.log("loss", loss, prog_bar=True, batch_size=n_spots)
-        return loss * batch.weight
+        return loss * weight
 
     def _mean_loss(self) -> float:
         """Of the spots since the last call, over all processes."""

@@ -91,6 +91,8 @@ def build_network(row: EncoderRow, *, empty: bool = False) -> nn.Module:
     Raises ``InputError`` where ``transformers`` is needed and missing.
     """
     if empty:
+        import timm  # before the numbers go: PyTorch 2.6 computes with some as it is imported
+
         with torch.device("meta"):
             return build_network(row)
     if row.library == "transformers":

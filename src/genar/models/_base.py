@@ -228,6 +228,8 @@ class Model(nn.Module, abc.ABC):
     sampled: ClassVar[bool] = False
     """whether it can be trained on more spots than memory holds: of more than ``PREPARED_SPOTS``, ``create`` and
     ``prepare`` then see a sample, whose ``parts`` are all"""
+    sums: ClassVar[bool] = False
+    """whether its loss is the sum over a batch's spots, and a larger batch a longer step; else it is the mean"""
     unit: ClassVar[str] = "spot"
     """what a batch holds: any ``spot``, or all spots of one ``section``, which may then attend to each other"""
     inputs: ClassVar[tuple[str, ...]] = ("features",)

@@ -182,7 +182,7 @@ class _Written(torch.autograd.Function):
         with as_it_comes("cpu"):
             parts = qkv.view(n_spots, length, 3, heads, -1)
             factors = _factors(parts[:, :, :2], sharpness[:, None]).permute(2, 0, 3, 1, 4).contiguous()
-            laid = parts.permute(2, 0, 3, 1, 4).contiguous()  # [3, B, H, L, D / H]
+            laid = parts.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)  # [3, B, H, L, D / H]
             laid[:2] *= factors
             q, k, v = laid.flatten(1, 2)  # [B H, L, D / H] each
             out, kept, first = torch.empty_like(q), [], 0

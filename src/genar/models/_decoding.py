@@ -109,7 +109,8 @@ def quantile(p: Tensor, q: float | Tensor) -> Tensor:
 
 def _reached(cumulative: Tensor, q: float | Tensor) -> Tensor:
     at = torch.as_tensor(q, dtype=torch.float64, device=cumulative.device).expand(cumulative.shape[:2])
-    reached = at[:, :, None] * cumulative[:, :, -1:] - 1e-7  # the total is one but for rounding
+    reached = at[:, :, None] * cumulative[:, :, -1:]  # the total is one but for rounding
+    reached -= (reached / 2).clamp(max=1e-7)  # never down to 0, which a count without any probability reaches
     return torch.searchsorted(cumulative, reached)[:, :, 0].clamp(max=cumulative.shape[2] - 1)
 
 

@@ -32,7 +32,7 @@ class Diffusion(nn.Module):
     def __init__(self, n_total: int = 1000, steps: int = 0):
         super().__init__()
         steps = steps or n_total
-        at = np.unique(np.linspace(0, n_total - 1, steps).round().astype(int))
+        at = np.unique(np.linspace(0, n_total - 1, steps).round().astype(int)) if steps > 1 else np.array([n_total - 1])
         kept = np.cumprod(1 - np.linspace(1e-4, 0.02, n_total))[at]  # float64
         before = np.append(1.0, kept[:-1])
         beta = 1 - kept / before

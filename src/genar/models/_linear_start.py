@@ -114,6 +114,17 @@ def level(counts: Tensor) -> Tensor:
     return torch.log1p(below) + (counts - below) * torch.log1p(1 / (1 + below))
 
 
+def drawn_variance(counts: Tensor) -> Tensor:
+    """Variance of l where one of the two counts beside a mean is drawn in its place (see :func:`level`).
+
+    >>> drawn_variance(torch.tensor([3.0, 0.5])).div(torch.tensor(2.0).log() ** 2)
+    tensor([0.0000, 0.2500])
+    """
+    below = counts.floor()
+    share = counts - below
+    return share * (1 - share) * torch.log1p(1 / (1 + below)).square()
+
+
 def count_followed(sizes: tuple[int, ...]) -> int:
     """How many groups of the scales before the last a finer scale is regressed on.
 
@@ -128,21 +139,32 @@ def count_followed(sizes: tuple[int, ...]) -> int:
     return n
 
 
-def fit_followers(seen: Tensor, y: Tensor, fold: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge of the columns of y [N, M] on l of the groups of coarser scales, ``seen`` [N, n]: slopes [n, M], and
-    predictions [N, M] of spots whose fold was left out, under the one of ``FOLLOW_PENALTIES`` that errs least there."""
-    predicted = [_left_out(seen, y, fold, penalty) for penalty in FOLLOW_PENALTIES]
-    errors = [float((left_out - y).square().sum()) for left_out in predicted]
-    best = errors.index(min(errors))
-    return _ridge(seen, y, FOLLOW_PENALTIES[best]), predicted[best]
+def fit_followers(seen: Tensor, y: Tensor, fold: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ridge of the columns of y [N, M] on l of the groups of coarser scales, ``seen`` [N, n], of which generation sees
+    a draw with the variance ``noise`` [n] around it.
+
+    Returns slopes [n, M], predictions [N, M] of spots whose fold was left out, under the one of ``FOLLOW_PENALTIES``
+    that errs least there, and the variance [M] that the draws give what follows them. Slopes are those which err least
+    on draws: a group of a mean near a half is drawn as 0 or 1, and tells next to nothing.
+    """
+    errors, best = [], FOLLOW_PENALTIES[0]
+    for penalty in FOLLOW_PENALTIES:
+        slope = _ridge(seen, y, penalty + len(seen) * noise)
+        left_out = _left_out(seen, y, fold, penalty, noise)
+        drawn = len(y) * (noise @ slope.square()).sum()
+        errors.append(float((left_out - y).square().sum() + drawn))
+        if errors[-1] == min(errors):
+            best = penalty
+    slope = _ridge(seen, y, best + len(seen) * noise)
+    return slope, _left_out(seen, y, fold, best, noise), noise @ slope.square()
 
 
-def _left_out(x: Tensor, y: Tensor, fold: Tensor, penalty: float) -> Tensor:
-    """Predictions of ridge [N, M] for the spots of each fold, fitted to the others."""
+def _left_out(x: Tensor, y: Tensor, fold: Tensor, penalty: float, noise: Tensor | float = 0.0) -> Tensor:
+    """Predictions of ridge [N, M] for the spots of each fold, fitted to the others; ``noise`` is a penalty a spot."""
     predicted = torch.zeros_like(y)
     for left_out in fold.unique():
         inside, outside = fold != left_out, fold == left_out
-        centre, slope = x[inside].mean(dim=0), _ridge(x[inside], y[inside], penalty)
+        centre, slope = x[inside].mean(dim=0), _ridge(x[inside], y[inside], penalty + int(inside.sum()) * noise)
         predicted[outside] = (x[outside] - centre) @ slope + y[inside].mean(dim=0)
     return predicted
 
@@ -150,10 +172,10 @@ def _left_out(x: Tensor, y: Tensor, fold: Tensor, penalty: float) -> Tensor:
 def fit_means(x: Tensor, y: Tensor, fold: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Ridge of the columns of y [N, M] on components x [N, C]: slopes [C, M], and predictions [N, M] of spots whose
     fold was left out, under the stiffest of ``FACTORS`` times ``penalty`` that errs about as little as any."""
-    predicted = [_left_out(x, y, fold, factor * penalty) for factor in FACTORS]
-    errors = [float((left_out - y).square().sum()) for left_out in predicted]
-    best = stiffest(errors)
-    return _ridge(x, y, FACTORS[best] * penalty), predicted[best]
+    penalties = [factor * penalty for factor in FACTORS]
+    # made again for the best: all of them at once would be 14 times y
+    best = penalties[stiffest([float((_left_out(x, y, fold, one) - y).square().sum()) for one in penalties])]
+    return _ridge(x, y, best), _left_out(x, y, fold, best)
 
 
 def stiffest(errors: list[float]) -> int:
@@ -161,7 +183,8 @@ def stiffest(errors: list[float]) -> int:
     return max(i for i, error in enumerate(errors) if error <= (1 + TOLERANCE) * min(errors))
 
 
-def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+def _ridge(x: Tensor, y: Tensor, penalty: Tensor | float) -> Tensor:
+    """Slopes [n, M]; ``penalty`` of all columns of x, or of each [n]."""
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
 

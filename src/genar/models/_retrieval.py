@@ -143,10 +143,10 @@ class RetrievalRival(SpotRival):
         keys = self.key_embeddings()
         similarity = fn.normalize(queries, dim=1) @ fn.normalize(keys, dim=1).T
         places, there = self.keys.nearest(similarity, visible, self.settings.neighbours)
-        return self.keys.mean(places, self.weights(queries, keys[places]) * there)
+        return self.keys.mean(places, self.weights(queries, keys[places], there) * there)
 
-    def weights(self, queries: Tensor, nearest: Tensor) -> Tensor:
-        """Weight [B, k] of each of the nearest keys [B, k, D]: all alike."""
+    def weights(self, queries: Tensor, nearest: Tensor, there: Tensor) -> Tensor:
+        """Weight [B, k] of each of the nearest keys [B, k, D], as far as they are ``there`` bool [B, k]: all alike."""
         return nearest.new_ones(nearest.shape[:2])
 
     def predict_block(self, batch: Batch, how: Decoding) -> Counts:

@@ -16,6 +16,12 @@ def check_input(model: str, value: str) -> None:
         raise InputError(f"model {model}: input must be one of {', '.join(INPUTS)}, found {value!r}")
 
 
+def _numbers(value: Any) -> tuple[float, ...]:
+    """Of a setting that is a number or some."""
+    several = value if isinstance(value, list | tuple) else (value,)
+    return tuple(one for one in several if isinstance(one, int | float) and not isinstance(one, bool))
+
+
 class Rival(Model):
     """A published method in this package's harness: sized by a configuration and by the training data.
 
@@ -28,6 +34,8 @@ class Rival(Model):
     """a frozen dataclass, every field with a default"""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {}}
     """what each changes of the configuration"""
+    may_be_none: ClassVar[tuple[str, ...]] = ()
+    """numbers of things that may be 0, though the default is more"""
 
     def __init__(self, n_features: int, n_genes: int, config: Any, **sizes: int):
         super().__init__()
@@ -57,14 +65,15 @@ class Rival(Model):
 
     @classmethod
     def _refuse_sizes(cls, settings: Mapping) -> None:
-        """Numbers of things are whole and above 0 where the default is, rates of dropout shares."""
+        """Numbers of things are above 0 where the default is, other numbers not negative, rates of dropout shares."""
         defaults = {f.name: f.default for f in fields(cls.config)}
         for name, value in settings.items():
-            default = defaults[name]
-            if type(default) is int and default > 0 and value < 1:
-                raise InputError(f"model {cls._name()}: {name} must be at least 1, found {value}")
-            if "dropout" in name and not 0 <= value < 1:
-                raise InputError(f"model {cls._name()}: {name} must be in [0, 1), found {value}")
+            for default, one in zip(_numbers(defaults[name]), _numbers(value), strict=False):
+                least = 1 if type(default) is int and default > 0 and name not in cls.may_be_none else 0
+                if not one >= least:
+                    raise InputError(f"model {cls._name()}: {name} must be at least {least}, found {value}")
+                if "dropout" in name and not one < 1:
+                    raise InputError(f"model {cls._name()}: {name} must be in [0, 1), found {value}")
 
     @classmethod
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:

@@ -113,11 +113,12 @@ class BLEEP(RetrievalRival):
         total = soft_contrast(image, self.embed_expression(log2p1(batch.counts)), self.settings.tau)
         return LossOutput(total, total.detach()[None])
 
-    def weights(self, queries: Tensor, nearest: Tensor) -> Tensor:
+    def weights(self, queries: Tensor, nearest: Tensor, there: Tensor) -> Tensor:
         """All alike, or exp(least squared distance - squared distance)."""
         if self.settings.weighting == "average":
-            return super().weights(queries, nearest)
+            return super().weights(queries, nearest, there)
         apart = (nearest - queries[:, None]).square().sum(dim=2)
+        apart = apart.masked_fill(~there, torch.finfo(apart.dtype).max)
         return torch.exp(apart.min(dim=1, keepdim=True).values - apart)
 
 

@@ -53,6 +53,7 @@ class Foundation(SpotRival):
     config = FoundationConfig
     sampled = True
     decodings = ("greedy", "mean")
+    may_be_none = ("blocks", "max_count")
     block = 16  # logits [spots, G, V] exist
     presets: ClassVar = {"small": {"width": 64, "max_count": 0}, "official": {}}
     # The paper's: Adam 1e-4, L2 1e-4, batch 64, constant rate, clip 1.0, at most 50 epochs. Few spots give few steps,

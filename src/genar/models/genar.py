@@ -13,6 +13,8 @@ Prediction"). Letters: B spots, S trajectories, G genes, K scales, M groups of a
 F features, V classes.
 """
 
+import math
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,6 +37,7 @@ from genar.models._genar_parts import Block, Condition, CountTable, LinearStart,
 from genar.models._linear_start import (
     Components,
     count_followed,
+    drawn_variance,
     find_components,
     fit_curvatures,
     fit_followers,
@@ -47,8 +50,11 @@ __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
 # Settings that shape the hierarchy rather than the network.
 STRUCTURE = {"scales": tuple[int, ...], "order": str}
-# Trajectories generated at a time.
+# Trajectories generated at a time, fewer where their logits were more than 256 MiB.
 _TRAJECTORIES = 64
+_MOST_LOGITS = 1 << 26
+# Classes that training counts are given without being asked for.
+_MOST_AUTO = (1 << 14) - 1
 
 
 @dataclass(frozen=True)
@@ -216,18 +222,22 @@ class GenAR(Model):
 
     def _fit_linear_start(self, spots: Spots, means: list[Tensor], found: Components) -> None:
         """Fit the log-linear model of every group, scale by scale: first to the true tokens of the coarser scales, then
-        what these leave over to the image."""
+        what these leave over to the image. Of a mean between two counts one of both is drawn in generation: groups are
+        believed the less, and spread the wider, the more that does to them."""
         x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
         shrink, fold, start = found.shrink(len(spots)).double()[:, None], folds(spots), self.linear_start
+        noise = [x.new_zeros(0)]
         for k, mean in enumerate(means):
             y, place = level(mean).double(), self.layout.places[k]
             seen = start.followed(means[:k]).double() if k else x[:, :0]
-            follow, told = fit_followers(seen, y, fold)
+            follow, told, passed_on = fit_followers(seen, y, fold, torch.cat(noise)[: seen.shape[1]])
+            drawn = drawn_variance(mean).double().mean(dim=0)
+            noise.append(drawn)
             rest = y - y.mean(dim=0) - (seen - seen.mean(dim=0)) @ follow
             slope, more = fit_means(x, rest, fold, found.penalty)
             expected = told + more
             if isinstance(self.head, CountHead):
-                variance = (y - expected).square().mean(dim=0).clamp(min=1e-4)
+                variance = ((y - expected).square().mean(dim=0) + drawn + passed_on).clamp(min=1e-4)
                 base = self.head.group_bias[place].double()
                 curvature, knots, tilts = fit_curvatures(base, self.head.log_classes.double(), expected, variance)
                 start.curvature[place] = curvature.float()
@@ -287,7 +297,9 @@ class GenAR(Model):
 
         Matrix products round differently at other shapes, and a token near a tie might fall otherwise in another batch.
         """
-        n_spots, block, parts = len(batch.features), max(1, _TRAJECTORIES // how.trajectories), []
+        logits = self.scales.n_genes * (self.config.max_count + 1)
+        trajectories = min(_TRAJECTORIES, _MOST_LOGITS // logits)
+        n_spots, block, parts = len(batch.features), max(1, trajectories // how.trajectories), []
         for start in range(0, n_spots, block):
             rows = torch.arange(start, start + block, device=batch.features.device).clamp(max=n_spots - 1)
             part = replace(batch.rows(rows), counts=None)
@@ -336,7 +348,8 @@ class GenAR(Model):
         """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
         refuse_distribution(how)
         how = replace(how, samples=1)
-        value = self._last(batch, how, None, cache, values=True).clamp(min=0)[:, self.layout.inverse]
+        value = self._last(batch, how, None, cache, values=True)[:, self.layout.inverse]
+        value = value.clamp(0, math.log1p(self.config.max_count))  # as the other losses' counts
         known = {"log1p_mean": value, "mean": torch.expm1(value)}
         layers = {name: known[name] for name in how.kept if name in known}
         return Counts(torch.expm1(value).round().long(), how.decode, layers)
@@ -420,7 +433,14 @@ class GenAR(Model):
         own = {name: value for name, value in settings.items() if name not in STRUCTURE}
         config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
+            largest = spots.largest_counts()
+            config = replace(config, max_count=min(_MOST_AUTO, auto_max_count(largest)))
+            if largest.max() > config.max_count:
+                warnings.warn(
+                    f"training counts up to {int(largest.max()):,} are taken for {config.max_count:,}; "
+                    f"set max_count={auto_max_count(largest)} for a class of each, at as much more memory and time",
+                    stacklevel=2,
+                )
         return cls(config, scales)
 
     def facts(self) -> dict:

@@ -152,6 +152,7 @@ class Hist2ST(SectionRival):
     """Transformer, neighbour graph and LSTM over a section, trained on counts and on its own altered copies."""
 
     config = Hist2STConfig
+    may_be_none = ("copies",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "official": {

@@ -56,6 +56,7 @@ class STNet(SpotRival):
 
     config = STNetConfig
     sampled = True
+    sums = True
     inputs = INPUTS
     presets: ClassVar = {"small": {}, "official": {"input": "patches"}}
     # Published: SGD with momentum 0.9, rate 1e-6 on the whole network, no decay, batch 32, 50 epochs, no schedule. A

@@ -51,7 +51,9 @@ class TriplexConfig:
             object.__setattr__(self, name, values)
             if len(values) != 3:
                 raise InputError(f"model triplex: {name} must be three numbers, found {len(values)}")
-        if any(self.width % heads for heads in self.heads):
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"model triplex: alpha must be in [0, 1], found {self.alpha}")
+        if min(self.heads) > 0 and any(self.width % heads for heads in self.heads):
             raise InputError(f"model triplex: width {self.width} must be a multiple of heads {self.heads}")
 
     def block(self, view: int) -> Block:
@@ -108,7 +110,7 @@ class Whole(nn.Module):
     def _convolve(self, x: Tensor, cells: Tensor) -> Tensor:
         n_columns, n_rows = (cells.max(dim=0).values + 1).tolist()
         cell = cells[:, 1] * n_columns + cells[:, 0]
-        filled = torch.zeros(n_rows * n_columns, device=x.device).index_add(0, cell, torch.ones_like(x[:, 0]))
+        filled = x.new_zeros(n_rows * n_columns).index_add(0, cell, torch.ones_like(x[:, 0]))
         grid = x.new_zeros(len(filled), x.shape[1]).index_add(0, cell, x) / filled.clamp(min=1)[:, None]
         grid = grid.T.reshape(1, -1, n_rows, n_columns)
         return self.around(grid)[0].flatten(1).T[cell]
