@@ -43,7 +43,8 @@ def read(tmp_path, text=RECIPE, **changes):
 def test_a_recipe_runs_once_and_writes_its_tables(tissue, tmp_path):
     said, recipe, out = [], read(tmp_path), tmp_path / "out"
     options = {"features": tmp_path / "features", "say": said.append}
-    assert bench.bench_run(recipe, tissue, out, dry_run=True, **options) is None
+    planned = bench.bench_run(recipe, tissue, out, dry_run=True, **options)
+    assert (planned.n_runs, planned.n_done, len(planned.runs), planned.missing) == (8, 0, 8, [])
     assert not out.exists()
     assert len(said) == 1 + 2 + 2 + 4  # closed forms have no seeds
     result = bench.bench_run(recipe, tissue, out, **options)
@@ -205,6 +206,11 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch, cap
         "missing: images of 1 sections (MEND139)",
     ):
         assert line in told
+    assert genar(monkeypatch, *words, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["status"] == "planned"
+    assert (planned["n_runs"], planned["n_done"], len(planned["runs"])) == (3, 0, 3)
+    assert [f"missing: {line}" in told for line in planned["missing"]] == [True] * 6
     assert told.count("images of") == 2  # of each encoder that would read them, and not for imported features
     assert genar(monkeypatch, *words) == 2
     error = capsys.readouterr().err

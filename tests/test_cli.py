@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 import subprocess
@@ -9,12 +10,17 @@ import anndata
 import numpy as np
 import pytest
 import tifffile
+import typer
 
+import genar
 from commands import run
+from genar._console import first_paragraph
+from genar.cli import app
 from genar.data import read_section
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.features import Inputs
-from genar.models import Decoding
+from genar.models import Decoding, model_names
+from genar.models._decoding import DECODINGS
 from genar.models.genar import GenARConfig
 from genar.runs import TrainPlan
 from genar.settings import Settings, read_settings
@@ -329,10 +335,110 @@ def test_train_takes_gene_sets_context_and_another_output(tissue, store, tmp_pat
 @pytest.mark.parametrize("command", ["encoders", "models"])
 def test_lists_are_json_on_request(command, monkeypatch, capsys):
     assert run(monkeypatch, command, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out)
+    assert told["status"] == "done"
+    rows = told[command]
     assert all(row["name"] for row in rows)
     assert run(monkeypatch, command) == 0
     assert rows[0]["name"] in capsys.readouterr().out
+
+
+# One of each command's inputs that is wrong.
+WRONG = {
+    "demo": ["--out", "DONE"],
+    "check": ["NOWHERE"],
+    "fetch": ["nothing", "--out", "OUT"],
+    "features": ["NOWHERE", "--out", "OUT"],
+    "panel": ["NOWHERE", "--out", "OUT/panel.json"],
+    "groups": ["NOWHERE", "--out", "OUT"],
+    "train": ["NOWHERE", "--out", "OUT"],
+    "predict": ["NOWHERE", "--model", "NOWHERE", "--out", "OUT/p.h5ad"],
+    "push": ["NOWHERE", "one/two"],
+    "evaluate": ["NOWHERE", "NOWHERE", "--out", "OUT"],
+    "report": ["NOWHERE", "--out", "OUT/r.html"],
+    "export": ["NOWHERE", "--out", "OUT/p.geojson"],
+    "bench": ["NOWHERE", "--out", "OUT"],
+    "encoders": ["--widht"],
+    "models": ["magic"],
+}
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
+def test_wrong_input_is_json_too_on_request(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "DONE" / "run").mkdir(parents=True)
+    (tmp_path / "DONE" / "run" / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, command, *WRONG[command], "--json") == 2
+    told = capsys.readouterr()
+    facts = json.loads(told.out)
+    assert facts["status"] == "wrong input"
+    assert command == "check" or set(facts) == {"status", "error"}
+    assert facts["error"] in " ".join(told.err.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir() if path.name != "genar-check"] == ["DONE"]
+    assert run(monkeypatch, command, *WRONG[command]) == 2
+    assert "{" not in capsys.readouterr().out
+
+
+def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch, capsys):
+    damage_counts("log")(broken)
+    assert run(monkeypatch, "check", broken, "--out", tmp_path / "overlays", "--json") == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["status"] == "wrong input"
+    assert "log-transformed" in told["error"]
+    assert [row["section"] for row in told["sections"]] == ["A", "B"]
+
+
+def test_the_demo_is_not_made_twice(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert run(monkeypatch, "demo", "--out", tmp_path) == 2
+    assert_one_line(capsys, "delete the folder, or give another --out")
+    assert not (tmp_path / "simulated_tissue").exists()
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_model_has_a_card_in_plain_words(name, monkeypatch, capsys):
+    assert run(monkeypatch, "models", name) == 0
+    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert {"title", "target", "kept"} <= set(rows)
+    assert "`" not in rows["about"]
+    assert rows["about"].endswith(".")
+
+
+def test_docstrings_are_told_without_their_marks():
+    told = first_paragraph("""Of :class:`~genar.Panel` and ``x = 1``,
+    on two lines.
+
+    More.""")
+    assert told == "Of genar.Panel and x = 1, on two lines."
+
+
+def test_commands_and_plans_take_the_same_where_nothing_is_said():
+    of_command = {p.name: p.default for p in typer.main.get_command(app).commands["train"].params}
+    for field in fields(TrainPlan):
+        if field.name in of_command and field.name not in ("sections", "test", "out", "settings", "device"):
+            assert of_command[field.name] == field.default, field.name
+    of_python = inspect.signature(genar.train).parameters
+    assert (of_python["model"].default, of_python["panel"].default) == (of_command["model"], of_command["panel"])
+
+
+def test_help_shows_flags_as_flags_and_names_what_may_be_chosen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in ("train", "predict"):
+        assert run(monkeypatch, command, "--help") == 0
+        told = capsys.readouterr().out
+        assert "--json" in told
+        assert "<bool>" not in told
+        assert "BOOLEAN" not in told
+    assert all(name in told for name in DECODINGS)
+
+
+def test_help_loads_no_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; import genar.cli; print('torch' in sys.modules, 'scanpy' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_panel_and_features_commands(tissue, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """What commands print: tables, progress bars, and where the results lie."""
 
+import inspect
 import json as json_module
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import NoReturn
 
 from rich.console import Console
@@ -22,7 +25,9 @@ from genar import processes
 from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
-_INTERRUPTED = 130
+_INTERRUPTED, _WRONG = 130, 2
+WRONG = "wrong input"
+"""status beside exit code 2"""
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
@@ -63,10 +68,17 @@ def _tell_unless_refused(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _stop(line: str, exit_code: int = 2) -> NoReturn:
+def _stop(line: str, exit_code: int = _WRONG) -> NoReturn:
     if line:
         print(" ".join(line.split()), file=sys.stderr)
+    if exit_code == _WRONG and "--json" in sys.argv:
+        tell_wrong(line.removeprefix("error: "))
     sys.exit(exit_code)
+
+
+def tell_wrong(error: str) -> None:
+    """The object that ``--json`` promises, where the input is wrong."""
+    print(json_module.dumps({"status": WRONG, "error": " ".join(error.split())}))
 
 
 def score_tables(result, note: str = "") -> Iterator[Table]:
@@ -198,10 +210,26 @@ def finish(json: bool, outputs: dict, status: str = "done", **figures) -> None:
         print(f"{name:<{width}}  {path}")
 
 
-def print_rows(json: bool, rows: list[dict], columns: tuple[str, ...]) -> None:
+def model_facts(name: str) -> dict:
+    """What ``genar models`` tells of one: how it decodes, what it is, its card."""
+    from genar.models import model_class
+
+    cls = model_class(name)
+    facts = {"name": name, "decodings": list(cls.decodings), "about": first_paragraph(cls.__doc__ or "")}
+    own = {"unit": cls.unit, "inputs": list(cls.inputs), "training": dict(cls.train_defaults)}
+    return {**facts, **own, **(asdict(cls.card) if cls.card else {})}
+
+
+def first_paragraph(docstring: str) -> str:
+    """Of a docstring, as plain text: on one line, without the marks of its roles and literals."""
+    text = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
+    return re.sub(r"(?::[a-z]+:)?(`+)~?(.+?)\1", r"\2", text)
+
+
+def print_rows(json: bool, name: str, rows: list[dict], columns: tuple[str, ...]) -> None:
+    """A table; with --json one object that holds the rows under ``name``."""
     if json:
-        print(json_module.dumps(rows))
-        return
+        return finish(json, {}, "done", **{name: rows})
     table = Table(*columns)
     for row in rows:
         table.add_row(*(", ".join(row[c]) if isinstance(row[c], list) else str(row[c]) for c in columns))

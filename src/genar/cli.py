@@ -10,35 +10,42 @@ from typing import Annotated
 import typer
 
 import genar
-from genar import _console, machine, processes
-from genar.errors import InputError
+from genar import _console, defaults, machine, processes
+from genar._options import (
+    BinUm,
+    Command,
+    Device,
+    Group,
+    Image,
+    Json,
+    Mpp,
+    OneSection,
+    Out,
+    Patch,
+    Samples,
+    SectionDir,
+    SpacingUm,
+    Store,
+    Views,
+    Weights,
+    given,
+    ids,
+    numbers,
+)
 
 app = typer.Typer(
     name="genar",
     help="Raw gene counts of every spot of a tissue slide, generated from its H&E image scale by scale.",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
-Mpp = Annotated[float | None, typer.Option(help="Pixel size in um per px; overrides the metadata.")]
-Image = Annotated[
-    Path | None, typer.Option(help="Full-resolution image of the section, or a folder of them called <id>.tif.")
-]
-BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um (default: 56).")]
-SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um (default: 100).")]
-Store = Annotated[Path | None, typer.Option("--features", help="Folder of the feature stores (default: user cache).")]
-Weights = Annotated[Path | None, typer.Option(help="Encoder weights, a file or a folder, instead of the hub's.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]
-SectionDir = Annotated[str, typer.Argument(help="Folder of sections; the format is told from what it holds.")]
-_SAMPLES = "Trajectories averaged in the expectation (default: 16)."
-Device = Annotated[str, typer.Option(help="Of encoder and model: auto, cpu, cuda, cuda:1, mps.")]
-OneSection = Annotated[str, typer.Argument(help="One section: its own file or folder, or FOLDER:ID.")]
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error), 1 a fault of ours, 128 + N
-    stopped by signal N."""
+    """Entry point: exit code 0 done, 2 the input is wrong (one line on standard error, with ``--json`` an object on
+    standard output), 1 a fault of ours, 128 + N stopped by signal N."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     machine.keep_freed_memory()
     if processes.rank():  # the first process speaks for all
@@ -55,7 +62,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Out = Path("genar-demo"), seed: Annotated[int, typer.Option(help="Of the tissue.")] = 0, json: Json = False
 ) -> None:
@@ -71,7 +78,7 @@ def demo(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     paths: Annotated[list[str], typer.Argument(help="Folders of sections or slides, or single ones.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for an overlay PNG per section.")] = Path(
@@ -106,13 +113,14 @@ def check(
         print("error: " + " ".join(fault.split()), file=sys.stderr)
     overlays = {f"overlay {row.section}": row.overlay for row in result.sections if row.overlay}
     rows = [asdict(row) for row in result.sections]
-    status = "wrong input" if result.all_faults else "done"
-    _console.finish(json, overlays, status, sections=rows, faults=result.all_faults, duplicates=result.duplicates)
+    wrong = {"status": _console.WRONG, "error": "; ".join(result.all_faults)} if result.all_faults else {}
+    figures = {"sections": rows, "faults": result.all_faults, "duplicates": result.duplicates}
+    _console.finish(json, overlays, **wrong, **figures)
     if result.all_faults:
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=Command)
 def fetch(
     dataset: Annotated[str, typer.Argument(help="her2st, prad, kidney, mouse_brain or ccrcc.")],
     out: Out,
@@ -126,14 +134,14 @@ def fetch(
     from genar.fetch import fetch_dataset
 
     done = fetch_dataset(
-        dataset, out, source=source, sections=_ids(sections), revision=revision, extras=_ids(extras),
+        dataset, out, source=source, sections=ids(sections), revision=revision, extras=ids(extras),
         say=_console.speaker(json), bar=_console.bar(json, "bytes"),
     )  # fmt: skip
     figures = {name: getattr(done, name) for name in ("revision", "n_bytes", "n_files_new", "n_files_kept")}
     _console.finish(json, {"sections": done.folder}, n_sections=len(done.sections), **figures)
 
 
-@app.command()
+@app.command(cls=Command)
 def features(
     sections: SectionDir,
     out: Annotated[
@@ -141,12 +149,12 @@ def features(
     ] = None,
     encoder: Annotated[
         str, typer.Option(help="Name (see `genar encoders`), timm/NAME, or module:function.")
-    ] = "efficientnet_lite0",
+    ] = defaults.ENCODER,
     weights: Weights = None,
-    patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
-    views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
+    patch: Patch = defaults.PATCH,
+    views: Views = defaults.VIEWS,
     widths_um: Annotated[str, typer.Option(help="Patch widths in um, such as 112,309; each is embedded.")] = "",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = defaults.PRECISION,
     batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = 16,
     workers: Annotated[int | None, typer.Option(help="Processes that read patches (default: by the machine).")] = None,
     import_: Annotated[
@@ -167,7 +175,7 @@ def features(
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
-    widths = _numbers(widths_um, "--widths-um")
+    widths = numbers(widths_um, "--widths-um")
     loaded = encoders.load_encoder(encoder, weights=weights, device=machine.device(device), precision=precision)
     stores = embedding.embed_widths(
         read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_console.bar(json),
@@ -176,13 +184,15 @@ def features(
     _console.finish(json, stores)
 
 
-@app.command()
+@app.command(cls=Command)
 def panel(
     sections: SectionDir,
     out: Out,
-    recipe: Annotated[str, typer.Option(help="clean, paper, hvg, highest_mean, moran, or a file of genes.")] = "clean",
+    recipe: Annotated[
+        str, typer.Option(help="Panel recipe: clean, paper, hvg, highest_mean, moran, or a file of genes.")
+    ] = defaults.PANEL,
     n_genes: Annotated[
-        int | None, typer.Option(help="Genes to take (default: 200; paper: the whole intersection).")
+        int | None, typer.Option(help=f"Genes to take (default: {defaults.N_GENES}; paper: the whole intersection).")
     ] = None,
     n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
@@ -199,12 +209,12 @@ def panel(
 
     check_place(out)
     refs = find_sections(sections)
-    left_out = pick(refs, _ids(exclude))
-    chosen = [ref.read(**_given(mpp=mpp, bin_um=bin_um)) for ref in refs if ref not in left_out]
+    left_out = pick(refs, ids(exclude))
+    chosen = [ref.read(**given(mpp=mpp, bin_um=bin_um)) for ref in refs if ref not in left_out]
     if Path(recipe).is_file():
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
-        n_genes = 200 if n_genes is None and recipe != "paper" else n_genes
+        n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
         selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
     selected.write(out)
     say = _console.speaker(json)
@@ -214,7 +224,7 @@ def panel(
     _console.finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
 
 
-@app.command()
+@app.command(cls=Command)
 def groups(
     source: Annotated[str, typer.Argument(help="A training run, or with --panel a folder of sections.")],
     out: Out = Path("genar-groups"),
@@ -227,34 +237,38 @@ def groups(
     """Print the groups of genes, and with gene sets what each is enriched in."""
     from genar.groups import groups_run
 
-    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=_ids(exclude))
+    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=ids(exclude))
     for table in () if json else _console.group_tables(found):
         _console.show(table)
     sets = [] if found.sets is None else found.sets.to_dict(orient="records")
     _console.finish(json, found.outputs, groups=found.groups, sets=sets)
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     sections: SectionDir,
     out: Out,
     test: Annotated[str, typer.Option(help="Sections held out, ID,ID.")] = "",
-    model: Annotated[str, typer.Option(help="Name of the model (see `genar models`).")] = "genar",
-    preset: Annotated[str, typer.Option(help="Size: small, released or paper.")] = "small",
-    recipe: Annotated[str, typer.Option(help="Training recipe: default or paper.")] = "default",
+    model: Annotated[str, typer.Option(help="Name of the model (see `genar models`).")] = defaults.MODEL,
+    preset: Annotated[
+        str, typer.Option(help="Size: small; of genar also released, paper; of published methods official.")
+    ] = defaults.PRESET,
+    recipe: Annotated[str, typer.Option(help="Training recipe: default or paper.")] = defaults.RECIPE,
     panel: Annotated[
         str, typer.Option(help="Panel recipe (see `genar panel`), panel.json or a list of genes.")
-    ] = "clean",
-    n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = 200,
-    encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = "efficientnet_lite0",
+    ] = defaults.PANEL,
+    n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = defaults.N_GENES,
+    encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = defaults.ENCODER,
     weights: Weights = None,
-    patch: Annotated[str, typer.Option(help="Patch convention: hest, genar or stem.")] = "hest",
-    input: Annotated[str, typer.Option(help="features of the encoder, or patches: end to end on pixels.")] = "features",
-    views: Annotated[int, typer.Option(help="1 or 8 flips and turns; 0 for the encoder's default.")] = 0,
+    patch: Patch = defaults.PATCH,
+    input: Annotated[
+        str, typer.Option(help="features of the encoder, or patches: end to end on pixels.")
+    ] = defaults.INPUT,
+    views: Views = defaults.VIEWS,
     features: Store = None,
-    samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
+    samples: Samples = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
-    encoder_precision: Annotated[str, typer.Option(help="Of the features: fp32, bf16 or fp16.")] = "fp32",
+    encoder_precision: Annotated[str, typer.Option(help="Of the features: fp32, bf16 or fp16.")] = defaults.PRECISION,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
@@ -276,10 +290,10 @@ def train(
     from genar.settings import read_settings
 
     settings = read_settings(config, set_ or [], model)
-    settings.train.update(_given(precision=precision, seed=seed, accumulate=accumulate))
-    settings.decoding.update(_given(samples=samples))
+    settings.train.update(given(precision=precision, seed=seed, accumulate=accumulate))
+    settings.decoding.update(given(samples=samples))
     plan = runs.TrainPlan(
-        Path(sections), tuple(_ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
+        Path(sections), tuple(ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
         features, mpp, machine.device(device), settings, image=image, bin_um=bin_um, input=input,
         encoder_precision=encoder_precision, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
@@ -289,14 +303,17 @@ def train(
     _console.tell_run(result, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def predict(
     section: Annotated[str, typer.Argument(help="A bare slide, or one section: its own file or folder, or FOLDER:ID.")],
     model: Annotated[str, typer.Option(help="A training run, its checkpoint folder, or ORG/NAME on the hub.")],
     out: Out,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
-    decode: Annotated[str | None, typer.Option(help="What makes X (default: the model's first decoding).")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help=_SAMPLES)] = None,
+    decode: Annotated[
+        str | None,
+        typer.Option(help="What makes X: greedy, mean, median, quantiles or sample (default: the model's first)."),
+    ] = None,
+    samples: Samples = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the trajectories.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -320,8 +337,8 @@ def predict(
     from genar.data import read_section
     from genar.settings import read_decoding
 
-    how = {**read_decoding(set_ or []), **_given(decode=decode, samples=samples, seed=seed)}
-    read = read_section(section, **_given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
+    how = {**read_decoding(set_ or []), **given(decode=decode, samples=samples, seed=seed)}
+    read = read_section(section, **given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = inference.predict_run(
         read, model, out, revision=revision, kind=format, features=features, encoder=encoder, weights=weights, how=how,
         device=machine.device(device), bar=_console.bar(json), say=_console.speaker(json),
@@ -330,7 +347,7 @@ def predict(
     _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     model: Annotated[str, typer.Argument(help="A training run, or its checkpoint folder.")],
     hub_id: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face hub.")],
@@ -344,7 +361,7 @@ def push(
     _console.finish(json, {"model": push_checkpoint(model, hub_id, private=private, revision=revision)})
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     truth: OneSection,
@@ -363,7 +380,7 @@ def evaluate(
     from genar.data import read_section
     from genar.genes import read_panel
 
-    read = read_section(truth, **_given(image=image, bin_um=bin_um, mpp=mpp))
+    read = read_section(truth, **given(image=image, bin_um=bin_um, mpp=mpp))
     result = assess.evaluate_run(
         assess.read_prediction(predicted), read, out, against=assess.read_prediction(against) if against else None,
         panel=read_panel(panel).genes if panel else None, genes=genes, resamples=resamples,
@@ -377,7 +394,7 @@ def evaluate(
     _console.finish(json, result.outputs, scores=_console.summaries(result), seconds=result.seconds, **more)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     source: Annotated[str, typer.Argument(help="Prediction (.h5ad), training run, or a folder of runs.")],
     out: Out = Path("report.html"),
@@ -397,7 +414,7 @@ def report(
     _console.finish(json, write_report(source, out, truth=truth, gene=gene, say=say, bar=bar))
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     predicted: Annotated[Path, typer.Argument(help="Prediction, .h5ad.")],
     out: Out,
@@ -412,10 +429,10 @@ def export(
     from genar.export import write_export
 
     adata = read_prediction(predicted)
-    _console.finish(json, write_export(adata, out, format, genes=_ids(genes)), n_spots=adata.n_obs)
+    _console.finish(json, write_export(adata, out, format, genes=ids(genes)), n_spots=adata.n_obs)
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, or the name of one that comes with GenAR.")],
     out: Out,
@@ -434,60 +451,39 @@ def bench(
         benching.read_recipe(recipe), data, out, features=features, device=machine.device(device), say=say,
         bar=_console.bar(json), dry_run=dry_run, toy=toy,
     )  # fmt: skip
-    if result is None:
-        return _console.finish(json, {}, "planned")
+    if isinstance(result, benching.Planned):
+        return _console.finish(json, {}, "planned", **vars(result))
     if not json and "table" in result.outputs:
         print(result.outputs["table"].read_text(encoding="utf-8"))
     table, differences = (benching.nested(frame) for frame in (result.table, result.differences))
     _console.finish(json, result.outputs, table=table, differences=differences)
 
 
-@app.command()
+@app.command(cls=Command)
 def encoders(json: Json = False) -> None:
     """List the patch encoders."""
     from genar.encoders import ENCODERS
 
     rows = [row.facts() for row in ENCODERS.values()]
-    _console.print_rows(json, rows, ("name", "width", "input_px", "mpp", "pooling", "licence", "gated", "hub_id"))
+    _console.print_rows(
+        json, "encoders", rows, ("name", "width", "input_px", "mpp", "pooling", "licence", "gated", "hub_id")
+    )
 
 
-@app.command()
+@app.command(cls=Command)
 def models(
     name: Annotated[str | None, typer.Argument(help="Print the card of this one.")] = None, json: Json = False
 ) -> None:
     """List the models, or tell what one keeps of its original and what it loses."""
-    from dataclasses import asdict
+    from genar.models import model_names
 
-    from genar.models import model_class, model_names
-
-    rows = []
-    for known in model_names() if name is None else [name]:
-        cls = model_class(known)
-        facts = {"name": known, "decodings": list(cls.decodings), "about": (cls.__doc__ or "").split("\n")[0]}
-        own = {"unit": cls.unit, "inputs": list(cls.inputs), "training": dict(cls.train_defaults)}
-        rows.append({**facts, **own, **(asdict(cls.card) if cls.card else {})})
+    rows = [_console.model_facts(known) for known in (model_names() if name is None else [name])]
     if name is None or json:
-        return _console.print_rows(json, rows, ("name", "decodings", "unit", "inputs", "about"))
+        return _console.print_rows(json, "models", rows, ("name", "decodings", "unit", "inputs", "about"))
     for key, value in rows[0].items():
         parts = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value
         if told := ", ".join(parts) if isinstance(parts, list) else parts:
             print(f"{key:<10} {told}")
-
-
-def _given(**options) -> dict:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in _ids(text)]
-    except ValueError as error:
-        raise InputError(f"{option}: expected numbers such as 112,309, found {text!r}") from error
-
-
-def _ids(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from genar.data.progress import Bar, no_bar
 from genar.data.simulate import TissueConfig, write_tissue
+from genar.errors import InputError
 from genar.report.index import write_report
-from genar.runs import RunResult, TrainPlan, train_run
+from genar.runs import RunResult, TrainPlan, tidy, train_run
 from genar.settings import Settings
 
 TISSUE, N_GENES, SAMPLES = TissueConfig(), 100, 8
@@ -14,7 +15,13 @@ TISSUE, N_GENES, SAMPLES = TissueConfig(), 100, 8
 
 
 def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, bar: Bar = no_bar) -> RunResult:
-    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page."""
+    """Simulate a tissue of two sections, train GenAR on the one, predict and score the other, write its page.
+
+    Raises ``InputError`` where ``out`` holds a finished demo, before anything is made.
+    """
+    if (out / "run" / "run.json").exists():
+        tidy(out / "run")
+        raise InputError(f"{out}: holds a finished demo; delete the folder, or give another --out")
     tissue = out / "simulated_tissue"
     say("simulating two tissue sections (no patient's)")
     write_tissue(tissue, ("SIM1", "SIM2"), seed, TISSUE)

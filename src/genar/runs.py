@@ -17,7 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, machine, pixels, processes, streaming
+from genar import defaults, encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick, reading
 from genar.data.door import read_json
@@ -55,19 +55,19 @@ class TrainPlan:
     sections: Path
     test: tuple[str, ...]
     out: Path
-    model: str = "genar"
-    preset: str = "small"
-    recipe: str = "default"
+    model: str = defaults.MODEL
+    preset: str = defaults.PRESET
+    recipe: str = defaults.RECIPE
     """training recipe: ``default`` or ``paper``"""
-    panel: str = "clean"
+    panel: str = defaults.PANEL
     """a panel recipe or a file"""
-    n_genes: int = 200
-    encoder: str = encoders.DEFAULT
+    n_genes: int = defaults.N_GENES
+    encoder: str = defaults.ENCODER
     weights: Path | None = None
-    patch: str = "hest"
-    views: int = 0
+    patch: str = defaults.PATCH
+    views: int = defaults.VIEWS
     features: Path | None = None
-    """folder of the feature stores; the user's cache where not given"""
+    """folder of the feature stores; ``$GENAR_FEATURES`` or the user's cache where not given"""
     mpp: float | None = None
     device: str = "cpu"
     """of the encoder, the training and the prediction, as ``machine.device`` gives it"""
@@ -81,9 +81,9 @@ class TrainPlan:
     """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
     bin_um: float | None = None
     """width of the spots of Visium HD, um"""
-    input: str = "features"
+    input: str = defaults.INPUT
     """``features`` of an encoder, or ``patches``: the model end to end on pixels, without one"""
-    encoder_precision: str = "fp32"
+    encoder_precision: str = defaults.PRECISION
     """of the encoder's arithmetic: features of another precision are another store"""
     devices: int | None = None
     """processes of a machine that share the training; as torchrun or srun started them, else 1"""

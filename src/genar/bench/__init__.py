@@ -33,6 +33,7 @@ __all__ = [
     "Fold",
     "Method",
     "Plan",
+    "Planned",
     "Recipe",
     "Run",
     "bench_run",
@@ -56,6 +57,19 @@ class BenchResult:
     outputs: dict[str, Path]
 
 
+@dataclass
+class Planned:
+    """What a bench would do."""
+
+    n_runs: int
+    n_done: int
+    """of them there already"""
+    runs: list[str]
+    """those that wait: method, sections held out, seed"""
+    missing: list[str]
+    """a line for each thing without which they cannot be made"""
+
+
 def bench_run(
     recipe: Recipe,
     data: Path | None,
@@ -67,7 +81,7 @@ def bench_run(
     bar: Bar = no_bar,
     dry_run: bool = False,
     toy: bool = False,
-) -> BenchResult | None:
+) -> BenchResult | Planned:
     """Run what is not there yet and write tables, figure and gene groups; with ``dry_run`` only say what would run and
     what is missing.
 
@@ -81,14 +95,15 @@ def bench_run(
 
 def _bench(
     recipe: Recipe, data, out: Path, features, device: str, say, bar: Bar, dry_run: bool, toy: bool
-) -> BenchResult | None:
+) -> BenchResult | Planned:
     if toy and not dry_run:
         recipe, data, features = make_toy(recipe, out / "toy")
     plan = plan_runs(recipe, data, out, features, device)
     missing = [] if toy else plan.missing()
-    _tell(plan, missing, say, every=dry_run)
+    planned = _planned(plan, missing)
+    _tell(plan, planned, say, every=dry_run)
     if dry_run:
-        return None
+        return planned
     if missing:
         raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
     refuse_other_data(plan)
@@ -105,14 +120,17 @@ def _bench(
     return _write(plan, say)
 
 
-def _tell(plan: Plan, missing: list[str], say: Callable[[str], None], *, every: bool) -> None:
+def _planned(plan: Plan, missing: list[str]) -> Planned:
     n_runs, waiting = len({run.plan.out for run in plan.runs}), plan.waiting
-    say(f"{plan.recipe.title}: {n_runs} runs, {n_runs - len(waiting)} of them there already")
-    for number, run in enumerate(waiting.values() if every else (), 1):
-        say(f"[{number} of {len(waiting)}] {run.label}")
-    if every:
-        for line in missing:
-            say(f"missing: {line}")
+    return Planned(n_runs, n_runs - len(waiting), [run.label for run in waiting.values()], missing)
+
+
+def _tell(plan: Plan, planned: Planned, say: Callable[[str], None], *, every: bool) -> None:
+    say(f"{plan.recipe.title}: {planned.n_runs} runs, {planned.n_done} of them there already")
+    for number, label in enumerate(planned.runs if every else (), 1):
+        say(f"[{number} of {len(planned.runs)}] {label}")
+    for line in planned.missing if every else ():
+        say(f"missing: {line}")
 
 
 def _write(plan: Plan, say: Callable[[str], None]) -> BenchResult:

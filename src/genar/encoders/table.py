@@ -4,6 +4,7 @@ printed, compared and checked; ``networks.py`` builds a network of it."""
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from genar import defaults
 from genar.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -165,7 +166,7 @@ ENCODERS: dict[str, EncoderRow] = {
         ),
     )
 }  # fmt: skip
-DEFAULT = "efficientnet_lite0"
+DEFAULT = defaults.ENCODER
 IMPORTED = "import:"
 """Prefix of encoders whose features were made elsewhere."""
 

@@ -1,0 +1,11 @@
+"""What the commands and :class:`genar.runs.TrainPlan` take where nothing is said: here alone, so that ``genar --help``
+need not load what uses them."""
+
+MODEL, PRESET, RECIPE = "genar", "small", "default"
+PANEL, N_GENES = "clean", 200
+ENCODER = "efficientnet_lite0"
+"""embedded: works offline"""
+PATCH, INPUT, PRECISION = "hest", "features", "fp32"
+"""patch convention, what a model sees, and the encoder's arithmetic"""
+VIEWS = 0
+"""as many as the encoder's row says"""
