@@ -25,10 +25,13 @@ class GenARConfig:
     n_blocks: int = 1
     """equal feature blocks: patch widths and neighbours' means, each through a histology block of its own"""
     width: int = 128
-    """D"""
+    """D of a token"""
     depth: int = 4
+    """blocks of the transformer"""
     heads: int = 4
+    """of a block's attention; ``width`` is a multiple of them"""
     mlp_ratio: float = 3.0
+    """width of the layer within a block's MLP, in ``width``"""
     dropout: float = 0.3
     """in the condition and the gene-identity projection"""
     drop_path: float = 0.1
@@ -56,6 +59,7 @@ class GenARConfig:
     group_temperature: float = 0.0
     """widens the target of a group to this standard deviation (counts); 0 shares it between two neighbouring counts"""
     sigma_base: float = 0.5
+    """standard deviation of a gene's target at count 0"""
     sigma_slope: float = 0.1
     """standard deviation of a gene's target: sigma_slope * count + sigma_base (eq. 5)"""
     components: int = 128

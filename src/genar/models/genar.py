@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
-from genar.models._base import Batch, Counts, LossOutput, Model, Spots, uniforms
+from genar.models._base import Batch, Card, Counts, LossOutput, Model, Spots, uniforms
 from genar.models._cosine_attention import Cache, as_it_comes
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, refuse_distribution, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
@@ -71,7 +71,9 @@ class _Steering:
 
 
 class GenAR(Model):
-    """The network. ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2).
+    """Raw counts, generated scale by scale, from the mean of all genes down to each gene.
+
+    ``loss`` is the training pass (eq. 4, 5), ``generate`` the scale-by-scale prediction (eq. 2).
 
     >>> import torch
     >>> scales = genar.fit_scales(torch.randint(9, (50, 20)).numpy(), (1, 4, 20))
@@ -86,6 +88,17 @@ class GenAR(Model):
     decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
     input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
     sampled = True
+    card = Card(
+        title="GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression Prediction",
+        target="raw counts, as the paper; log2(1 + count) is of the predicted counts or their distribution",
+        kept="genes in clusters, scales from the mean of all to each gene, rounded means as tokens, softmax over "
+        "counts, the discretised Gaussian of eq. 5; presets paper and released are the published sizes, and take the "
+        "spot's position",
+        lost="preset small is smaller, takes no position, sees coarser scales through their interpolated positions "
+        "alone, and begins at a linear model, which the paper has not (docs/accuracy.md)",
+        mended="all scales are trained in one pass; a seed and a spot's name decide its draws, so that the batch "
+        "changes nothing",
+    )
     layout: Layout
 
     def __init__(self, config: GenARConfig, scales: Scales):

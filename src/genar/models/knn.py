@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._base import Batch, Card, ClosedForm, Counts, Spots, log2p1
 from genar.models._decoding import DEFAULT, Decoding
 from genar.models.ridge import mean_and_scale
 
@@ -13,6 +13,13 @@ N_NEAREST = 50
 class KNN(ClosedForm):
     """Predicts the mean log2(1 + count) of the 50 nearest training spots (Euclid, standardised features)."""
 
+    card = Card(
+        title="The 50 nearest training spots: what a model learns beyond looking up",
+        target="log2(1 + count), as here",
+        kept="standardised features (the mean of the views), Euclidean distance, a plain mean; the checkpoint holds "
+        "all training spots",
+        lost="what could be learned: no feature weighs more than another",
+    )
     features: Tensor
     log2_counts: Tensor
     feature_mean: Tensor

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from genar.models._base import Batch, ClosedForm, Counts, Spots, log2p1
+from genar.models._base import Batch, Card, ClosedForm, Counts, Spots, log2p1
 from genar.models._decoding import DEFAULT, Decoding
 
 
@@ -11,6 +11,12 @@ class Mean(ClosedForm):
     """Predicts for every spot the mean over the training spots, gene by gene."""
 
     sampled = True
+    card = Card(
+        title="Training mean: the floor that any method must leave",
+        target="log2(1 + count), as here",
+        kept="each gene's mean over the training spots, the same for every spot",
+        lost="the image: all spots are predicted alike, so that PCC is undefined",
+    )
     gene_mean: Tensor
 
     def __init__(self, n_features: int, n_genes: int):
