@@ -1,11 +1,14 @@
 """Sphinx: the pages are MyST Markdown, the reference comes from docstrings."""
 
+import sys
 from pathlib import Path
 
-import typer
-
 import genar
-from genar.cli import app
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+
+from generated import write_commands, write_settings  # noqa: E402
 
 project = "GenAR"
 author = "The GenAR founders"
@@ -22,24 +25,5 @@ autodoc_preserve_defaults = True
 nitpicky = False
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository beside docs/
 
-
-def write_commands(path: Path) -> None:
-    """The options of every command, from the command line itself, as Markdown."""
-    lines = []
-    for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore
-        lines += [f"## genar {name}", "", " ".join(command.help.split()), "", "| option | what |", "| --- | --- |"]
-        for one in command.params:
-            if one.name == "help":
-                continue
-            written = ", ".join(one.opts) if one.param_type_name == "option" else one.name.upper()
-            told = (getattr(one, "help", None) or "").replace("|", "\\|").replace("<", "&lt;")
-            default = (
-                "" if one.default in (None, "", False, ...) or "[default" in told else f" [default: {one.default}]"
-            )
-            lines.append(f"| `{written}` | {told}{default} |")
-        lines.append("")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-write_commands(Path(__file__).parent / "_build" / "commands.txt")
+write_commands(DOCS / "_build" / "commands.txt")
+write_settings(DOCS / "_build" / "settings.txt")

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -16,6 +17,9 @@ import genar
 from commands import run
 from genar.cli import app
 from genar.data.simulate import TissueConfig, write_tissue
+from genar.features import Inputs
+from genar.models import Decoding, model_class, model_names
+from genar.training import TrainConfig
 from pages import DOCS, run_page
 
 ROOT = DOCS.parent
@@ -174,3 +178,21 @@ def test_every_page_is_in_the_contents():
         name = str(page.relative_to(DOCS).with_suffix(""))
         if name != "index" and "_build" not in page.parts:
             assert re.search(rf"^{re.escape(name)}$", contents, re.MULTILINE), f"{name} is not in docs/index.md"
+
+
+def test_every_setting_is_on_its_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import generated
+
+    generated.write_settings(tmp_path / "settings.txt")
+    page = (tmp_path / "settings.txt").read_text()
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("| `"): row for row in rows}
+    for owner in (TrainConfig, Decoding, Inputs):
+        assert {f.name for f in fields(owner)} <= set(told)
+    for name in model_names():
+        assert set(model_class(name).settings_types()) <= set(told)
+    assert set(model_class("genar").settings_types()).isdisjoint(generated.BY_DATA)
+    assert [row[0] for row in rows if not row[-1].strip(" |")] == []  # each says what it is
+    assert told["widths_um"][1:3] == ["[112.0, 309.0]", "[]"]
+    assert told["warmup_steps"][1:3] == ["20", "0"]

@@ -57,6 +57,7 @@ class TrainConfig:
     accumulate: int = 1
     """batches of spots whose gradients are added before a step"""
     lr: float = 3e-4
+    """rate after the warm-up"""
     optimizer: str = "adamw"
     """``adamw``, ``adam`` with the decay as an L2 term (paper), or ``sgd`` with momentum 0.9"""
     weight_decay: float = 0.05
@@ -64,6 +65,7 @@ class TrainConfig:
     schedule: str = "cosine"
     """``cosine`` after a linear warm-up, or ``constant``"""
     warmup_steps: int = 20
+    """steps over which the rate rises to ``lr``"""
     clip: float = 1.0
     """largest gradient norm"""
     ema_decay: float = 0.98
@@ -87,6 +89,7 @@ class TrainConfig:
     """seconds between resume files, beside the one after every epoch; 0: after every step. Where writing one takes
     long they are further apart, so that it takes at most a twentieth of the time"""
     seed: int = 2021
+    """of the first weights, and of all that training draws"""
 
     def __post_init__(self):
         for name, allowed in (
