@@ -519,7 +519,7 @@ def test_command_refused_by_the_hub_ends_with_2_and_one_line(tmp_path, monkeypat
 
 def test_encoders_command_lists_the_rows(monkeypatch, capsys):
     assert run(monkeypatch, "encoders", "--json") == 0
-    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    listed = {row["name"]: row for row in json.loads(capsys.readouterr().out)["encoders"]}
     assert set(listed) == set(ENCODERS)
     assert listed["virchow2"]["pooling"] == CLASS_AND_MEAN
     assert listed["virchow2"]["gated"] is True
