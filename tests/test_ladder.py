@@ -8,6 +8,7 @@ import genar
 SRC = Path(genar.__file__).parent.parent
 ROOMS = [
     "errors",
+    "defaults",
     "machine",
     "processes",
     "data",
@@ -35,6 +36,7 @@ ROOMS = [
     "groups",
     "bench",
     "_console",
+    "_options",
     "notebook",
     "cli",
     "__main__",
