@@ -20,6 +20,7 @@ ROOMS = [
     "batches",
     "resume",
     "streaming",
+    "training_config",
     "training",
     "settings",
     "prediction",
