@@ -15,7 +15,9 @@ from genar import machine
 from genar.errors import InputError
 from genar.models import model_names
 
-HAVE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+HAVE = all(
+    hasattr(backend_registration, name) for name in ("_setup_privateuseone_for_python_backend", "_DummyBackendModule")
+)
 WHOLE = ("encoder", "fit genar", "fit histogene", "run")
 
 
