@@ -38,7 +38,7 @@ class GenARConfig:
     """of the last block; rises linearly from 0"""
     max_count: int = 0
     """C: larger counts are capped in training; 0 takes the largest training count, rounded up to a power of two less
-    one"""
+    one, and 16,383 at most"""
     history: str = "queries"
     """``tokens`` (eq. 3) or ``queries``: coarser scales are seen through their interpolated positions alone"""
     within: str = "full"
