@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from commands import run
 from genar.errors import InputError
 from genar.models import Decoding, Spots, model_class
 from genar.models._decoding import draw, quantile
@@ -167,6 +168,24 @@ def test_the_averages_do_not_copy_the_spots():
     for mine, its in zip(module.parameters(), other.parameters(), strict=True):
         assert mine.data_ptr() != its.data_ptr()
         torch.testing.assert_close(mine, its)
+
+
+@pytest.mark.parametrize(("model", "share"), [("genar", 0.25), ("genar", 0.1), ("knn", 0.25)])
+def test_the_structure_is_made_of_what_is_trained_on(tissue, tissue_sections, tmp_path, monkeypatch, model, share):
+    """Gene order and classes do not know the strip on which the epoch is chosen; without a choice there is no strip."""
+    cls, seen = model_class(model), []
+    create, prepare = cls.create, cls.prepare
+    monkeypatch.setattr(cls, "create", lambda n, spots, *more: seen.append(len(spots)) or create(n, spots, *more))
+    monkeypatch.setattr(cls, "prepare", lambda self, spots: seen.append(len(spots)) or prepare(self, spots))
+    words = [
+        "train", tissue, "--test", "SIM2", "--out", tmp_path / "run", "--n-genes", 10, "--model", model,
+        "--encoder", "genar.bench.toy:narrow_encoder", "--samples", 1, "--set", f"validation_share={share}",
+    ]  # fmt: skip
+    if model == "genar":
+        words += ["--set", "width=16", "--set", "depth=1", "--set", "heads=2", "--set", "max_epochs=1"]
+    assert run(monkeypatch, *words) == 0
+    assert seen[0] == seen[1]
+    assert (seen[0] < tissue_sections[0].n_obs) == (model == "genar")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -173,7 +173,8 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     of = "a section" if len(training) == 1 else f"{len(training)} sections"
     say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
-    learnt_from, _ = split_validation(spots, config.validation_share)  # the order of genes is learnt, too
+    # the order of genes is learnt, too; a model that is fitted at once chooses no epoch, and learns from all
+    learnt_from, _ = split_validation(spots, config.validation_share if cls.gradient else 0)
     model = cls.create(spots.n_features, look_at(cls, learnt_from), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group, device=plan.device)
     if rank:
