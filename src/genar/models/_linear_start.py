@@ -147,16 +147,16 @@ def fit_followers(seen: Tensor, y: Tensor, fold: Tensor, noise: Tensor) -> tuple
     that errs least there, and the variance [M] that the draws give what follows them. Slopes are those which err least
     on draws: a group of a mean near a half is drawn as 0 or 1, and tells next to nothing.
     """
-    errors, best = [], FOLLOW_PENALTIES[0]
-    for penalty in FOLLOW_PENALTIES:
+
+    def fitted(penalty: float) -> tuple[Tensor, Tensor, Tensor]:
         slope = _ridge(seen, y, penalty + len(seen) * noise)
-        left_out = _left_out(seen, y, fold, penalty, noise)
-        drawn = len(y) * (noise @ slope.square()).sum()
-        errors.append(float((left_out - y).square().sum() + drawn))
-        if errors[-1] == min(errors):
-            best = penalty
-    slope = _ridge(seen, y, best + len(seen) * noise)
-    return slope, _left_out(seen, y, fold, best, noise), noise @ slope.square()
+        return slope, _left_out(seen, y, fold, penalty, noise), noise @ slope.square()
+
+    def error(penalty: float) -> float:
+        _, left_out, drawn = fitted(penalty)
+        return float((left_out - y).square().sum() + len(y) * drawn.sum())
+
+    return fitted(min(FOLLOW_PENALTIES, key=error))
 
 
 def _left_out(x: Tensor, y: Tensor, fold: Tensor, penalty: float, noise: Tensor | float = 0.0) -> Tensor:

@@ -447,11 +447,12 @@ class GenAR(Model):
         config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
             largest = spots.largest_counts()
-            config = replace(config, max_count=min(_MOST_AUTO, auto_max_count(largest)))
-            if largest.max() > config.max_count:
+            needed = auto_max_count(largest)
+            config = replace(config, max_count=min(_MOST_AUTO, needed))
+            if needed > config.max_count:
                 warnings.warn(
                     f"training counts up to {int(largest.max()):,} are taken for {config.max_count:,}; "
-                    f"set max_count={auto_max_count(largest)} for a class of each, at as much more memory and time",
+                    f"set max_count={needed} for a class of each, at as much more memory and time",
                     stacklevel=2,
                 )
         return cls(config, scales)
