@@ -89,7 +89,8 @@ def measure(job):
     import torch
 
     from genar.machine import keep_freed_memory
-    from genar.training import TrainConfig, count_parts
+    from genar.training_config import TrainConfig
+    from genar.training_loop import count_parts
 
     keep_freed_memory()
     torch.set_num_threads(job["threads"])

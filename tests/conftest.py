@@ -6,8 +6,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # here, not in a fixture: the hub's client reads it once, when it is imported
 
+from genar import machine
 from genar.data import read_sections
 from genar.data.simulate import TissueConfig, write_tissue
+
+machine.keep_freed_memory()  # as every command does: networks run half as fast again
 
 _SHARED = Path(os.environ.get("GENAR_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 _LOCAL = {"127.0.0.1", "::1", "localhost"}
@@ -52,6 +55,9 @@ def _no_network():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _own_feature_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("GENAR_FEATURES", str(tmp_path / "features"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_feature_store(tmp_path_factory):
+    """Of all tests that name no other, as of a user's commands: what one has embedded, the next finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENAR_FEATURES", str(tmp_path_factory.mktemp("features")))
+        yield

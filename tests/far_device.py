@@ -165,7 +165,6 @@ def _differ(near, far) -> float:
 def _model(name: str) -> float:
     """A step of training, one in bfloat16, and every decoding."""
     from genar.models import Decoding
-    from genar.training import predict_sections
     from test_models import fresh, training
 
     layers = ("mean", "log1p_mean", "sd", "q05", "q95", "p_zero")
@@ -173,7 +172,7 @@ def _model(name: str) -> float:
     batch = training().batch().sections()[0]
     hows = [Decoding(decode=how, samples=4, steps=5, layers=layers) for how in model.decodings]
     bare = replace(batch, counts=None)
-    near = [predict_sections(model, bare, how) for how in hows]
+    near = [model.predict_sections(bare, how) for how in hows]
     with far_device():
         if model.gradient:
             trained = copy.deepcopy(model).to(FAR).train()
@@ -183,20 +182,20 @@ def _model(name: str) -> float:
                 trained.loss(batch.to(FAR))
         model.to(FAR)
         with torch.no_grad():
-            far = [predict_sections(model, bare.to(FAR), how) for how in hows]
+            far = [model.predict_sections(bare.to(FAR), how) for how in hows]
         return max(map(_differ, near, far))
 
 
 @contextmanager
 def _far_trainer():
     """Within, Lightning trains on ``far:0``."""
-    from genar import training
+    from genar import training, training_loop
 
     trainer = pl.Trainer
     there = {"accelerator": "auto", "devices": "auto", "strategy": SingleDeviceStrategy(FAR, FarAccelerator())}
     with (
         patch.object(training.machine, "device", lambda name: name),
-        patch.object(training.pl, "Trainer", lambda **options: trainer(**{**options, **there})),
+        patch.object(training_loop.pl, "Trainer", lambda **options: trainer(**{**options, **there})),
         far_device(),
     ):
         yield

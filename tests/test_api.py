@@ -45,6 +45,12 @@ def test_import_is_light():
     assert run.stdout.strip() == "[]"
 
 
+def test_a_prediction_does_not_wait_for_what_only_training_needs():
+    code = "import genar.runs, genar.inference, sys; print('torch' in sys.modules, 'pytorch_lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_page("python.md")

@@ -18,7 +18,8 @@ from genar import processes
 from genar.batches import SectionLoader, SpotLoader
 from genar.errors import InputError
 from genar.models import Spots
-from genar.training import TrainConfig, _Module
+from genar.training import TrainConfig
+from genar.training_loop import _Module
 
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,

@@ -13,7 +13,8 @@ from genar.models import Decoding, Spots, model_class
 from genar.models._decoding import draw, quantile
 from genar.models._linear_start import drawn_variance, fit_followers
 from genar.settings import read_settings
-from genar.training import TrainConfig, _Module, fit, make_spots
+from genar.training import TrainConfig, fit, make_spots
+from genar.training_loop import _Module
 from test_models import GRADIENT, TINY, training
 
 STEPS = {"lr": 1e-2, "optimizer": "sgd", "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "clip": 0.0,

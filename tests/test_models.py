@@ -10,7 +10,7 @@ import torch
 from genar.errors import InputError
 from genar.models import Decoding, Spots, model_class, model_names
 from genar.models._base import LN2, Card
-from genar.training import predict_sections, train_config_from_dict
+from genar.training import train_config_from_dict
 
 TINY = {
     "genar": {"width": 16, "depth": 1, "heads": 2, "components": 4},
@@ -65,7 +65,7 @@ def fresh(name):
 
 def log2_values(model, spots):
     with torch.inference_mode():
-        return predict_sections(model, replace(spots, counts=None).batch(), ONCE).layers["log1p_mean"] / LN2
+        return model.predict_sections(replace(spots, counts=None).batch(), ONCE).layers["log1p_mean"] / LN2
 
 
 def mean_loss(model, batches):

@@ -74,7 +74,8 @@ def test_training_leaves_nothing_behind(trained):
 def test_patches_in_a_file_are_let_go(as_on_windows, tissue):
     """As many as take a file of their own, which the training has mapped."""
     code = (
-        "import sys\nfrom genar import cli, pixels\npixels.IN_MEMORY_BYTES = 1\n"
+        "import sys\nfrom genar import cli, pixels\nfrom genar.models.st_net import STNet\n"
+        "pixels.IN_MEMORY_BYTES, STNet.crop_px = 1, 32\n"
         "sys.argv = ['genar', *sys.argv[1:]]\ncli.main()"
     )
     folder = as_on_windows(

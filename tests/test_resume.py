@@ -11,8 +11,8 @@ from genar.batches import SectionLoader, SpotLoader, step_seed
 from genar.data import read_sections
 from genar.errors import InputError, StoppedError
 from genar.models import Spots, model_class
-from genar.resume import RESUME_FILE
 from genar.training import TrainConfig, fit, make_spots
+from genar.training_config import RESUME_FILE
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 QUICK = {

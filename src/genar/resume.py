@@ -17,8 +17,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from genar.data.files import replacing
 from genar.errors import InputError, StoppedError
+from genar.training_config import RESUME_FILE
 
-RESUME_FILE = "last.ckpt"
 _LARGEST_SHARE = 0.05  # of the time that writing resume files may take
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -39,10 +39,10 @@ from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, unused, write_prediction
 from genar.report import maps
-from genar.resume import RESUME_FILE
 from genar.settings import Settings
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
 from genar.training import FitSummary, TrainConfig, fit, make_spots, split_validation, train_config_from_dict
+from genar.training_config import RESUME_FILE
 
 BASELINES = ("mean", "ridge")
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
@@ -160,12 +160,13 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
     pixels.check_images(sections, needed=plan.input == "patches")
-    resume = _claim_resume(plan, {"data": digests, "panel": panel.sha256})
+    resume = _claim_resume(plan, data=digests, panel=panel.sha256)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
     say(f"{plan.input} of {len(sections)} sections: made where they are not stored")
     seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
+    _claim_resume(plan, data=digests, panel=panel.sha256, features=seen.facts)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)
@@ -298,14 +299,16 @@ def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[Ann
     return _Seen(recipe.facts, features, [], patches, learned)
 
 
-def _claim_resume(plan: TrainPlan, found: Mapping) -> Path:
-    """Folder of the resume file. The plan and what it ``found`` are left there, so that no other goes on from it."""
+def _claim_resume(plan: TrainPlan, **found) -> Path:
+    """Folder of the resume file. The plan and what it ``found`` so far are left there, so that no other goes on from
+    it."""
     folder = plan.out / "resume"
-    mine = json.loads(json.dumps(json_ready({**asdict(plan), "found": found})))
-    mark = folder / "plan.json"
+    mine, found = json.loads(json.dumps(json_ready([asdict(plan), found])))
+    mark, kept = folder / "plan.json", {}
     if (folder / RESUME_FILE).exists():
         theirs = read_json(mark, "record of the unfinished run", "delete its folder, or choose another --out")
-        if other := [name for name in mine["found"] if mine["found"][name] != theirs.get("found", {}).get(name)]:
+        kept = theirs.pop("found", {})
+        if other := [name for name in found if found[name] != kept.get(name)]:
             raise InputError(
                 f"{plan.out}: holds an unfinished run with other {' and '.join(other)}; repeat it as it was, or choose "
                 "another --out"
@@ -314,7 +317,7 @@ def _claim_resume(plan: TrainPlan, found: Mapping) -> Path:
             raise InputError(
                 f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
             )
-    write_text(mark, json.dumps(mine, sort_keys=True, indent=1) + "\n")
+    write_text(mark, json.dumps({**mine, "found": {**kept, **found}}, sort_keys=True, indent=1) + "\n")
     return folder
 
 

@@ -1,7 +1,7 @@
-"""How a model is trained: the configuration and its named recipes."""
+"""How a model is trained: the configuration, its named recipes, and what came of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import MappingProxyType
 
@@ -9,6 +9,7 @@ import torch
 
 from genar.errors import InputError
 
+RESUME_FILE = "last.ckpt"  # of an unfinished training, in its folder
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -86,6 +87,15 @@ class TrainConfig:
             raise InputError("train: weight_decay, clip and warmup_steps must not be negative")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 <= self.validation_share < 0.5):
             raise InputError("train: lr must be > 0, ema_decay in [0, 1), validation_share in [0, 0.5)")
+
+
+@dataclass
+class FitSummary:
+    """What training did: the history by epoch and the epoch that was kept."""
+
+    best_epoch: int = 0
+    history: list[dict] = field(default_factory=list)
+    """a dict per validation: epoch, train_loss (nats per spot), val_mse and val_pcc (log2 space, free-running)"""
 
 
 def paper_recipe(**changes) -> TrainConfig:

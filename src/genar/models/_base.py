@@ -309,6 +309,12 @@ class Model(nn.Module, abc.ABC):
         ``section``, the batch holds all spots of one section.
         """
 
+    def predict_sections(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
+        """Counts of spots of one or more sections, each section by itself where that is the model's unit."""
+        if self.unit == "spot":
+            return self.predict(batch, how)
+        return Counts.join([self.predict(section, how) for section in batch.sections()])
+
     def loss(self, batch: Batch) -> LossOutput:
         """Training loss; closed-form methods have none."""
         raise NotImplementedError

@@ -446,15 +446,7 @@ class GenAR(Model):
         own = {name: value for name, value in settings.items() if name not in STRUCTURE}
         config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
         if config.max_count == 0:
-            largest = spots.largest_counts()
-            needed = auto_max_count(largest)
-            config = replace(config, max_count=min(_MOST_AUTO, needed))
-            if needed > config.max_count:
-                warnings.warn(
-                    f"training counts up to {int(largest.max()):,} are taken for {config.max_count:,}; "
-                    f"set max_count={needed} for a class of each, at as much more memory and time",
-                    stacklevel=2,
-                )
+            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
         return cls(config, scales)
 
     def facts(self) -> dict:
@@ -485,8 +477,19 @@ class GenAR(Model):
 
 
 def auto_max_count(counts: Tensor) -> int:
-    """The largest count, rounded up to a power of two less one, so that the classes number a power of two."""
-    return 2 ** max(1, int(counts.max()).bit_length()) - 1
+    """The largest count, rounded up to a power of two less one, so that the classes number a power of two.
+
+    16,383 at most; a warning says so, as larger counts are then taken for that one.
+    """
+    needed = 2 ** max(1, int(counts.max()).bit_length()) - 1
+    if needed <= _MOST_AUTO:
+        return needed
+    warnings.warn(
+        f"training counts up to {int(counts.max()):,} are taken for {_MOST_AUTO:,}; "
+        f"set max_count={needed} for a class of each, at as much more memory and time",
+        stacklevel=2,
+    )
+    return _MOST_AUTO
 
 
 MODEL = GenAR
