@@ -175,7 +175,9 @@ def test_every_spot_is_seen_once_an_epoch(n_ranks, n_parts):
 
 
 def test_sections_are_shared_in_turns():
-    shares = [list(SectionLoader(make_spots(), 7, lambda: 0, rank, 2)) for rank in (0, 1)]
+    shares = [
+        list(SectionLoader(make_spots(), make_spots().section.unique(), 7, lambda: 0, rank, 2)) for rank in (0, 1)
+    ]
     assert [len(part) for part in shares] == [2, 2]
     seen = [int(share.batch.section[0]) for part in shares for share in part]
     assert set(seen) == {0, 1, 2}

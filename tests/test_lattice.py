@@ -25,16 +25,15 @@ def test_square_arrays_give_back_column_and_row(turn):
     lattice = Lattice.of(array(30, 20, 200.0, turn=turn, jitter=0.07))
     assert lattice.fold == 4
     assert lattice.pitch_um == pytest.approx(200, rel=0.01)
-    cells = lattice.cells(64)
+    cells = lattice.cells()
     assert torch.equal(cells, torch.cartesian_prod(torch.arange(20), torch.arange(30)).flip(1))
-    assert lattice.cells(8).max() == 7
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.1, math.pi / 2])
 def test_hexagonal_arrays_have_six_neighbours_and_two_rings(turn):
     lattice = Lattice.of(array(20, 20, 100.0, hexagonal=True, turn=turn, jitter=0.03))
     assert lattice.fold == 6
-    assert len(lattice.cells(128).unique(dim=0)) == 400
+    assert len(lattice.cells().unique(dim=0)) == 400
     inner = 10 * 20 + 10
     assert lattice.nearest(6, 1.3)[1][inner].all()
     index, found = lattice.window(6)
@@ -70,7 +69,7 @@ def test_pairs_go_both_ways_and_hold_the_spot_itself():
 def test_degenerate_sections_have_a_lattice(coords):
     lattice = Lattice.of(coords)
     assert lattice.pitch_um > 0
-    assert lattice.cells(64).shape == (len(coords), 2)
+    assert lattice.cells().shape == (len(coords), 2)
     index, found = lattice.window(4)
     assert found[:, 12].all()
     assert index[:, 12].tolist() == list(range(len(coords)))
@@ -82,7 +81,20 @@ def test_a_real_section_gives_back_its_array(shared):
     if path is None:
         pytest.skip("no real sections")
     section = read_section(path)
-    cells = Lattice.of(torch.from_numpy(contract.coords_um(section))).cells(64).double()
+    cells = Lattice.of(torch.from_numpy(contract.coords_um(section))).cells().double()
     known = torch.from_numpy(section.obs[["array_col", "array_row"]].to_numpy(float))
     steps = [min((cells[:, i] - known[:, j]).std(), (cells[:, i] + known[:, j]).std()) for i in (0, 1) for j in (0, 1)]
     assert sorted(float(step) for step in steps)[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.4])
+def test_far_spots_make_no_large_grid_and_no_cell_is_shared(turn):
+    coords = array(400, 3, 100.0, turn=turn)
+    assert len(Lattice.of(coords).close_cells().unique(dim=0)) == 1200
+    here = array(12, 10, 100.0)
+    far = torch.cat([here, here[:5] + 1e6])
+    cells = Lattice.of(far).close_cells()
+    assert len(cells.unique(dim=0)) == len(far)
+    assert cells.max() < 40
+    near = Lattice.of(here).close_cells()
+    assert torch.equal(cells[: len(here)], near)

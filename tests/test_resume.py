@@ -151,7 +151,7 @@ def test_resume_files_are_as_far_apart_as_asked(spots, tmp_path):
 
 @pytest.mark.parametrize("make", [
     lambda spots: SpotLoader(spots, 5, 2, 7, lambda: 3, 0, 1),
-    lambda spots: SectionLoader(spots, 7, lambda: 3, 0, 1),
+    lambda spots: SectionLoader(spots, spots.section.unique(), 7, lambda: 3, 0, 1),
 ])  # fmt: skip
 def test_a_loader_goes_on_behind_what_it_gave(spots, make):
     whole = [share.batch.spot_ids.tolist() for share in make(spots)]

@@ -82,24 +82,30 @@ class SpotLoader(Loader):
 
 
 class SectionLoader(Loader):
-    """The sections in a random order, each whole, each spot in one of its views. The processes take turns; where the
-    last turn is short of sections, the first ones come twice."""
+    """The sections in a random order, each whole, as often as ``turns`` (of :func:`section_turns`) says, each spot in
+    one of its views. The processes take turns; where the last one is short of sections, the first come once more."""
 
-    def __init__(self, spots: Spots, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int):
+    def __init__(self, spots: Spots, turns: Tensor, seed: int, epoch: Callable[[], int], rank: int, n_ranks: int):
         super().__init__(spots, seed, epoch, rank, n_ranks)
-        self.sections = spots.section.unique()
+        self.turns = turns
 
     def __len__(self) -> int:
-        return math.ceil(len(self.sections) / self.n_ranks)
+        return math.ceil(len(self.turns) / self.n_ranks)
 
     def _picks(self, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:
-        order = torch.randperm(len(self.sections), generator=random)
-        turns = order.repeat(self.n_ranks)[: len(self) * self.n_ranks]
-        for turn, place in enumerate(turns):
-            rows = torch.nonzero(self.spots.section == self.sections[place])[:, 0]
+        order = self.turns[torch.randperm(len(self.turns), generator=random)]
+        for turn, section in enumerate(order.repeat(self.n_ranks)[: len(self) * self.n_ranks]):
+            rows = torch.nonzero(self.spots.section == section)[:, 0]
             view = torch.randint(self.spots.features.shape[1], (len(rows),), generator=random)
             if turn % self.n_ranks == self.rank:
                 yield rows, view, 1.0
+
+
+def section_turns(section: Tensor, steps: Callable[[int], int]) -> Tensor:
+    """The section of every step of an epoch, int64, of the ``section`` [N] of every spot: each as often as ``steps``
+    says of its number of spots."""
+    sections, n_spots = section.unique(return_counts=True)
+    return sections.repeat_interleave(torch.tensor([steps(n) for n in n_spots.tolist()]))
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

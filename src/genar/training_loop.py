@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from genar.batches import Loader, SectionLoader, Share, SpotLoader, epoch_seed, step_seed
+from genar.batches import Loader, SectionLoader, Share, SpotLoader, epoch_seed, section_turns, step_seed
 from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Decoding, Model, Spots
 from genar.models._base import LN2, log2p1
@@ -118,7 +118,8 @@ class _Module(pl.LightningModule):
         self.started, self.n_ranks = False, n_ranks
         whole = model.unit == "section"
         n_together = n_ranks if whole else config.batch_size * config.accumulate
-        self.n_batches = math.ceil((len(training.section.unique()) if whole else len(training)) / n_together)
+        self._turns = section_turns(training.section, model.section_steps) if whole else None
+        self.n_batches = math.ceil(len(training if self._turns is None else self._turns) / n_together)
         n_rows = len(training) // self.n_batches // n_ranks  # of the smallest batch
         if n_rows < 1:
             raise InputError(
@@ -142,8 +143,10 @@ class _Module(pl.LightningModule):
                 self._training, self.n_batches, self.n_parts, lambda: epoch_seed(config.seed, self.current_epoch),
                 rank, self.n_ranks,
             )  # fmt: skip
-        if self.model.unit == "section":
-            return SectionLoader(self._training, config.seed, lambda: self.current_epoch, rank, self.n_ranks)
+        if self._turns is not None:
+            return SectionLoader(
+                self._training, self._turns, config.seed, lambda: self.current_epoch, rank, self.n_ranks
+            )
         return SpotLoader(
             self._training, self.n_batches, self.n_parts, config.seed, lambda: self.current_epoch, rank, self.n_ranks
         )

@@ -282,6 +282,8 @@ def check_counts(adata: AnnData, where: str) -> None:
         if values.max() < 25:  # ln(1 + count) of any real spot stays below 20
             found += f" and a maximum of {values.max():.2f}, so it looks log-transformed"
         raise InputError(f"{where}: X holds {found}; expected raw counts (perhaps in layers['counts'] or .raw)")
+    if values.size and values.max() >= 2**31:
+        raise InputError(f"{where}: X holds {values.max():g}; expected raw counts below 2^31")
 
 
 def check_inside(adata: AnnData, size_px: tuple[int, int]) -> None:

@@ -43,19 +43,15 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
     """
     import timm
 
-    short = name.removeprefix("timm/")
-    facts = timm.get_pretrained_cfg(short)
-    row = _timm_row(name, short, facts)
+    row = timm_row(name)
     if weights is None and not row.hub_id:
         raise InputError(f"encoder {name}: timm has no pretrained weights for it; pass --weights FILE")
     try:
-        network = timm.create_model(short, pretrained=weights is None, num_classes=0)
+        network = timm.create_model(row.architecture, pretrained=weights is None, num_classes=0)
     except OSError as error:
         raise unreachable(row, error) from error
     except RuntimeError as error:
-        raise InputError(
-            f"encoder {name}: timm refuses it ({reason_of(error)}); is its name, with the tag, right?"
-        ) from error
+        raise _refused_by_timm(name, error) from error
     if weights is not None:
         file, _ = find_weights(row, weights)
         fit_weights(network, read_state(file), f"encoder {name}: {file}")
@@ -66,21 +62,24 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
 def timm_row(name: str) -> EncoderRow:
     """What timm says of a network, without its weights; ``width`` is not known yet."""
     import timm
-
-    short = name.removeprefix("timm/")
-    return _timm_row(name, short, timm.get_pretrained_cfg(short))
-
-
-def _timm_row(name: str, short: str, facts) -> EncoderRow:
     from timm.data.config import resolve_data_config
 
+    short = name.removeprefix("timm/")
+    try:
+        facts = timm.get_pretrained_cfg(short)
+    except RuntimeError as error:
+        raise _refused_by_timm(name, error) from error
     config = resolve_data_config(pretrained_cfg=facts.to_dict() if facts else {}, use_test_size=False)
     licence = (facts and facts.license) or "see the page of its weights"
-    where = (facts and (facts.hf_hub_id or facts.url)) or ""
+    where = str((facts and (facts.hf_hub_id or facts.url)) or "")
     return EncoderRow(
         name, short, where, 0, config["input_size"][1], tuple(config["mean"]), tuple(config["std"]), licence,
         pooling=OWN, views=1, source="timm",
     )  # fmt: skip
+
+
+def _refused_by_timm(name: str, error: RuntimeError) -> InputError:
+    return InputError(f"encoder {name}: timm refuses it ({reason_of(error)}); is its name, with the tag, right?")
 
 
 def load_function(name: str, *, weights: Path | None, device: str, precision: str) -> Encoder:
@@ -90,7 +89,14 @@ def load_function(name: str, *, weights: Path | None, device: str, precision: st
     [B, 3, px, px], normalised by the facts' mean and std, and returns [B, F]; the facts are a dict with ``input_px``,
     ``mean`` and ``std`` and, if wished, ``mpp``, ``licence`` and ``views``. Raises ``InputError`` for anything else.
     """
-    made = _function(name)(*([weights] if weights is not None else []))
+    function, given = _function(name), [weights] if weights is not None else []
+    try:
+        made = function(*given)
+    except Exception as error:  # whatever their code raises
+        takes = "the path of --weights" if given else "no arguments"
+        raise InputError(
+            f"encoder {name}: the function, called with {takes}, ends in {type(error).__name__} ({reason_of(error)})"
+        ) from error
     if isinstance(made, Encoder):
         made.row = replace(made.row, name=name)
         made.weights_sha256 = _identity(made.row, made._network)
@@ -140,6 +146,10 @@ def _function(name: str):
         raise InputError(
             f"encoder {name}: module {module_name} cannot be imported ({error}); run where it lies, or install it"
         ) from error
+    except Exception as error:  # whatever their code raises
+        raise InputError(
+            f"encoder {name}: importing {module_name} ends in {type(error).__name__} ({reason_of(error)})"
+        ) from error
     finally:
         sys.path.remove(here)
     function = getattr(module, function_name, None)
@@ -151,7 +161,12 @@ def _function(name: str):
 @torch.inference_mode()
 def _width(network: nn.Module, row: EncoderRow, where: str) -> int:
     """F, as the network itself says."""
-    features = network.eval()(torch.zeros(1, 3, row.input_px, row.input_px))
+    try:
+        features = network.eval()(torch.zeros(1, 3, row.input_px, row.input_px))
+    except Exception as error:  # whatever their code raises
+        raise InputError(
+            f"{where}: the network takes no patch of {row.input_px} px: {type(error).__name__} ({reason_of(error)})"
+        ) from error
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 1:
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise InputError(f"{where}: expected features [B, F] for patches [B, 3, px, px], found {found} for B = 1")

@@ -66,10 +66,11 @@ class Inputs:
     """for each number, the mean feature (of the last width) of so many nearest spots joins the spot's own"""
 
     def __post_init__(self):
-        if any(width <= 0 for width in self.widths_um) or any(n < 1 for n in self.context_spots):
-            raise InputError(
-                f"widths_um must be positive and context_spots at least 1, found {self.widths_um}, {self.context_spots}"
-            )
+        widths, context = self.widths_um, self.context_spots
+        if any(width <= 0 for width in widths) or any(n < 1 for n in context):
+            raise InputError(f"widths_um must be positive and context_spots at least 1, found {widths}, {context}")
+        if len(set(widths)) < len(widths) or len(set(context)) < len(context):
+            raise InputError(f"widths_um and context_spots must each differ, found {widths}, {context}")
 
     @property
     def n_blocks(self) -> int:

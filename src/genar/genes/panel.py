@@ -98,7 +98,7 @@ def read_panel(path: str | Path) -> Panel:
     """
     path = Path(path)
     with door(path, "panel", "expected panel.json or one gene a line"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         facts = json.loads(text) if path.suffix == ".json" else None
     try:
         if path.suffix == ".json":
@@ -116,7 +116,7 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     with door(path, "list of other gene names", "expected two names a line"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     aliases = {}
     for number, line in enumerate(lines, 1):
         if not (words := line.split("#")[0].split()):

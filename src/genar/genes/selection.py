@@ -93,9 +93,10 @@ def _by_both_ranks(
     sections: Sequence[AnnData], n_genes: int | None, recipe: str, n_top: int
 ) -> tuple[tuple[str, ...], int]:
     """Genes in the top of both mean and standard deviation, and the cut."""
-    names, counts = _candidates(sections)
-    by_mean = _ranks(counts.mean(axis=0))
-    worst = np.maximum(by_mean, _ranks(counts.std(axis=0, ddof=1)))  # in both tops of n where below n
+    names = _candidates(sections)
+    mean, variance = _moments(sections, names)
+    by_mean = _ranks(mean)
+    worst = np.maximum(by_mean, _ranks(variance))  # in both tops of n where below n
     n_available = len(names)
     if n_genes is not None and n_genes > n_available:
         raise InputError(
@@ -116,14 +117,25 @@ def _by_both_ranks(
     return tuple(names[i] for i in chosen), n_top
 
 
-def _candidates(sections: Sequence[AnnData]) -> tuple[list[str], np.ndarray]:
-    """Sorted names of the variable genes that every section measures, and their counts [spots of all sections, n]."""
+def _candidates(sections: Sequence[AnnData]) -> list[str]:
+    """Sorted names of the variable genes that every section measures."""
     common = _common_genes(sections)
     variable = set().union(*(_highly_variable(section[:, common].copy()) for section in sections))
     names = sorted(gene for gene in variable if not gene.startswith(DROPPED_PREFIXES))
     if not names:
         raise InputError("panel: no variable gene is left after mitochondrial and ribosomal genes are dropped")
-    return names, np.concatenate([contract.counts(section, names) for section in sections]).astype(np.float64)
+    return names
+
+
+def _moments(sections: Sequence[AnnData], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the counts of each gene over the spots of all sections, from sums of whole numbers."""
+    n, total, squares = 0, np.zeros(len(names)), np.zeros(len(names))
+    for section in sections:
+        x = sparse.csr_matrix(section[:, names].X, dtype=np.float64)
+        n += section.n_obs
+        total += np.asarray(x.sum(axis=0)).ravel()
+        squares += np.asarray(x.power(2).sum(axis=0)).ravel()
+    return total / n, (n * squares - total**2) / (n * max(n - 1, 1))
 
 
 def _common_genes(sections: Sequence[AnnData]) -> list[str]:
@@ -154,8 +166,16 @@ def _highly_variable(section: AnnData) -> set[str]:
     section = _normalised(section)
     if section.n_obs < 2:
         return set(section.var_names)
+    if not _varies(section).any():
+        return set()
     sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars))
     return set(section.var_names[section.var["highly_variable"]])
+
+
+def _varies(section: AnnData) -> np.ndarray:
+    """Of each gene, whether its values differ between spots."""
+    x = sparse.csr_matrix(section.X)
+    return np.asarray(x.power(2).mean(axis=0)).ravel() - np.asarray(x.mean(axis=0)).ravel() ** 2 > 1e-12
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -184,7 +204,8 @@ def _best(sections: Sequence[AnnData], n_genes: int | None, recipe: str) -> tupl
 
 def _mean_counts(sections: Sequence[AnnData]) -> np.ndarray:
     totals = [np.asarray(section.X.sum(axis=0), dtype=np.float64).ravel() for section in sections]  # pyright: ignore
-    return np.sum(totals, axis=0) / sum(section.n_obs for section in sections)
+    mean = np.sum(totals, axis=0) / sum(section.n_obs for section in sections)
+    return np.where(mean > 0, mean, np.nan)
 
 
 def _variability(sections: Sequence[AnnData]) -> np.ndarray:
@@ -194,7 +215,7 @@ def _variability(sections: Sequence[AnnData]) -> np.ndarray:
 
     genes = sections[0].var_names
     parts = [_normalised(section) for section in sections]
-    parts = [part for part in parts if part.n_obs > 1 and part.X.nnz]  # pyright: ignore  # others vary in nothing
+    parts = [part for part in parts if part.n_obs > 1 and part.X.nnz and _varies(part).any()]  # pyright: ignore
     if not parts:
         return np.full(len(genes), np.nan)
     joined = anndata.concat({str(i): part for i, part in enumerate(parts)}, label="section", join="outer", fill_value=0)
@@ -220,8 +241,7 @@ def _autocorrelation(sections: Sequence[AnnData]) -> np.ndarray:
         if section.n_obs < 2:
             continue
         graph = kneighbors_graph(contract.coords_px(section), min(_N_NEIGHBOURS, section.n_obs - 1))
-        values = section.X.T.tocsr()  # pyright: ignore
-        varies = np.asarray(values.power(2).mean(axis=1)).ravel() - np.asarray(values.mean(axis=1)).ravel() ** 2 > 1e-12
+        values, varies = section.X.T.tocsr(), _varies(section)  # pyright: ignore
         place = genes.get_indexer(section.var_names[varies])
         total[place] += sc.metrics.morans_i(graph, values[varies])
         seen[place] += 1

@@ -19,7 +19,7 @@ def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
     """
     path = Path(path)
     with door(path, "GMT file", "expected name, description and genes between tabs"):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     sets: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -315,6 +315,10 @@ class Model(nn.Module, abc.ABC):
             return self.predict(batch, how)
         return Counts.join([self.predict(section, how) for section in batch.sections()])
 
+    def section_steps(self, n_spots: int) -> int:
+        """Training steps an epoch of a section of so many spots, where ``unit`` is ``section``."""
+        return 1
+
     def loss(self, batch: Batch) -> LossOutput:
         """Training loss; closed-form methods have none."""
         raise NotImplementedError

@@ -14,7 +14,8 @@ _LEAST_PROBABILITY = 1e-12
 
 
 class Diffusion(nn.Module):
-    """Constants of T steps, linear betas from 1e-4 to 0.02, or of ``steps`` of them evenly strided.
+    """Constants of T steps, linear betas from 1e-4 to 0.02 at T = 1000 and as much larger as T is smaller (so that the
+    chain ends in noise), or of ``steps`` of them evenly strided.
 
     A strided chain keeps alpha-bar at its steps; its betas follow from those. ``at`` int64 [steps] holds the original
     step of each, which is what the network is told.
@@ -33,7 +34,7 @@ class Diffusion(nn.Module):
         super().__init__()
         steps = steps or n_total
         at = np.unique(np.linspace(0, n_total - 1, steps).round().astype(int)) if steps > 1 else np.array([n_total - 1])
-        kept = np.cumprod(1 - np.linspace(1e-4, 0.02, n_total))[at]  # float64
+        kept = np.cumprod(1 - np.minimum(np.linspace(1e-4, 0.02, n_total) * (1000 / n_total), 0.999))[at]  # float64
         before = np.append(1.0, kept[:-1])
         beta = 1 - kept / before
         posterior = beta * (1 - before) / (1 - kept)

@@ -48,17 +48,23 @@ class Lattice:
         pitch = _pitch(turned, float(np.hypot(*steps.T).mean()), fold)
         return cls((turned - turned.min(axis=0)) / pitch, pitch, fold)
 
-    def cells(self, limit: int, *, packed: bool = False) -> Tensor:
-        """int64 [N, 2]: column and row of each spot, from 0, at most ``limit - 1``.
+    def close_cells(self) -> Tensor:
+        """int64 [N, 2]: column and row of each spot in whole pitches, of empty ones between them one alone: neighbours
+        stay neighbours, and a spot far out makes no grid of millions of cells."""
+        cells = self.cells()
+        if self.fold == 6:
+            cells[:, 0] //= 2
+        for place in cells.T:
+            taken, which = place.unique(return_inverse=True)
+            place.copy_(taken.diff(prepend=taken[:1]).clamp(max=2).cumsum(0)[which])
+        return cells
 
-        Columns of a hexagonal array count half pitches, as Visium's files do; ``packed`` counts whole ones.
-        """
+    def cells(self) -> Tensor:
+        """int64 [N, 2]: column and row of each spot, from 0. Columns of a hexagonal array count half pitches, as
+        Visium's files do."""
         column, row = self.xy.T / np.array(_spacing(self.fold))[:, None]
         column, row = (np.rint(v - _phase(v)).astype(np.int64) for v in (column, row))
-        column, row = column - column.min(), row - row.min()
-        if packed and self.fold == 6:
-            column //= 2
-        return torch.from_numpy(np.stack([column, row], axis=1).clip(0, limit - 1))
+        return torch.from_numpy(np.stack([column - column.min(), row - row.min()], axis=1))
 
     def nearest(self, k: int, radius: float) -> tuple[Tensor, Tensor]:
         """The at most ``k`` nearest other spots within ``radius`` pitches: int64 [N, k], and bool [N, k] where there

@@ -46,6 +46,10 @@ class SectionRival(Rival):
         self.feature_scale.copy_(scale)
         self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
 
+    def section_steps(self, n_spots: int) -> int:
+        """So many that about each spot is looked at once, where a step draws some (``spots_per_step``)."""
+        return max(1, round(n_spots / getattr(self.settings, "spots_per_step", n_spots)))
+
     @property
     def takes_patches(self) -> bool:
         """Whether it was set up for pixels."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from genar.errors import InputError
 from genar.models._attention import Block
 from genar.models._base import Batch, Card, LossOutput, Spots, log2p1
 from genar.models._lattice import Lattice
@@ -42,9 +43,9 @@ class Hist2STConfig:
     graph_layers: int = 4
     neighbours: int = 0
     """of a spot in the graph; 0 takes 4 on a square array and 6 on a hexagonal one"""
-    radius: float = 2.0
-    """pitches beyond which there is no edge on a square array; 1.3 on a hexagonal one (published: 2 in steps of its
-    files, which mixes true neighbours with others)"""
+    radius: float = 0.0
+    """pitches beyond which there is no edge; 0 takes 2 on a square array and 1.3 on a hexagonal one (published: 2 in
+    steps of its files, which there mixes true neighbours with others)"""
     n_positions: int = 128
     """rows of each table of places. Published: 64"""
     copies: int = 2
@@ -56,6 +57,8 @@ class Hist2STConfig:
 
     def __post_init__(self):
         check_input("hist2st", self.input)
+        if self.radius and self.radius < 1:
+            raise InputError(f"model hist2st: radius must be 0 or at least 1 pitch, found {self.radius}")
 
 
 class Mixer(nn.Module):
@@ -152,7 +155,7 @@ class Hist2ST(SectionRival):
     """Transformer, neighbour graph and LSTM over a section, trained on counts and on its own altered copies."""
 
     config = Hist2STConfig
-    may_be_none = ("copies",)
+    may_be_none = ("copies", "neighbours", "radius")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "small": {},
         "official": {
@@ -173,7 +176,7 @@ class Hist2ST(SectionRival):
         "Transformer, directed graph of the nearest spots, LSTM over its layers, likelihood and self-distillation with "
         "their weights; both sides of the distillation learn.",
         "Features stand for the convolutions over patches (input=patches has them); the altered copies are other views "
-        "of the same spots, and 2 of them, not 5.",
+        "of the same spots (where there is one view alone, dropout alters them), in preset small 2 of them, not 5.",
         "A spot without a neighbour is its own neighbour, where the official mean is 0 / 0 and turns the whole section "
         "to NaN; on a hexagonal array the six true neighbours count.",
     )
@@ -191,12 +194,13 @@ class Hist2ST(SectionRival):
     def prepare(self, spots: Spots) -> None:
         """Constants as all have them; the views of the training spots, for their altered copies, by reference."""
         super().prepare(spots)
+        self.trunk.places.prepare(spots)
         self._bank = _Bank(spots)
 
     def edges(self, coords_um: Tensor) -> tuple[Tensor, Tensor]:
         """The graph: at most k neighbours of each spot, int64 and bool [N, k]. Directed, without the spot itself."""
         lattice = Lattice.of(coords_um)
-        radius = self.settings.radius if lattice.fold == 4 else 1.3
+        radius = self.settings.radius or (2.0 if lattice.fold == 4 else 1.3)
         index, found = lattice.nearest(self.settings.neighbours or lattice.fold, radius)
         return index.to(coords_um.device), found.to(coords_um.device)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from genar.models._attention import Block
-from genar.models._base import Batch, Card
+from genar.models._base import Batch, Card, Spots
 from genar.models._lattice import Lattice
 from genar.models._rival import check_input
 from genar.models._section import SectionRival
@@ -40,15 +41,23 @@ class HisToGeneConfig:
 
 
 class Places(nn.Module):
-    """A learned vector for each column and each row of the array."""
+    """A learned vector for each column and each row of the array; those beyond what was trained share its last."""
+
+    last: Tensor
 
     def __init__(self, n_positions: int, width: int):
         super().__init__()
         self.column, self.row = nn.Embedding(n_positions, width), nn.Embedding(n_positions, width)
+        self.register_buffer("last", torch.full((2,), n_positions - 1))
+
+    def prepare(self, spots: Spots) -> None:
+        """Keep how far the training sections go."""
+        seen = [Lattice.of(spots.coords_um[spots.section == one]).cells().amax(dim=0) for one in spots.section.unique()]
+        self.last.copy_(torch.minimum(torch.stack(seen).amax(dim=0).to(self.last), self.last))
 
     def forward(self, coords_um: Tensor) -> Tensor:
         """[N, 2] -> [N, D]."""
-        cells = Lattice.of(coords_um).cells(self.column.num_embeddings).to(coords_um.device)
+        cells = torch.minimum(Lattice.of(coords_um).cells().to(coords_um.device), self.last)
         return self.column(cells[:, 0]) + self.row(cells[:, 1])
 
 
@@ -75,7 +84,8 @@ class HisToGene(SectionRival):
         "error, one section a step.",
         "The first layer takes features instead of 37,632 raw pixels of a patch of 112 px (input=patches has them).",
         "Pixels are scaled to -1..1 before they enter a linear layer; columns and rows come from the coordinates and "
-        "stop at the end of the tables; whole patients can be held out, not single sections of them.",
+        "stop at the last that was trained (a square array is numbered in pitches, a hexagonal one in half: predict on "
+        "the kind that it learned from); whole patients can be held out, not single sections of them.",
     )
 
     def __init__(self, n_features: int, n_genes: int, config: HisToGeneConfig):
@@ -89,6 +99,11 @@ class HisToGene(SectionRival):
             for _ in range(config.depth)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_genes))
+
+    def prepare(self, spots: Spots) -> None:
+        """Constants as all have them; how far the training sections go."""
+        super().prepare(spots)
+        self.places.prepare(spots)
 
     def forward(self, batch: Batch) -> Tensor:
         """All spots of a section at once."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from genar.models._base import Batch, Card, ClosedForm, Counts, Spots, log2p1
+from genar.models._blocks import in_blocks
 from genar.models._decoding import DEFAULT, Decoding
 from genar.models.ridge import mean_and_scale
 
@@ -53,11 +54,17 @@ class KNN(ClosedForm):
 
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """The mean of the nearest."""
+        return in_blocks(self._predict_block, batch)
+
+    def _predict_block(self, batch: Batch) -> Counts:
+        """Of a short list by matrix products, which round, the nearest by differences, which hardly do."""
         x = (batch.features - self.feature_mean) / self.feature_scale
-        # spot by spot: products of another shape round differently, and a tie might fall otherwise
-        distances = torch.stack([(self.features - spot).square().sum(dim=1) for spot in x])
+        rough = self.features.square().sum(dim=1) - 2 * x @ self.features.T  # but for a constant of the spot
+        short = rough.topk(min(4 * N_NEAREST, self.n_spots), dim=1, largest=False).indices
+        pairs = zip(short, x, strict=True)
+        distances = torch.stack([(self.features[places] - spot).square().sum(dim=1) for places, spot in pairs])
         nearest = distances.topk(min(N_NEAREST, self.n_spots), dim=1, largest=False).indices
-        return Counts.from_log2(self.log2_counts[nearest].mean(dim=1))
+        return Counts.from_log2(self.log2_counts[short.gather(1, nearest)].mean(dim=1))
 
     def facts(self) -> dict:
         """Its three sizes."""

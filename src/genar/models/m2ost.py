@@ -170,8 +170,8 @@ class M2OST(SectionRival):
             "width": 192, "depth": 4, "heads": 3, "hidden": 128, "gate_hidden": 384, "spots_per_step": 48,
         },
     }  # fmt: skip
-    # published: Adam 1e-4, batches of 48 spots, 200 epochs, a constant rate. An epoch here is one step a section of
-    # all its spots, so there are fewer steps, at a higher rate that falls
+    # published: Adam 1e-4, batches of 48 spots, 200 epochs, a constant rate. A step here takes up to 550 spots of a
+    # section, so there are fewer of them, at a higher rate that falls
     train_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 80, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0, "warmup_steps": 10, "ema_decay": 0.0,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from genar.models._spot import SpotRival
 
 # Patches of which the colours are measured: as many as 12 batches of 32.
 _N_COLOURED = 384
+_FEW_GENES = 200
 _PATCHES_AT_ONCE = 8
 
 
@@ -73,7 +74,7 @@ class STNet(SpotRival):
         "the network end to end, with its flips, turns and measured colours",
         lost="with features: the trained DenseNet, which is the essence (this is a linear probe, and ridge its "
         "optimum); with patches: its ImageNet start, the network begins at random",
-        mended="genes are chosen on training sections alone; outputs are not cut at zero before the loss",
+        mended="genes are chosen on training sections alone",
     )
     pixel_mean: Tensor
     pixel_scale: Tensor
@@ -128,9 +129,10 @@ class STNet(SpotRival):
         return torch.stack([self.head(net(turned(x, view))) for view in range(8)]).mean(dim=0)
 
     def loss(self, batch: Batch) -> LossOutput:
-        """Squared error, mean over genes, summed over the batch's spots."""
+        """Squared error, mean over genes, summed over the batch's spots; of few genes as if they were ``_FEW_GENES``,
+        or each one's step would grow until the training diverges."""
         assert batch.counts is not None
-        total = (self(batch) - log2p1(batch.counts)).square().mean(dim=1).sum()
+        total = (self(batch) - log2p1(batch.counts)).square().sum() / max(self.n_genes, _FEW_GENES)
         return LossOutput(total, total.detach()[None])
 
     def predict_block(self, batch: Batch, how: Decoding) -> Counts:

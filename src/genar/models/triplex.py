@@ -160,8 +160,8 @@ class Triplex(SectionRival):
             "spots_per_step": 128,
         },
     }  # fmt: skip
-    # published: AdamW, 1e-4 cut tenfold on a plateau, up to 1000 epochs of many steps. An epoch here is one step a
-    # section, so there are fewer of them, larger, and the rate falls on a cosine
+    # published: AdamW, 1e-4 cut tenfold on a plateau, up to 1000 epochs of many steps. A step here takes up
+    # to 256 spots of a section, so there are fewer of them, and the rate falls on a cosine
     train_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 60, "lr": 5e-4, "optimizer": "adamw", "weight_decay": 0.01, "warmup_steps": 10, "ema_decay": 0.0,
     }  # fmt: skip
@@ -238,7 +238,7 @@ class Triplex(SectionRival):
         return self.fusion_norm(to_own + to_around)[:, 0]
 
     def _global(self, batch: Batch, lattice: Lattice) -> Tensor:
-        cells = lattice.cells(256, packed=True).to(batch.features.device)
+        cells = lattice.close_cells().to(batch.features.device)
         return self.whole(self.to_whole(self.standardised(batch)), cells)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ targets, linear projections.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +37,9 @@ class UMPIREConfig:
     """how expression is read: ``ranks``, a transformer over the genes in the order of count over mean count; ``mlp``:
     two layers on standardised log2 counts"""
     depth: int = 12
+    """of the rank tower"""
     heads: int = 16
+    """of the rank tower"""
     hidden: int = 1024
     """of the tower's feed-forward layers"""
     neighbours: int = 50
@@ -130,6 +133,14 @@ class UMPIRE(RetrievalRival):
         )
         self.expression = nn.Linear(width, width)
         self.log_sharpness = nn.Parameter(torch.tensor(_FIRST_SHARPNESS))
+
+    @classmethod
+    def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
+        """Two layers have neither depth nor heads."""
+        super().check_settings(preset, settings, n_genes)
+        unused = [name for name in ("depth", "heads") if name in settings]
+        if unused and cls.configure(preset, settings).tower == "mlp":
+            raise InputError(f"model umpire: {' and '.join(unused)} are the rank tower's; set tower=ranks, too")
 
     @torch.no_grad()
     def prepare(self, spots: Spots) -> None:
