@@ -4,15 +4,21 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
-from genar import encoders
-from genar.data import contract
+from commands import run
+from genar import encoders, features
+from genar.data import contract, read_section
+from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.features import Inputs
 from genar.genes import read_gene_sets, read_panel, select_panel
 from genar.genes.panel import read_aliases
 from genar.genes.selection import RECIPES, _moments
+from genar.models import Decoding, Spots, model_class
+from genar.models._base import LN2
+from genar.training import TrainConfig, fit
 
 BOM = "﻿"
 
@@ -107,3 +113,92 @@ def test_faults_of_a_users_encoder_are_told_in_a_line(name, message, tmp_path, m
     with pytest.raises(InputError, match=f"encoder {name}: .*{message}") as raised:
         encoders.load_encoder(name)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ridge", "genar", "bleep", "knn"])
+def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 1, 30, generator=random)
+    x[:, :, 7] = 0
+    x[3, :, 7] = 2e-6
+    counts = torch.poisson((x[:, 0, :10] + 1.5).exp2(), generator=random).long()
+    places = torch.cartesian_prod(torch.arange(12.0), torch.arange(10.0))
+    train = Spots(x, 100 * places, places / 12, torch.arange(120), torch.zeros(120).long(), counts)
+    torch.manual_seed(0)
+    settings = {"width": 16, "depth": 1, "heads": 2, "components": 8} if name == "genar" else {}
+    model = model_class(name).create(30, train, "small", settings)
+    fit(model, train, TrainConfig(max_epochs=0 if name == "genar" else 1, validation_share=0.0), device="cpu")
+    loud = x[:20].clone()
+    loud[:, :, 7] = 0.05  # 25,000 times what it was in training, and next to nothing beside the others
+    how = Decoding("mean", layers=("log1p_mean",))
+    found = []
+    for seen in (x[:20], loud):
+        asked = Spots(seen, 100 * places[:20], places[:20] / 12, torch.arange(20), torch.ones(20).long())
+        found.append(model.predict(asked.batch(), how).layers["log1p_mean"] / LN2)
+    assert (found[1] - found[0]).abs().max() < 0.5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two sections of one patient, and a model of the first."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tissue(folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80))
+    with pytest.MonkeyPatch.context() as patch:
+        words = ("--test", "B", "--model", "ridge", "--n-genes", "20", "--views", "1", "--out", folder / "run")
+        assert run(patch, "train", folder / "tissue", *words) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("section", "told"), [("A", True), ("B", False)])
+def test_scores_on_a_section_of_the_training_say_so(section, told, trained, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "p.h5ad"
+    assert run(monkeypatch, "predict", f"{trained / 'tissue'}:{section}", "--model", trained / "run", "--out", out) == 0
+    said = [capsys.readouterr()]
+    truth = trained / "tissue" / "st" / f"{section}.h5ad"
+    assert run(monkeypatch, "evaluate", out, truth, "--out", tmp_path / "scores", "--resamples", "10") == 0
+    said.append(capsys.readouterr())
+    assert run(monkeypatch, "report", out, "--truth", truth, "--out", tmp_path / "report.html") == 0
+    note = f"the model was trained on section {section}"
+    for one in said:
+        assert (note in " ".join((one.out + one.err).split())) == told
+    assert (note in (tmp_path / "report.html").read_text()) == told
+
+
+def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeypatch, capsys):
+    """Though its names are the same."""
+    out = tmp_path / "p.h5ad"
+    assert run(monkeypatch, "predict", f"{trained / 'tissue'}:B", "--model", trained / "run", "--out", out) == 0
+    predicted = anndata.read_h5ad(out)
+    predicted.obsm[contract.SPATIAL] = predicted.obsm[contract.SPATIAL] + 3000
+    predicted.uns[contract.GENAR][contract.SECTION] = "C"
+    predicted.write_h5ad(out)
+    truth = trained / "tissue" / "st" / "B.h5ad"
+    assert run(monkeypatch, "evaluate", out, truth, "--out", tmp_path / "scores") == 2
+    assert "um from where the prediction of C has it; are both of the same section?" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_patches_of_bare_glass_are_told(tmp_path):
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80))
+    path = tmp_path / "st" / "A.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata.obsm[contract.SPATIAL] = adata.obsm[contract.SPATIAL] / 40
+    adata.write_h5ad(path)
+    encoder = encoders.load_encoder()
+    recipe = features.recipe_of(encoder, views=1, width_um=60.0)
+    with pytest.warns(UserWarning, match=r"[0-9]+ of [0-9]+ patches show hardly anything; do coordinates"):
+        features.embed(read_section(path), encoder, recipe, tmp_path / "store")
+
+
+def test_counts_beside_logarithms_are_no_logarithms(recwarn):
+    one = section(np.random.default_rng(0).poisson(3, (60, 30)))
+    one.uns["log1p"] = {"base": None}
+    select_panel([one], n_genes=10, recipe="clean")
+    assert not [warning for warning in recwarn if "log" in str(warning.message)]
+
+
+def test_a_pixel_coarser_than_any_scan_is_told(tmp_path):
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0))
+    with pytest.warns(UserWarning, match="section A: a pixel of 13.8 um is coarser than H&E is scanned at"):
+        read_section(tmp_path / "st" / "A.h5ad", mpp=13.8)

@@ -77,12 +77,14 @@ def evaluate_run(
 
 
 def _other_sections(named: Mapping[str, AnnData], truth: str) -> list[str]:
-    """A note where a prediction says to be of another section than the truth."""
+    """A note where a prediction says to be of another section than the truth, or its model knew the section."""
     notes = []
     for kind, adata in named.items():
         told = adata.uns.get(contract.GENAR, {})
         if told.get(contract.SECTION, truth) != truth:
             notes.append(f"the truth is of section {truth}, the {kind} of {told[contract.SECTION]}")
+        if note := contract.trained_on(adata):
+            notes.append(note if kind == "prediction" else f"--{kind}: {note}")
     return notes
 
 

@@ -79,6 +79,8 @@ def predict_run(
         del patches  # it may lie in the folder that goes now
     if note := unused(checkpoint.model, how or {}, predicted.layers):
         say(note)
+    if note := contract.trained_on(predicted):
+        say(f"note: {note}")
     if out is None or predicted.isbacked:
         return predicted
     if kind == "h5ad":

@@ -16,6 +16,7 @@ No other file spells a slot name. A section is an AnnData of N spots by all meas
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ MPP_BY, COUNTS_FROM, NOTE = "mpp_by", "counts_from", "note"
 MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
 # Columns of a prediction's var: each gene's counts over the training spots.
 TRAINING_MEAN, TRAINING_VARIANCE = "training_mean", "training_variance"
+# In uns["genar"]["prediction"]: whom the model was trained on.
+TRAINING_SECTIONS, TRAINING_PATIENTS = "training_sections", "training_patients"
+_COARSEST_UM = 4.0
 _NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:")
 _DENSE_AT_ONCE = 1 << 22  # values
 
@@ -62,6 +66,11 @@ def new_section(
     for what, value in (("pixel size", mpp), ("spot diameter", spot_diameter_um), ("pitch", pitch_um)):
         if not (1e-3 <= value <= 1e3 if what == "pixel size" else 0 <= value <= 1e6):
             raise InputError(f"section {section}: a {what} of {value} um cannot be right; pass --mpp, or mend the file")
+    if mpp > _COARSEST_UM:
+        warnings.warn(
+            f"section {section}: a pixel of {mpp:g} um is coarser than H&E is scanned at (0.1 to 2 um); is it right?",
+            stacklevel=2,
+        )
     adata.X = _as_csr(adata.X)
     adata.uns[GENAR] = {
         SECTION: section,
@@ -264,6 +273,33 @@ def check_names(adata: AnnData, where: str) -> None:
             raise InputError(f"{where}: {kind} name {twice!r} occurs more than once; make the {kind} names unique")
         if bad := [one for one in names if not one or "\0" in one]:  # NumPy would cut them short
             raise InputError(f"{where}: {kind} name {bad[0]!r} is empty or holds a NUL; name each {kind}")
+
+
+def trained_on(prediction: AnnData) -> str:
+    """What a reader of scores must know where the model behind ``prediction`` was trained on its very section, or on
+    another of its patient; else nothing."""
+    facts = prediction.uns.get(GENAR, {})
+    section = str(facts.get(SECTION, ""))
+    made = facts.get("prediction", {})
+    sections, patients = (set(map(str, made.get(name, ()))) for name in (TRAINING_SECTIONS, TRAINING_PATIENTS))
+    if section in sections:
+        return f"the model was trained on section {section}: its scores there say nothing of other tissue"
+    if (patient := str(facts.get(PATIENT, ""))) in patients:
+        return f"the model was trained on sections of {patient}, too: generalisation between patients is not tested"
+    return ""
+
+
+def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:
+    """Refuse a truth (of ``who``) whose spots lie elsewhere: names such as 3x7 occur on every slide."""
+    both = predicted.obs_names.intersection(truth.obs_names)
+    if not len(both):
+        return  # what is wrong with the names is said where they are aligned
+    apart = np.linalg.norm(coords_um(predicted[both]) - coords_um(truth[both]), axis=1)
+    if (apart > spot_diameter_px(truth) * mpp(truth)).any():
+        raise InputError(
+            f"{who}: spot {both[apart.argmax()]} of {name(truth)} lies {apart.max():.0f} um from where the prediction "
+            f"of {name(predicted)} has it; are both of the same section?"
+        )
 
 
 def check_counts(adata: AnnData, where: str) -> None:

@@ -9,6 +9,7 @@ ends. Chunks are always cut at the same spots, so that a resumed store holds the
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from genar.errors import InputError
 from genar.features.recipe import FeatureRecipe, store_path
 
 BATCH_SIZE = CHUNK
+_BLANK_SD = 12.0  # of the values 0 to 255 of a patch; glass has 2 to 8, tissue 30 and more
+_MANY = 0.9
 
 
 class Busy(Exception):  # noqa: N818
@@ -110,16 +113,24 @@ def _fill(path, slide, section, encoder, recipe, readers, batch_size, progress) 
     progress(n_done, section.n_obs)
     centers, width_px = contract.coords_px(section), recipe.width_px(section)
     per_step = -(-batch_size // CHUNK) * CHUNK  # whole chunks of the store
+    n_blank = 0
     with contextlib.nullcontext(readers) if readers else Readers() as reading:
         steps = reading.patches(
             slide, centers, width_px, encoder.row.input_px, start=n_done, per_step=per_step
         )  # fmt: skip
         for start, patches in steps:
             stop = start + len(patches)
+            n_blank += int((patches[:, ::8, ::8].reshape(len(patches), -1).std(axis=1) < _BLANK_SD).sum())
             group["features"][start:stop] = _encode_views(encoder, patches, recipe.views, batch_size)  # pyright: ignore
             group.attrs["n_done"] = stop
             progress(stop, section.n_obs)
     os.replace(partial, path)
+    if n_blank > _MANY * (section.n_obs - n_done):
+        warnings.warn(
+            f"section {contract.name(section)}: {n_blank} of {section.n_obs - n_done} patches show hardly anything; do "
+            "coordinates and image belong together? `genar check --out FOLDER` draws them",
+            stacklevel=2,
+        )
 
 
 def _open_partial(path: Path, section: AnnData, encoder: Encoder, recipe: FeatureRecipe):

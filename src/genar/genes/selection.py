@@ -154,6 +154,7 @@ def _normalised(section: AnnData) -> AnnData:
 
     totals, used = (np.asarray(section.X.sum(axis=axis)).ravel() for axis in (1, 0))  # pyright: ignore
     section = section[totals > 0, used > 0].copy()
+    section.uns.pop("log1p", None)  # of the file's own X; scanpy would take these counts for logarithms
     if section.n_obs > 1:
         sc.pp.normalize_total(section)  # to the median total
         sc.pp.log1p(section)

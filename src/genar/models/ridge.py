@@ -15,6 +15,7 @@ from genar.models._decoding import DEFAULT, Decoding
 
 PENALTIES = tuple(np.logspace(1, 6, 21))
 _N_BLOCKS = 5
+_LEAST_SCALE = 0.05
 
 
 class Ridge(ClosedForm):
@@ -101,7 +102,7 @@ def _fit_parts(spots: Spots, penalty: float) -> tuple[Tensor, Tensor, Tensor, Te
         n_spots += len(both)
     joint = joint - total[:n, None] * total / n_spots
     scale = (joint.diagonal() / n_spots).clamp(min=0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _scale_of(scale)
     gram, target = joint[:, :n] / (scale[:, None] * scale), joint[:, n:] / scale[:, None]
     weight = torch.linalg.solve(gram + penalty * torch.eye(n, dtype=gram.dtype), target)
     return around + total[:n] / n_spots, scale, weight, height + total[n:] / n_spots
@@ -118,11 +119,21 @@ def _fit(x: Tensor, y: Tensor, penalties):
 
 
 def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature of x [N, F], [F] each; one for a constant feature."""
-    if x.shape[1] == 0:  # spots that come as pixels
-        return x.new_zeros(0), x.new_ones(0)
-    scale = x.std(dim=0, correction=0)
-    return x.mean(dim=0), torch.where(scale > 0, scale, torch.ones_like(scale))
+    """Mean of each feature of x [N, F], and the scale it is divided by, [F] each; see :func:`_scale_of`."""
+    return x.mean(dim=0), _scale_of(x.std(dim=0, correction=0))
+
+
+def _scale_of(deviation: Tensor) -> Tensor:
+    """What features of these standard deviations [F] are divided by: the deviation, but one for a constant feature and
+    at least ``_LEAST_SCALE`` of the median of the others.
+
+    A channel that is all but dead in training (non-zero in one spot of a thousand) would else speak up in a new
+    section with thousands of deviations.
+    """
+    alive = deviation > 0
+    if not alive.any():
+        return torch.ones_like(deviation)
+    return torch.where(alive, deviation.clamp(min=_LEAST_SCALE * deviation[alive].median()), 1.0)
 
 
 def folds(spots: Spots) -> Tensor:

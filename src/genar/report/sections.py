@@ -21,6 +21,7 @@ from genar.errors import InputError
 from genar.genes import Panel
 from genar.report import maps
 
+_OF_A_GENOME = re.compile(r"^(GRC[hm]\d+|hg\d+|mm\d+)_+")  # where reads were aligned to several
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 _SHARE = 0.8  # of the names that must be alike to be called a kind
 _FEW_ON_TISSUE = 0.5
@@ -148,8 +149,10 @@ def name_genes(names: Iterable[str], ids=None) -> tuple[str, str]:
     ('symbols', 'mouse')
     >>> name_genes(["ENSMUSG00000020473", "ENSMUSG00000000001.4"])
     ('Ensembl', 'mouse')
+    >>> name_genes(["GRCh38_KRT8", "GRCh38_ERBB2"])
+    ('symbols', 'human')
     """
-    texts = pd.Series(list(names), dtype=str)
+    texts = pd.Series(list(names), dtype=str).str.replace(_OF_A_GENOME, "", regex=True)
     ensembl = texts.str.fullmatch(_ENSEMBL)
     share = ensembl.mean()
     kind = "Ensembl" if share > _SHARE else "symbols" if share < 1 - _SHARE else "mixed"

@@ -102,7 +102,7 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject
     section = read_section(str(truth)) if truth is not None else _truth_of_run(subject)
     if section is None:
         return subject
-    _check_places(predicted, section)
+    contract.check_same_places(predicted, section, "--truth")
     expected = contract.LOG1P_MEAN in predicted.layers
     aligned = {"prediction": align(predicted, section)}
     if expected:
@@ -110,6 +110,8 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject
     scores = score_aligned(aligned["prediction_mean" if expected else "prediction"])
     if contract.name(section) != subject.section:
         subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
+    if note := contract.trained_on(predicted):
+        subject.notes += (note,)
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
     subject.methods, subject.differences = _scores_of_run(home, subject.section)
     if not subject.methods:
@@ -119,20 +121,6 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject
         subject.methods = {method: {**values, "n_undefined": n_undefined[method]} for method, values in found.items()}
         subject.notes += ("the baselines mean and ridge are scored by a training run, not by a prediction alone",)
     return subject
-
-
-def _check_places(predicted: AnnData, truth: AnnData) -> None:
-    """Refuse a truth whose spots lie elsewhere: names such as 3x7 occur on every slide."""
-    both = predicted.obs_names.intersection(truth.obs_names)
-    if not len(both):
-        return  # what is wrong with the names is said where they are aligned
-    apart = np.linalg.norm(contract.coords_um(predicted[both]) - contract.coords_um(truth[both]), axis=1)
-    spot_um = contract.spot_diameter_px(truth) * contract.mpp(truth)
-    if (apart > spot_um).any():
-        raise InputError(
-            f"--truth: spot {both[apart.argmax()]} of {contract.name(truth)} lies {apart.max():.0f} um from where "
-            f"the prediction of {contract.name(predicted)} has it; are both of the same section?"
-        )
 
 
 def _read(path: Path) -> AnnData:
