@@ -175,6 +175,7 @@ def encoder_row(name: str) -> EncoderRow:
     """The row called ``name``; ``InputError`` with the known names where there is none."""
     if name not in ENCODERS:
         raise InputError(
-            f"encoder {name!r} is not known; expected one of {', '.join(ENCODERS)}; or timm/NAME, or module:function"
+            f"encoder {name!r} is not known; expected one of {', '.join(ENCODERS)}; or timm/NAME, or module:function; "
+            f"features that were imported under this name are {IMPORTED}{name}"
         )
     return ENCODERS[name]
