@@ -70,6 +70,9 @@ def test_training_and_prediction_refuse_what_they_do_not_know(tissue, tissue_sec
         genar.predict(tissue_sections[0], tmp_path / "run", max_epochs=3)
     with pytest.raises(genar.InputError, match="mpp tell how a file is read; this section was read already"):
         genar.predict(tissue_sections[0], tmp_path / "run", mpp=0.5)
+    for sections, found in ((tissue_sections, "list of AnnData"), (tissue_sections[0], "AnnData"), (None, "NoneType")):
+        with pytest.raises(genar.InputError, match=f"expected a folder of sections, found {found}; write each"):
+            genar.train(sections, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", genar.__all__)

@@ -42,12 +42,17 @@ def train(
     px), ``image``, ``bin_um``, ``input``, ``encoder_precision``, ``samples`` (16), ``seed``, ``precision``,
     ``accumulate``. ``progress`` shows bars and prints what happens. Returns where things lie (``outputs``, name ->
     path) and the scores (``scores``, section -> method -> ``Scores``). Goes on where it was stopped, if called again.
-    Raises ``InputError`` as the command does.
+    Raises ``InputError`` as the command does, and where ``sections`` are no folder's name but sections in memory.
 
     >>> run = genar.train("tissue", "runs/ridge", test="SIM2", model="ridge", n_genes=20, views=1, progress=False)
     >>> sorted(run.scores["SIM2"])
     ['mean', 'ridge']
     """
+    if not isinstance(sections, str | Path):
+        raise InputError(
+            f"train: expected a folder of sections, found {_kind_of(sections)}; write each section to DIR/<id>.h5ad "
+            "(write_h5ad) and name DIR"
+        )
     known = [f.name for f in fields(TrainPlan) if f.name not in ("sections", "test", "out", "settings")]
     known += _ALONE
     for name in options:
@@ -69,6 +74,12 @@ def train(
     return train_run(
         plan, say=_say(progress), bar=_console.bar(not progress), progress=_console.is_watched(not progress)
     )
+
+
+def _kind_of(given) -> str:
+    """What was given, in a word or two."""
+    of = f" of {type(given[0]).__name__}" if isinstance(given, list | tuple) and given else ""
+    return f"{type(given).__name__}{of}"
 
 
 def _written(panel: Panel, out: Path) -> str:
