@@ -105,10 +105,7 @@ def check_images(sections: Sequence[AnnData], *, needed: bool = False) -> None:
             with contextlib.closing(open_slide(path)) as slide:
                 contract.check_inside(section, slide.size_px)
         elif needed:
-            raise InputError(
-                f"section {contract.name(section)}: no slide image (wsis/<id>.tif), and --input patches needs its "
-                "pixels; give it by --image, or train on features"
-            )
+            raise InputError(f"{contract.no_image(section, '--input patches')}; or train on features")
 
 
 def read_pixels(

@@ -30,6 +30,7 @@ from genar.features import (
     FeatureRecipe,
     Inputs,
     StoredInputs,
+    check_source,
     default_store,
     embed_sections,
     recipe_of,
@@ -151,6 +152,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out, digests = _read(plan, say)
+    _check_sources(plan, (*training, *held_out))
     panel = _panel(plan, training, held_out, say)
     training = [contract.cut(section, list(panel.genes)) for section in training]  # nobody looks at other genes now
     if sets is not None:
@@ -159,7 +161,6 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     sections = (*training, *held_out)
     for section in sections:
         contract.counts(section, list(panel.genes))  # every section must measure the panel
-    pixels.check_images(sections, needed=plan.input == "patches")
     resume = _claim_resume(plan, data=digests, panel=panel.sha256)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
@@ -275,11 +276,27 @@ class _Seen:
     """of all training sections, one after the other"""
 
 
-def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
+def _check_sources(plan: TrainPlan, sections: Sequence[AnnData]) -> None:
+    """Refuse, before the panel is selected, sections of whose spots nothing can be seen: no pixels, no features."""
+    pixels.check_images(sections, needed=plan.input == "patches")
+    imported = plan.encoder.startswith(encoders.IMPORTED)
+    bare = [section for section in sections if imported or contract.slide_path(section) is None]
+    if plan.input == "features" and bare:
+        encoder, recipe = _encoder(plan)
+        for section in bare:
+            for one in plan.inputs.recipes(recipe):
+                check_source(section, encoder, one, plan.features or default_store())
+
+
+def _encoder(plan: TrainPlan) -> tuple[encoders.Encoder, FeatureRecipe]:
     encoder = encoders.load_encoder(
         plan.encoder, weights=plan.weights, device=plan.device, precision=plan.encoder_precision
     )
-    recipe = recipe_of(encoder, patch=plan.patch, views=plan.views)
+    return encoder, recipe_of(encoder, patch=plan.patch, views=plan.views)
+
+
+def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
+    encoder, recipe = _encoder(plan)
     inputs, store = plan.inputs, plan.features or default_store()
     stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
     named = {contract.name(section): section for section in sections}

@@ -121,6 +121,16 @@ def slide_path(adata: AnnData) -> Path | None:
     return Path(slide) if slide else None
 
 
+def no_image(adata: AnnData, purpose: str) -> str:
+    """What to say of a section that lacks the image for some ``purpose``: how one of its format is given."""
+    section, source = name(adata), adata.uns[GENAR].get(SOURCE)
+    place = f"put it to wsis/{section}.tif, or " if source in ("hest", "simulated") else ""
+    return (
+        f"section {section}: no slide image for {purpose}; {place}pass --image FILE, or --image FOLDER that holds "
+        f"{section}.tif"
+    )
+
+
 def libraries(adata: AnnData) -> list[dict]:
     """The dicts of ``uns["spatial"]``, one a library, as scanpy keeps them."""
     spatial = adata.uns.get(SPATIAL, {})

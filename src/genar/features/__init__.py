@@ -3,7 +3,7 @@
 from genar.features.imports import find_file, import_features, import_recipe, read_file
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
-from genar.features.store import BATCH_SIZE, Busy, embed
+from genar.features.store import BATCH_SIZE, Busy, check_source, embed
 from genar.features.stored import StoredInputs, read_features, read_inputs
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "FeatureRecipe",
     "Inputs",
     "StoredInputs",
+    "check_source",
     "default_store",
     "default_workers",
     "embed",

@@ -72,14 +72,25 @@ def embed(
     return path
 
 
-def _open_image(section: AnnData, encoder: Encoder) -> Slide:
-    """The section's image, with every spot inside."""
+def check_source(section: AnnData, encoder: Encoder, recipe: FeatureRecipe, store: Path) -> None:
+    """Refuse, before any work, a section whose features are not stored and cannot be made: without an image, or where
+    they are made elsewhere. Raises ``InputError``."""
+    if not store_path(section, recipe, store).is_dir():
+        _image_of(section, encoder)
+
+
+def _image_of(section: AnnData, encoder: Encoder) -> Path:
+    """Where the image lies of which features are to be made."""
     if isinstance(encoder, ImportedFeatures):
         raise encoder.refusal(f"section {contract.name(section)}")
-    slide_path = contract.slide_path(section)
-    if slide_path is None:
-        raise InputError(f"section {contract.name(section)}: no slide image (wsis/<id>.tif); features cannot be made")
-    slide = open_slide(slide_path)
+    if (path := contract.slide_path(section)) is None:
+        raise InputError(contract.no_image(section, "its features"))
+    return path
+
+
+def _open_image(section: AnnData, encoder: Encoder) -> Slide:
+    """The section's image, with every spot inside."""
+    slide = open_slide(_image_of(section, encoder))
     try:
         contract.check_inside(section, slide.size_px)
     except InputError:
