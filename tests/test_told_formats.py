@@ -6,7 +6,9 @@ import pytest
 import tifffile
 
 from commands import run
-from test_formats import write_visium
+from genar import bench
+from genar.errors import InputError
+from test_formats import write_hd, write_spatialdata, write_visium
 
 RIDGE = ("--model", "ridge", "--panel", "highest_mean", "--n-genes", "3", "--views", "1")
 NARROW = ("--encoder", "genar.bench.toy:narrow_encoder")
@@ -58,3 +60,96 @@ def test_imported_features_need_no_image(visium, tmp_path, monkeypatch, capsys):
     assert "those of section P1 are not in the store" in told.err
     assert run(monkeypatch, "features", visium, "--import", "made", "--encoder", "mine", "--out", "store") == 0
     assert run(monkeypatch, *words) == 0
+
+
+# --- bench
+
+RECIPE = """
+title: told
+sections: [P1, P2]
+panel: highest_mean
+n_genes: 3
+encoder: genar.bench.toy:narrow_encoder
+methods:
+  - {name: ridge, model: ridge}
+"""
+
+
+def write_recipe(tmp_path, **changes):
+    text = RECIPE
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "told.yaml").write_text(text)
+    return tmp_path / "told.yaml"
+
+
+def test_a_bench_on_space_ranger_asks_for_images_and_takes_them(visium, tmp_path, monkeypatch, capsys):
+    words = ("bench", write_recipe(tmp_path), "--data", visium, "--out", "out", "--features", "store")
+    asks = "images of 2 sections (P1, P2); pass --image FOLDER that holds <id>.tif of each"
+    assert run(monkeypatch, *words, "--dry-run") == 0
+    assert f"missing: {asks}" in capsys.readouterr().out
+    assert run(monkeypatch, *words) == 2
+    assert asks in capsys.readouterr().err
+    (tmp_path / "images" / "P2.tif").rename(tmp_path / "P2.tif")
+    assert run(monkeypatch, *words, "--image", "images", "--dry-run") == 0
+    assert "missing: images of 1 sections (P2) in images" in capsys.readouterr().out
+    assert run(monkeypatch, *words, "--image", "P2.tif") == 2
+    assert "one image for 2 sections" in capsys.readouterr().err
+    (tmp_path / "P2.tif").rename(tmp_path / "images" / "P2.tif")
+    assert run(monkeypatch, *words, "--image", "images", "--dry-run") == 0
+    assert "missing" not in capsys.readouterr().out
+    assert run(monkeypatch, *words, "--image", "images") == 0
+    assert (tmp_path / "out" / "table.md").is_file()
+
+
+def test_a_bench_pools_visium_hd_as_it_is_told(tmp_path, monkeypatch, capsys):
+    for section in ("P1", "P2"):
+        write_hd(tmp_path / "hd" / section / "outs")
+        write_image(tmp_path / "images" / f"{section}.tif")
+    words = ("bench", write_recipe(tmp_path), "--data", "hd", "--out", "out", "--image", "images")
+    assert run(monkeypatch, *words, "--bin-um", "32") == 0
+    assert run(monkeypatch, *words, "--bin-um", "32", "--dry-run") == 0
+    assert "2 runs, 2 of them there already" in capsys.readouterr().out
+    assert run(monkeypatch, *words, "--dry-run") == 0  # other spots are other runs
+    assert "2 runs, 0 of them there already" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bench_on_spatialdata_asks_for_the_pixel_size(tmp_path, monkeypatch, capsys):
+    for section in ("P1", "P2"):
+        write_spatialdata(tmp_path / "stores" / f"{section}.zarr")
+    words = ("bench", write_recipe(tmp_path), "--data", "stores", "--out", "out")
+    assert run(monkeypatch, *words, "--dry-run") == 0
+    assert "missing: section P1: no pixel size" in capsys.readouterr().out
+    assert run(monkeypatch, *words) == 2
+    assert "pass --mpp" in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--mpp", "0.6", "--dry-run") == 0
+    assert "missing" not in capsys.readouterr().out
+    assert run(monkeypatch, *words, "--mpp", "0.6") == 0
+
+
+def test_runs_keep_their_place_where_nothing_is_told(tmp_path):
+    """The names are those of runs that were made before anything could be told."""
+    recipe = bench.read_recipe(str(write_recipe(tmp_path)))
+
+    def folder(recipe=recipe, **read):
+        (name,) = {run.plan.out.parent.name for run in bench.plan_runs(recipe, None, tmp_path, read=read).runs}
+        return name
+
+    plain = folder()
+    assert plain == "ridge-996f3388"
+    assert folder(mpp=None, image=tmp_path, bin_um=56.0) == plain
+    views = bench.read_recipe(str(write_recipe(tmp_path, **{"n_genes: 3": "n_genes: 3\nviews: 8"})))
+    assert len({plain, folder(mpp=0.5), folder(bin_um=32.0), folder(views)}) == 4
+
+
+def test_a_recipe_says_how_many_views(tmp_path):
+    own = "{name: ridge, model: ridge}\n  - {name: upright, model: ridge, views: 1}\nviews: 8"
+    recipe = bench.read_recipe(str(write_recipe(tmp_path, **{"{name: ridge, model: ridge}": own})))
+    found = {run.method.name: run.plan.views for run in bench.plan_runs(recipe, None, tmp_path).runs}
+    assert found == {"ridge": 8, "upright": 1}
+    for wrong in ("2", "true", "many"):
+        path = write_recipe(tmp_path, **{"model: ridge}": f"model: ridge, views: {wrong}}}"})
+        with pytest.raises(InputError, match="method 'ridge': views must be 1 or 8, found"):
+            bench.read_recipe(str(path))

@@ -441,6 +441,9 @@ def bench(
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what is missing.")] = False,
     toy: Annotated[bool, typer.Option("--toy", help="The same plan on simulated sections, tiny models.")] = False,
+    image: Image = None,
+    bin_um: BinUm = None,
+    mpp: Mpp = None,
     json: Json = False,
 ) -> None:
     """Run a recipe's methods on every fold and write its tables beside the paper's; what is there is not run again."""
@@ -449,7 +452,7 @@ def bench(
     say = _console.speaker(json)
     result = benching.bench_run(
         benching.read_recipe(recipe), data, out, features=features, device=machine.device(device), say=say,
-        bar=_console.bar(json), dry_run=dry_run, toy=toy,
+        bar=_console.bar(json), dry_run=dry_run, toy=toy, read=given(image=image, bin_um=bin_um, mpp=mpp),
     )  # fmt: skip
     if isinstance(result, benching.Planned):
         return _console.finish(json, {}, "planned", **vars(result))

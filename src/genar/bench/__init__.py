@@ -4,9 +4,10 @@ A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not m
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,6 +77,7 @@ def bench_run(
     out: Path,
     *,
     features: Path | None = None,
+    read: Mapping[str, Any] | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = print,
     bar: Bar = no_bar,
@@ -85,20 +87,20 @@ def bench_run(
     """Run what is not there yet and write tables, figure and gene groups; with ``dry_run`` only say what would run and
     what is missing.
 
-    ``data`` holds a folder per data set, or the sections themselves; with ``toy`` the same plan runs on simulated
-    sections instead. Raises ``InputError`` naming all that is missing (sections, images, weights), before anything
+    ``data`` holds a folder per data set, or the sections themselves, read as the fields of ``ReadOptions`` in ``read``
+    say (``image``, ``mpp``, ``bin_um``); with ``toy`` the same plan runs on simulated sections instead. Raises ``InputError`` naming all that is missing (sections, images, weights), before anything
     runs, and where another bench is at work in ``out``.
     """
     with contextlib.nullcontext() if dry_run else alone(out, "bench"):
-        return _bench(recipe, data, out, features, device, say, bar, dry_run, toy)
+        return _bench(recipe, data, out, features, read, device, say, bar, dry_run, toy)
 
 
 def _bench(
-    recipe: Recipe, data, out: Path, features, device: str, say, bar: Bar, dry_run: bool, toy: bool
+    recipe: Recipe, data, out: Path, features, read, device: str, say, bar: Bar, dry_run: bool, toy: bool
 ) -> BenchResult | Planned:
     if toy and not dry_run:
-        recipe, data, features = make_toy(recipe, out / "toy")
-    plan = plan_runs(recipe, data, out, features, device)
+        (recipe, data, features), read = make_toy(recipe, out / "toy"), None
+    plan = plan_runs(recipe, data, out, features, device, read=read)
     missing = [] if toy else plan.missing()
     planned = _planned(plan, missing)
     _tell(plan, planned, say, every=dry_run)
@@ -175,7 +177,7 @@ def _write_figures(plan: Plan, home: Path) -> dict[str, Path]:
             predicted.layers[contract.LOG1P_MEAN] = expected_log2(predicted, run) * np.log(2)  # what is scored is shown
             shown[name] = predicted
         stem = f"figure_{cohort.name or 'sections'}_{section}"
-        truth = plan.refs[cohort.name][section].read()
+        truth = plan.section(cohort.name, section)
         for suffix, kind in ((".png", ""), (".pdf", " (pdf)")):
             path = maps.write_method_maps(truth, shown, [(gene, "") for gene in genes], home / f"{stem}{suffix}")
             outputs[stem.replace("_", " ") + kind] = path

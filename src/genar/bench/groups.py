@@ -37,7 +37,7 @@ def write_groups(plan: Plan, home: Path) -> dict[str, Path]:
 
 def _panel_and_groups(plan: Plan, cohort: Cohort) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """The panel as it would be printed, and group -> genes of the modelled ones on the training sections."""
-    sections = {s: plan.refs[cohort.name][s].read() for s in cohort.sections}
+    sections = {s: plan.section(cohort.name, s) for s in cohort.sections}
     paper = (cohort.paper,) if cohort.paper else ()
     held = folds(plan.recipe.protocol, cohort.sections, held_out=plan.recipe.held_out, paper=paper, k=plan.recipe.k)[0]
     training = [section for name, section in sections.items() if name not in held.test]

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from genar import encoders
+from anndata import AnnData
+
+from genar import defaults, encoders
 from genar.bench.recipe import Cohort, Method, Recipe
-from genar.data import SectionRef, find_sections
+from genar.data import ReadOptions, SectionRef, find_sections, options_for
 from genar.data.files import json_ready
+from genar.data.reading import named_image
 from genar.errors import InputError
 from genar.evaluation.protocol import Fold, folds
 from genar.features import Inputs, default_store
@@ -51,11 +55,22 @@ class Plan:
     out: Path
     features: Path | None
     runs: tuple[Run, ...]
+    read: Mapping[str, Any] = field(default_factory=dict)
+    """how its sections are read, where that is not the default: ``image``, ``mpp``, ``bin_um``"""
 
     @cached_property
     def refs(self) -> dict[str, dict[str, SectionRef]]:
         """Cohort -> section -> where it lies, for those that were found."""
         return {cohort.name: _find(cohort, self.data) for cohort in self.recipe.cohorts}
+
+    @cached_property
+    def options(self) -> ReadOptions:
+        """How all sections are read. Raises ``InputError`` where one image is named for several of them."""
+        return options_for([ref for refs in self.refs.values() for ref in refs.values()], **self.read)
+
+    def section(self, cohort: str, section: str) -> AnnData:
+        """One section, as the runs read it."""
+        return self.refs[cohort][section].read(self.options)
 
     @property
     def waiting(self) -> dict[Path, Run]:
@@ -79,7 +94,7 @@ class Plan:
             used.setdefault(run.method.encoder, set()).add(run.cohort.name)
         for encoder, names in used.items():
             refs = [ref for name in names for ref in self.refs[name].values()]
-            lines += _missing_features(encoder, refs, self.features or default_store())
+            lines += _missing_features(encoder, refs, self.features or default_store(), self.options)
         return lines
 
     def downloads(self) -> list[str]:
@@ -88,12 +103,22 @@ class Plan:
         return [name for name in used if encoders.weights_state(name) == "open"]
 
 
-def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | None = None, device: str = "cpu") -> Plan:
+def plan_runs(
+    recipe: Recipe,
+    data: Path | None,
+    out: Path,
+    features: Path | None = None,
+    device: str = "cpu",
+    *,
+    read: Mapping[str, Any] | None = None,
+) -> Plan:
     """Every run of the recipe: each method on each fold of each cohort, with each seed where a seed changes it.
 
+    ``read`` holds fields of ``ReadOptions``: ``image``, ``mpp`` (um per px), ``bin_um`` (um).
     Raises ``InputError`` where the protocol cannot be followed.
     """
     runs = []
+    read = {name: value for name, value in (read or {}).items() if value not in (None, getattr(ReadOptions, name))}
     for cohort in recipe.cohorts:
         paper = (cohort.paper,) if cohort.paper else ()
         cut = folds(recipe.protocol, cohort.sections, held_out=recipe.held_out, paper=paper, k=recipe.k)
@@ -113,11 +138,11 @@ def plan_runs(recipe: Recipe, data: Path | None, out: Path, features: Path | Non
                 )
             for fold in own:
                 for seed in recipe.seeds if method.seeded else recipe.seeds[:1]:
-                    plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features)
+                    plan = _train_plan(recipe, cohort, method, fold, seed, data or Path(), out, features, read)
                     runs.append(Run(cohort, method, fold, seed, replace(plan, device=device)))
     for cohort in recipe.cohorts if recipe.figure else ():
         figure_section(recipe, cohort, runs)
-    return Plan(recipe, data, out, features, tuple(runs))
+    return Plan(recipe, data, out, features, tuple(runs), read)
 
 
 def figure_section(recipe: Recipe, cohort: Cohort, runs: Sequence[Run]) -> str:
@@ -146,26 +171,29 @@ def folder_of(cohort: Cohort, data: Path) -> Path:
     return data
 
 
-def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed: int, data: Path, out: Path, features):
+def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed: int, data: Path, out: Path, features, read):
     own = method.settings
     settings = Settings(own.model, {**own.train, "seed": seed}, {"decode": "mean", **own.decoding}, own.inputs)
     others = tuple(s for s in cohort.sections if s not in fold.test)
     plan = TrainPlan(
         folder_of(cohort, data), fold.test, out, method.model, method.preset, method.recipe, cohort.panel,
-        recipe.n_genes, method.encoder, features=features, settings=settings, beside=(), maps=False,
-        only=(*others, *fold.test), input=own.model.get("input", "features"),
+        recipe.n_genes, method.encoder, views=method.views, features=features, settings=settings, beside=(),
+        maps=False, only=(*others, *fold.test), input=own.model.get("input", "features"), **read,
     )  # fmt: skip
-    folder = _folder(recipe, cohort, method, plan.inputs)
+    folder = _folder(recipe, cohort, method, plan.inputs, {name: read[name] for name in read if name != "image"})
     leaf = _slug(fold.name)
     if fold.test != (fold.name,):  # a patient or a number says not which sections are held out
         leaf += "-" + hashlib.sha256(json.dumps(sorted(fold.test)).encode()).hexdigest()[:8]
     return replace(plan, out=out / "runs" / folder / f"{leaf}-{seed}")
 
 
-def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs) -> str:
-    """Name of the folder of a method's runs: what changes a run changes it, and nothing else (no method's name)."""
+def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs, read: Mapping[str, float]) -> str:
+    """Name of the folder of a method's runs: what changes a run changes it, and nothing else: no method's name, no
+    place of a file; views and how sections are read where a user says it."""
     facts = {key: value for key, value in asdict(method).items() if key not in ("name", "held_out")}
-    facts["inputs"] = asdict(inputs)
+    if method.views == defaults.VIEWS:
+        del facts["views"]
+    facts |= {"inputs": asdict(inputs), **read}
     order = method.settings.model.get("order")
     if isinstance(order, str) and order not in ORDERS:  # what the file says, wherever it lies
         facts["settings"]["model"]["order"] = hashlib.sha256(Path(order).read_bytes()).hexdigest()
@@ -202,7 +230,7 @@ def _missing_sections(cohort: Cohort, refs: Mapping[str, SectionRef], data: Path
     return lines
 
 
-def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path) -> list[str]:
+def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path, options: ReadOptions) -> list[str]:
     """Weights, images or imported features that this encoder lacks."""
     if encoder.startswith(encoders.IMPORTED):
         name = encoder.removeprefix(encoders.IMPORTED)
@@ -210,14 +238,33 @@ def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path) -> 
             return []
         how = f"`genar features DIR --import FOLDER --encoder {name} --out {store}` brings them in"
         return [f"features {encoder} of {len(absent)} sections ({_few(absent)}) in {store}; {how}"]
-    lines = []
-    if bare := [ref.id for ref in refs if ref.format == "hest" and not any(ref.root.glob(f"wsis/{ref.id}.*"))]:
-        lines.append(f"images of {len(bare)} sections ({_few(bare)}) in {refs[0].root / 'wsis'}")
+    lines = _missing_images(refs, options)
     state = encoders.weights_state(encoder)
     if state in ("gated", "offline"):
         hub = encoders.hub_of(encoder)
         ask = f"ask for access at https://huggingface.co/{hub} and `hf auth login`, then " if state == "gated" else ""
         lines.append(f"weights of encoder {encoder}, not in the hub's cache; {ask}`hf download {hub}`")
+    return lines
+
+
+def _missing_images(refs: Iterable[SectionRef], options: ReadOptions) -> list[str]:
+    """A line for the sections without an image, and one for each that cannot be read so."""
+    bare, lines = [], []
+    for ref in refs:
+        try:
+            named_image(ref.id, options)
+        except InputError:  # the folder has none of this section
+            bare.append(ref)
+            continue
+        try:
+            if ref.image(options) is None:
+                bare.append(ref)
+        except InputError as error:
+            lines.append(str(error))
+    if bare:
+        where = options.image or (bare[0].root / "wsis" if bare[0].format == "hest" else None)
+        how = f" in {where}" if where else "; pass --image FOLDER that holds <id>.tif of each"
+        lines.insert(0, f"images of {len(bare)} sections ({_few([ref.id for ref in bare])}){how}")
     return lines
 
 

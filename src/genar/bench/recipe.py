@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from genar import encoders
+from genar import defaults, encoders
 from genar.data.datasets import DATASETS, dataset
 from genar.data.door import door
 from genar.data.yaml_text import load_yaml
@@ -24,10 +24,10 @@ from genar.settings import Settings, read_settings
 from genar.training import train_config_from_dict
 
 _FIELDS = {
-    "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "seeds", "protocol", "held_out", "k",
-    "methods", "compare", "paper", "tables", "figure", "groups",
+    "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "views", "seeds", "protocol", "held_out",
+    "k", "methods", "compare", "paper", "tables", "figure", "groups",
 }  # fmt: skip
-_METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder", "held_out"}
+_METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder", "views", "held_out"}
 _TABLE_FIELDS = {"rows", "paper", "dataset"}
 _FIGURE_FIELDS = {"genes", "methods", "section"}
 _DATASET = "{dataset}"
@@ -45,6 +45,8 @@ class Method:
     encoder: str = encoders.DEFAULT
     held_out: tuple[str, ...] = ()
     """Runs with these sections held out alone, where it is dear; () for every fold of the protocol."""
+    views: int = defaults.VIEWS
+    """1 or 8 flips and turns of a patch; 0 for the encoder's default"""
 
     @property
     def seeded(self) -> bool:
@@ -203,9 +205,9 @@ def _seeds(path: Path, seeds) -> tuple[int, ...]:
 
 
 def _methods(path: Path, facts: Mapping) -> tuple[Method, ...]:
-    methods = tuple(
-        _method(path, entry, str(facts.get("encoder", encoders.DEFAULT))) for entry in facts.get("methods", ())
-    )
+    shared = {"encoder": encoders.DEFAULT, "views": defaults.VIEWS}
+    shared |= {key: facts[key] for key in shared if key in facts}
+    methods = tuple(_method(path, entry, shared) for entry in facts.get("methods", ()))
     names = [method.name for method in methods]
     for name in names:
         if names.count(name) > 1:
@@ -213,8 +215,9 @@ def _methods(path: Path, facts: Mapping) -> tuple[Method, ...]:
     return methods
 
 
-def _method(path: Path, entry, encoder: str) -> Method:
-    entry = _keys(path, "a method", entry, _METHOD_FIELDS, {"name", "model"})
+def _method(path: Path, entry, shared: Mapping) -> Method:
+    """A method; what it does not say is the recipe's own, ``shared`` by all."""
+    entry = {**shared, **_keys(path, "a method", entry, _METHOD_FIELDS, {"name", "model"})}
     where = f"{path}: method {entry['name']!r}"
     try:
         cls = model_class(str(entry["model"]))
@@ -222,8 +225,8 @@ def _method(path: Path, entry, encoder: str) -> Method:
         settings = read_settings(None, words, str(entry["model"]))
         method = Method(
             str(entry["name"]), str(entry["model"]), str(entry.get("preset", "small")),
-            str(entry.get("recipe", "default")), settings, str(entry.get("encoder", encoder)),
-            tuple(map(str, entry.get("held_out", ()))),
+            str(entry.get("recipe", "default")), settings, str(entry["encoder"]),
+            tuple(map(str, entry.get("held_out", ()))), _views(entry["views"]),
         )  # fmt: skip
         encoders.check_name(method.encoder)
         train_config_from_dict(settings.train, method.recipe)
@@ -237,6 +240,12 @@ def _method(path: Path, entry, encoder: str) -> Method:
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return method
+
+
+def _views(value) -> int:
+    if type(value) is not int or value not in (defaults.VIEWS, 1, 8):
+        raise InputError(f"views must be 1 or 8, found {value!r}; leave it out for the encoder's default")
+    return value
 
 
 def _cohorts(path: Path, facts: Mapping) -> tuple[Cohort, ...]:

@@ -87,7 +87,7 @@ def score_runs(plan: Plan) -> BenchScores:
     """Read the predictions of all runs, which must be finished, and score them; a section is in memory by itself."""
     found: dict[Key, dict[str, list[tuple]]] = {}
     for (cohort, section), runs in _by_section(plan.runs).items():
-        truth = plan.refs[cohort][section].read()
+        truth = plan.section(cohort, section)
         _refuse_other(truth, [run for run in plan.runs if run.cohort.name == cohort], section)
         weights = intervals.resample_weights(truth.n_obs, seed=intervals.seed_of(section))
         for run in runs:
@@ -118,9 +118,9 @@ def refuse_other_data(plan: Plan) -> None:
     or held out; a section is in memory by itself."""
     done = [run for run in plan.runs if run.done]
     for cohort, refs in plan.refs.items():
-        for section, ref in refs.items():
+        for section in refs:
             if made := [run for run in done if run.cohort.name == cohort and section in _data_of(run)]:
-                _refuse_other(ref.read(), made, section)
+                _refuse_other(plan.section(cohort, section), made, section)
 
 
 def _refuse_other(read: AnnData, runs: Iterable[Run], section: str) -> None:

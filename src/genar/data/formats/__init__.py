@@ -2,7 +2,8 @@
 
 A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sections(root) -> list of ids`` (empty where
 ``root`` is not of this format) and ``read(root, id, options) -> AnnData``; one that knows single files has
-``of_file(path) -> (root, id) | None``, too.
+``of_file(path) -> (root, id) | None``, too, and one that knows the image without the counts
+``image(root, id, options) -> Path | None``.
 """
 
 import difflib
@@ -14,7 +15,7 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from genar.data.contract import section_key
+from genar.data.contract import section_key, slide_path
 from genar.data.door import door
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
@@ -42,6 +43,15 @@ class SectionRef:
         """The section as the contract has it; ``more`` are fields of ``ReadOptions``, such as ``mpp`` (um per px)."""
         with door(f"{self.root}:{self.id}", f"section ({self.format})", "are its files complete?"):
             return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
+
+    def image(self, options: ReadOptions) -> Path | None:
+        """The section's image, or ``None``; read are the counts only where the format cannot tell without them.
+
+        Raises ``InputError`` as ``read`` does, and where ``options.image`` is a folder without it.
+        """
+        if find := getattr(format_module(self.format), "image", None):
+            return find(self.root, self.id, options)
+        return slide_path(self.read(options))
 
 
 def find_sections(path: str | Path, *, format: str | None = None) -> list[SectionRef]:

@@ -27,6 +27,11 @@ def of_file(path: Path) -> tuple[Path, str] | None:
     return (path.parent.parent, path.stem) if path.suffix == ".h5ad" and path.parent.name == "st" else None
 
 
+def image(root: Path, section: str, options: ReadOptions) -> Path | None:
+    """The one that ``--image`` names, or that in ``wsis/``."""
+    return reading.named_image(section, options, root / "wsis")
+
+
 def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     """Read one section as the contract has it.
 
@@ -37,7 +42,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     path = _metadata_of(root, section)
     # the table's empty cells may be written as NaN
     metadata = read_json(path, "JSON, the sample's row of the HEST table") if path.is_file() else {}
-    slide = reading.named_image(section, options, root / "wsis")
+    slide = image(root, section, options)
     pitch_um, diameter_um, stated = (
         number(path, key, metadata.get(key)) for key in ("inter_spot_dist", "spot_diameter", "pixel_size_um_estimated")
     )

@@ -32,12 +32,17 @@ def sections(root: Path) -> list[str]:
     return [section for section in _selections(root) if _counts_of(root, section)]
 
 
+def image(root: Path, section: str, options: ReadOptions) -> Path | None:
+    """The one that ``--image`` names, or that among the files."""
+    return reading.named_image(section, options) or _image_of(root, section)
+
+
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one section as the contract has it."""
     counts = _counts_of(root, section)
     assert counts is not None  # else it is none of sections()
-    image = reading.named_image(section, options) or _image_of(root, section)
-    return read_files(counts, _selections(root)[section], image, section=section, options=options)
+    slide = image(root, section, options)
+    return read_files(counts, _selections(root)[section], slide, section=section, options=options)
 
 
 def read_files(

@@ -59,6 +59,11 @@ def folders(root: Path, is_one) -> dict[str, Path]:
     return found
 
 
+def image(root: Path, section: str, options: ReadOptions) -> Path | None:
+    """The one that ``--image`` names."""
+    return reading.named_image(section, options)
+
+
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one section as the contract has it; spots with ``in_tissue`` 0 are dropped.
 
@@ -77,16 +82,16 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     outside = int((adata.obs["in_tissue"] == 0).sum())
     adata = adata[adata.obs["in_tissue"] != 0].copy()
     adata.obsm[contract.SPATIAL] = pd.DataFrame(adata.obs)[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
-    image = reading.named_image(section, options)
-    if image is not None:
-        refuse_downsampled(image, folder / "spatial", factors)
+    slide = image(root, section, options)
+    if slide is not None:
+        refuse_downsampled(slide, folder / "spatial", factors)
     pitch, stated = reading.VISIUM_PITCH_UM / pitch_px, factors.get("microns_per_pixel")
-    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
+    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=slide)
     adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
     return contract.new_section(
         adata,
         section=section,
-        slide=image or "",
+        slide=slide or "",
         mpp=mpp,
         spot_diameter_um=reading.VISIUM_SPOT_UM,
         pitch_um=reading.VISIUM_PITCH_UM,

@@ -36,6 +36,11 @@ def _bins(outs: Path) -> dict[int, Path]:
     return found
 
 
+def image(root: Path, section: str, options: ReadOptions) -> Path | None:
+    """The one that ``--image`` names."""
+    return reading.named_image(section, options)
+
+
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one section as the contract has it, pooled from the widest bins that fit ``options.bin_um`` evenly.
 
@@ -57,16 +62,16 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     centre = pd.DataFrame(pooled.obs)[["array_row", "array_col"]].to_numpy(float)
     centre = (centre + 0.5) * round(options.bin_um / width) - 0.5  # in bins; a bin's own position is its middle
     pooled.obsm[contract.SPATIAL] = np.column_stack([centre, np.ones(len(centre))]) @ to_px
-    image = reading.named_image(section, options)
-    if image is not None:
-        refuse_downsampled(image, folder / "spatial", factors)
+    slide = image(root, section, options)
+    if slide is not None:
+        refuse_downsampled(slide, folder / "spatial", factors)
     mpp, by = reading.pixel_size(
-        section, options, metadata=factors.get("microns_per_pixel"), pitch=width / step_px, slide=image
+        section, options, metadata=factors.get("microns_per_pixel"), pitch=width / step_px, slide=slide
     )
     return contract.new_section(
         pooled,
         section=section,
-        slide=image or "",
+        slide=slide or "",
         mpp=mpp,
         spot_diameter_um=options.bin_um,
         pitch_um=options.bin_um,
