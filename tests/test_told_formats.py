@@ -1,12 +1,17 @@
 """Commands on formats that must be told more: an image (Space Ranger), the width of spots (Visium HD), the pixel size
 (SpatialData)."""
 
+import json
+
+import anndata
 import numpy as np
 import pytest
 import tifffile
 
 from commands import run
 from genar import bench
+from genar.data import contract
+from genar.data.truth import read_truth
 from genar.errors import InputError
 from test_formats import write_hd, write_spatialdata, write_visium
 
@@ -153,3 +158,75 @@ def test_a_recipe_says_how_many_views(tmp_path):
         path = write_recipe(tmp_path, **{"model: ridge}": f"model: ridge, views: {wrong}}}"})
         with pytest.raises(InputError, match="method 'ridge': views must be 1 or 8, found"):
             bench.read_recipe(str(path))
+
+
+# --- report and evaluate
+
+
+def made_on(folder, monkeypatch, *words):
+    """A ridge trained on a folder of P1 and P2; its prediction of P2 lies apart from the run."""
+    assert run(monkeypatch, "train", folder, "--test", "P2", "--out", "run", *RIDGE, *NARROW, *words) == 0
+    anndata.read_h5ad("run/predictions/P2.h5ad").write_h5ad("alone.h5ad")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_truth_without_a_pixel_size_has_the_predictions(tmp_path, monkeypatch, capsys):
+    for section in ("P1", "P2"):
+        write_spatialdata(tmp_path / "stores" / f"{section}.zarr")
+    made_on("stores", monkeypatch, "--mpp", "0.6")
+    for source in ("alone.h5ad", "run"):
+        assert run(monkeypatch, "report", source, "--truth", "stores/P2.zarr") == 0
+        assert "beside the measured counts" in (tmp_path / "report.html").read_text()
+    assert run(monkeypatch, "evaluate", "alone.h5ad", "stores:P2", "--out", "scores") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "report", "alone.h5ad", "--truth", "stores:P2", "--mpp", "6") == 2
+    assert "are both of the same section, with one --mpp and --bin-um?" in capsys.readouterr().err
+
+
+def test_a_truth_of_visium_hd_is_pooled_as_the_prediction(tmp_path, monkeypatch, capsys):
+    for section in ("P1", "P2"):
+        write_hd(tmp_path / "hd" / section / "outs")
+        write_image(tmp_path / "images" / f"{section}.tif")
+    made_on("hd", monkeypatch, "--bin-um", "32", "--image", "images")
+    assert run(monkeypatch, "report", "alone.h5ad", "--truth", "hd:P2") == 0
+    assert "beside the measured counts" in (tmp_path / "report.html").read_text()
+    assert run(monkeypatch, "evaluate", "alone.h5ad", "hd:P2", "--out", "scores") == 0
+    assert json.loads((tmp_path / "scores/metrics.json").read_text())["P2"]["prediction"]["n_spots"] == 49
+    capsys.readouterr()
+    assert run(monkeypatch, "report", "alone.h5ad", "--truth", "hd:P2", "--bin-um", "16") == 2
+    assert "--bin-um" in capsys.readouterr().err
+
+
+def test_a_report_takes_the_image_from_elsewhere(visium, tmp_path, monkeypatch, capsys):
+    made_on(visium, monkeypatch, "--image", "images")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert run(monkeypatch, "report", "run") == 0
+    without = (tmp_path / "report.html").read_text()
+    assert "data:image/jpeg" not in without
+    assert "beside the measured counts" not in without
+    assert run(monkeypatch, "report", "run", "--image", "moved") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/jpeg" in page
+    assert "beside the measured counts" in page
+    write_image(tmp_path / "small" / "P2.tif", (700, 600))
+    capsys.readouterr()
+    for words, says in (
+        (("run", "--image", "small"), "lie outside the image"),
+        ((".", "--image", "moved"), "not with a folder of runs"),
+        (("run", "--image", "nowhere"), "no such image"),
+    ):
+        assert run(monkeypatch, "report", *words) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_truth_in_px_of_another_image_keeps_its_own_pixel_size(visium, tmp_path, monkeypatch):
+    made_on(visium, monkeypatch, "--image", "images")
+    predicted = anndata.read_h5ad("alone.h5ad")
+    predicted.obsm["spatial"] = predicted.obsm["spatial"] / 2
+    predicted.uns["genar"]["mpp"] = 2 * predicted.uns["genar"]["mpp"]
+    section = read_truth(f"{visium}:P2", predicted)
+    assert contract.mpp(section) == pytest.approx(0.5, rel=0.01)
+    assert contract.mpp(read_truth(f"{visium}:P2", predicted, mpp=0.3)) == 0.3
+    predicted = anndata.read_h5ad("alone.h5ad")
+    predicted.uns["genar"]["mpp"] = 0.25  # told so when it was made
+    assert contract.mpp(read_truth(f"{visium}:P2", predicted)) == 0.25

@@ -377,12 +377,13 @@ def evaluate(
 ) -> None:
     """Score a prediction, whoever made it, against the measured section, with 95 % intervals."""
     from genar import assess
-    from genar.data import read_section
+    from genar.data.truth import read_truth
     from genar.genes import read_panel
 
-    read = read_section(truth, **given(image=image, bin_um=bin_um, mpp=mpp))
+    prediction = assess.read_prediction(predicted)
+    read = read_truth(truth, prediction, **given(image=image, bin_um=bin_um, mpp=mpp))
     result = assess.evaluate_run(
-        assess.read_prediction(predicted), read, out, against=assess.read_prediction(against) if against else None,
+        prediction, read, out, against=assess.read_prediction(against) if against else None,
         panel=read_panel(panel).genes if panel else None, genes=genes, resamples=resamples,
     )  # fmt: skip
     for note in result.notes:
@@ -405,13 +406,17 @@ def report(
     gene: Annotated[
         str, typer.Option(help="Gene that is shown first; of an index: of the small maps (default: the best).")
     ] = "",
+    image: Image = None,
+    bin_um: BinUm = None,
+    mpp: Mpp = None,
     json: Json = False,
 ) -> None:
     """Write a page to look at: maps over the H&E, genes, groups, scores, calibration. One file, no network."""
     from genar.report.index import write_report
 
     say, bar = _console.speaker(json), _console.bar(json, "pages")
-    _console.finish(json, write_report(source, out, truth=truth, gene=gene, say=say, bar=bar))
+    read = given(image=image, bin_um=bin_um, mpp=mpp)
+    _console.finish(json, write_report(source, out, truth=truth, gene=gene, read=read, say=say, bar=bar))
 
 
 @app.command(cls=Command)

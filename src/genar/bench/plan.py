@@ -171,7 +171,9 @@ def folder_of(cohort: Cohort, data: Path) -> Path:
     return data
 
 
-def _train_plan(recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed: int, data: Path, out: Path, features, read):
+def _train_plan(
+    recipe: Recipe, cohort: Cohort, method: Method, fold: Fold, seed: int, data: Path, out: Path, features, read
+):
     own = method.settings
     settings = Settings(own.model, {**own.train, "seed": seed}, {"decode": "mean", **own.decoding}, own.inputs)
     others = tuple(s for s in cohort.sections if s not in fold.test)

@@ -308,7 +308,7 @@ def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:
     if (apart > spot_diameter_px(truth) * mpp(truth)).any():
         raise InputError(
             f"{who}: spot {both[apart.argmax()]} of {name(truth)} lies {apart.max():.0f} um from where the prediction "
-            f"of {name(predicted)} has it; are both of the same section?"
+            f"of {name(predicted)} has it; are both of the same section, with one --mpp and --bin-um?"
         )
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,7 @@ def write_report(
     *,
     truth: str | Path | None = None,
     gene: str = "",
+    read: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     bar: Bar = no_bar,
 ) -> dict[str, Path]:
@@ -55,8 +57,9 @@ def write_report(
     a page each beside it. Returns name -> path.
 
     ``gene`` is the one that a page shows first (else that of the highest PCC), or the one of the small multiples: where
-    it is not given, that of the highest mean PCC over all predictions of a section. Raises ``InputError`` as
-    :func:`subject.subjects` does, or where no prediction has the gene.
+    it is not given, that of the highest mean PCC over all predictions of a section. ``read`` says how the truth is
+    read, where neither it nor the prediction knows: ``image``, ``mpp`` (um per px), ``bin_um`` (um). Raises
+    ``InputError`` as :func:`subject.subjects` does, or where no prediction has the gene.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out}: expected a name that ends in .html")
@@ -68,7 +71,12 @@ def write_report(
         raise InputError(f"{source}: no training run in it (no run.json); expected a run, a folder of runs or an .h5ad")
     if runs and truth is not None:
         raise InputError("--truth names one section: give it with one prediction, not with a folder of runs")
-    found = {"": subjects(source, truth)} if not runs else {}
+    if runs and read:
+        raise InputError(
+            "--image, --mpp and --bin-um tell how the truth of one run is read: give them with a run or a prediction, "
+            "not with a folder of runs"
+        )
+    found = {"": subjects(source, truth, read)} if not runs else {}
     if len(found.get("", [])) == 1:
         subject = found[""][0]
         for note in subject.notes:

@@ -1,5 +1,6 @@
 """What a report is of: a prediction, alone or of a training run, and the truth where it is known."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from genar.data import contract, find_sections, options_for, pick, read_section, reading
+from genar.data import ReadOptions, contract, find_sections, open_slide, options_for, pick, reading
 from genar.data.door import door, read_json
+from genar.data.truth import read_truth
 from genar.errors import InputError
 from genar.evaluation import align, intervals, metrics, score_aligned
 from genar.genes import Scales
@@ -58,14 +60,18 @@ class Subject:
         return Scales(tuple(facts["order"]), tuple(facts["sizes"]), tuple(facts.get("clusters", ())))
 
 
-def subjects(source: str | Path, truth: str | Path | None = None) -> list[Subject]:
+def subjects(
+    source: str | Path, truth: str | Path | None = None, read: Mapping[str, Any] | None = None
+) -> list[Subject]:
     """What lies at ``source``: a prediction ``.h5ad``, or a training run, one subject a held-out section.
 
     The truth of a run is looked for where the run found it; of a prediction it is ``truth`` (a section, or
-    ``FOLDER:ID``), or the run's where the file lies in one. Raises ``InputError`` where nothing is found there, the
-    prediction is not one, or ``truth`` is of other spots or lacks its genes.
+    ``FOLDER:ID``), or the run's where the file lies in one. It is read as ``read`` says (``image``, ``mpp``,
+    ``bin_um``), else as the prediction was made; ``image`` also takes the place of the prediction's. Raises
+    ``InputError`` where nothing is found there, the prediction is not one, ``truth`` is of other spots or lacks its
+    genes, or one image is named for several predictions.
     """
-    source = Path(source)
+    source, read = Path(source), dict(read or {})
     if is_run(source):
         files = sorted((source / "predictions").glob("*.h5ad"), key=lambda path: contract.section_key(path.stem))
         if not files:
@@ -75,11 +81,16 @@ def subjects(source: str | Path, truth: str | Path | None = None) -> list[Subjec
                 f"--truth names one section, {source} holds {len(files)} predictions: report on one of "
                 f"{source / 'predictions'}"
             )
-        return [_subject(path, truth, source) for path in files]
+        if len(files) > 1 and "image" in read and Path(read["image"]).is_file():
+            raise InputError(
+                f"{read['image']}: one image for {len(files)} predictions of {source}; name a folder of images called "
+                "<id>.tif"
+            )
+        return [_subject(path, truth, source, read) for path in files]
     if not source.is_file():
         raise InputError(f"{source}: expected a prediction (.h5ad), a training run or a folder of runs, found none")
     home = source.parent.parent
-    return [_subject(source, truth, home if source.parent.name == "predictions" and is_run(home) else None)]
+    return [_subject(source, truth, home if source.parent.name == "predictions" and is_run(home) else None, read)]
 
 
 def is_run(path: Path) -> bool:
@@ -87,19 +98,21 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
-def _subject(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
+def _subject(path: Path, truth: str | Path | None, home: Path | None, read: Mapping[str, Any]) -> Subject:
     with door(path, "prediction of a run", "a record of it is malformed: predict or train again"):
-        return _made_of(path, truth, home)
+        return _made_of(path, truth, home, read)
 
 
-def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject:
+def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapping[str, Any]) -> Subject:
     predicted = _read(path)
+    if "image" in read:
+        _take_image(predicted, ReadOptions(image=read["image"]))
     subject = Subject(predicted)
     if home is not None:
         subject.run = read_json(home / "run.json", "record of a run")
         config = home / "checkpoint" / "config.json"
         subject.checkpoint = read_json(config, "checkpoint's configuration") if config.is_file() else {}
-    section = read_section(str(truth)) if truth is not None else _truth_of_run(subject)
+    section = read_truth(str(truth), predicted, **read) if truth is not None else _truth_of_run(subject, read)
     if section is None:
         return subject
     contract.check_same_places(predicted, section, "--truth")
@@ -123,6 +136,15 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None) -> Subject
     return subject
 
 
+def _take_image(predicted: AnnData, options: ReadOptions) -> None:
+    """Put the image that is named in the place of the prediction's; ``InputError`` where spots lie outside of it."""
+    path = reading.named_image(contract.name(predicted), options)
+    assert path is not None
+    with contextlib.closing(open_slide(path)) as slide:
+        contract.check_inside(predicted, slide.size_px)
+    predicted.uns[contract.GENAR][contract.SLIDE] = str(path)
+
+
 def _read(path: Path) -> AnnData:
     predicted = reading.read_adata(path)
     if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
@@ -132,7 +154,7 @@ def _read(path: Path) -> AnnData:
     return predicted
 
 
-def _truth_of_run(subject: Subject) -> AnnData | None:
+def _truth_of_run(subject: Subject, read: Mapping[str, Any]) -> AnnData | None:
     """The section where the run found it; a note and ``None`` where it is no more, or is of other counts."""
     plan = subject.run.get("plan")
     if plan is None:
@@ -140,7 +162,7 @@ def _truth_of_run(subject: Subject) -> AnnData | None:
     folder = Path(plan["sections"])
     try:
         refs = pick(find_sections(folder), [subject.section])
-        options = options_for(refs, mpp=plan["mpp"], image=plan["image"], bin_um=plan["bin_um"])
+        options = options_for(refs, **{**{name: plan[name] for name in ("mpp", "image", "bin_um")}, **read})
         section = refs[0].read(options)
         align(subject.predicted, section)
     except InputError as error:
