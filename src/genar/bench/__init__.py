@@ -88,8 +88,9 @@ def bench_run(
     what is missing.
 
     ``data`` holds a folder per data set, or the sections themselves, read as the fields of ``ReadOptions`` in ``read``
-    say (``image``, ``mpp``, ``bin_um``); with ``toy`` the same plan runs on simulated sections instead. Raises ``InputError`` naming all that is missing (sections, images, weights), before anything
-    runs, and where another bench is at work in ``out``.
+    say (``image``, ``mpp``, ``bin_um``); with ``toy`` the same plan runs on simulated sections instead. Raises
+    ``InputError`` naming all that is missing (sections, images, weights), before anything runs, and where another bench
+    is at work in ``out``.
     """
     with contextlib.nullcontext() if dry_run else alone(out, "bench"):
         return _bench(recipe, data, out, features, read, device, say, bar, dry_run, toy)

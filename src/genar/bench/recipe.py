@@ -24,8 +24,8 @@ from genar.settings import Settings, read_settings
 from genar.training import train_config_from_dict
 
 _FIELDS = {
-    "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "views", "seeds", "protocol", "held_out",
-    "k", "methods", "compare", "paper", "tables", "figure", "groups",
+    "title", "sections", "patients", "datasets", "panel", "n_genes", "encoder", "views", "seeds", "protocol",
+    "held_out", "k", "methods", "compare", "paper", "tables", "figure", "groups",
 }  # fmt: skip
 _METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder", "views", "held_out"}
 _TABLE_FIELDS = {"rows", "paper", "dataset"}
