@@ -174,7 +174,7 @@ def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeyp
     predicted.write_h5ad(out)
     truth = trained / "tissue" / "st" / "B.h5ad"
     assert run(monkeypatch, "evaluate", out, truth, "--out", tmp_path / "scores") == 2
-    assert "um from where the prediction of C has it; are both of the same section?" in " ".join(
+    assert "um from where the prediction of C has it; are both of the same section, with one --mpp" in " ".join(
         capsys.readouterr().err.split()
     )
 
