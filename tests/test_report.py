@@ -7,11 +7,12 @@ import zlib
 import anndata
 import numpy as np
 import pytest
+from bokeh.models import ColorBar
 
 from commands import run
 from genar.data import contract, read_sections
 from genar.errors import InputError
-from genar.report.figures import PANELS
+from genar.report.figures import PANELS, spot_maps
 from genar.report.index import write_report
 from genar.report.matrices import pack
 from genar.report.page import page_html, write_page
@@ -142,6 +143,22 @@ def test_names_from_files_do_nothing(trained):
     nonces = set(re.findall(r'nonce="([^"]+)"', html))
     assert len(nonces) == 1
     assert f"script-src 'nonce-{nonces.pop()}'" in html
+
+
+def test_colour_bars_have_titles_from_the_start(trained):
+    """Bokeh leaves no room for a title that comes later."""
+    made = spot_maps(subjects(trained)[0].predicted, PANELS)
+    bars = [bar for plot in made.values() for bar in plot.below if isinstance(bar, ColorBar)]
+    assert len(bars) == len(PANELS)
+    assert all(bar.title for bar in bars)
+
+
+def test_what_a_model_does_not_draw_is_left_out_of_how_it_decodes(trained):
+    subject = subjects(trained)[0]
+    assert "<dt>decoding</dt><dd>greedy, 2 trajectories, seed 0</dd>" in page_html(subject)
+    made = subject.predicted.uns[contract.GENAR]["prediction"]
+    subject.predicted.uns[contract.GENAR]["prediction"] = {"model": "ridge", "decode": "mean", "layers": made["layers"]}
+    assert "<dt>decoding</dt><dd>mean</dd>" in page_html(subject)
 
 
 def test_a_large_section_stays_below_15_mb(trained, tmp_path):

@@ -33,6 +33,9 @@ _JPEG_QUALITY = 80
 _TOOLTIPS = [("spot", "@barcode"), ("measured", "@measured"), ("predicted", "@predicted"), ("90 %", "@interval"),
              ("P(zero)", "@zero")]  # fmt: skip
 _INK, _ACCENT = "#30343b", "#3b6ea5"
+_UNIT = (
+    "log2(1 + count)"  # bokeh leaves room for a title that is there from the start; the page puts others in its place
+)
 
 
 def spot_maps(section: AnnData, panels: Sequence[str]) -> dict[str, figure]:
@@ -70,7 +73,10 @@ def spot_maps(section: AnnData, panels: Sequence[str]) -> dict[str, figure]:
             name=f"spots_{panel}", fill_color={"field": f"v_{panel}", "transform": mapper},
         )  # fmt: skip
         plot.add_tools(HoverTool(renderers=[spots], tooltips=_TOOLTIPS))
-        bar = ColorBar(color_mapper=mapper, height=10, title="", name=f"bar_{panel}", padding=4)
+        bar = ColorBar(
+            color_mapper=mapper, height=10, title=_UNIT, title_text_font_style="normal", title_text_color=_INK,
+            name=f"bar_{panel}", padding=4,
+        )  # fmt: skip
         plot.add_layout(bar, "below")
         plot.axis.visible = plot.grid.visible = False
         plot.toolbar.logo = None

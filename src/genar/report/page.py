@@ -29,6 +29,7 @@ _SHOWN_METRICS = {
 }  # fmt: skip
 _UNITS = {"mse": "log2(1 + count)", "mae": "log2(1 + count)"}
 _VERSIONS = ("python", "torch", "anndata", "numpy")
+_DRAWN = {"samples": "{} trajectories", "seed": "seed {}"}
 _LARGE_BYTES = 15 << 20
 
 
@@ -214,14 +215,23 @@ def _provenance(subject: Subject) -> dict[str, str]:
         "panel": f"{subject.predicted.n_vars} genes"
         + (f", recipe {subject.checkpoint['panel'].get('recipe', '')}" if subject.checkpoint else ""),
         "panel hash": _short(made.get("panel_sha256", "")),
-        "decoding": f"{made.get('decode', '')}, {made.get('samples', '')} trajectories, seed {made.get('seed', '')}"
-        if made
-        else "",
+        "decoding": _decoding(made),
         "GenAR": made.get("genar_version", ""),
         "versions": ", ".join(f"{name} {text}" for name, text in versions.items()),
         "command": subject.run.get("command", ""),
     }
     return {name: str(value) for name, value in told.items() if str(value)}
+
+
+def _decoding(made: Mapping) -> str:
+    """How the counts were drawn, as far as the model draws any.
+
+    >>> _decoding({"decode": "greedy", "samples": 16, "seed": 0}), _decoding({"decode": "mean"})
+    ('greedy, 16 trajectories, seed 0', 'mean')
+    """
+    parts = [str(made.get("decode", ""))]
+    parts += [words.format(made[name]) for name, words in _DRAWN.items() if str(made.get(name, ""))]
+    return ", ".join(filter(None, parts))
 
 
 def _short(sha256: str) -> str:
