@@ -1,17 +1,21 @@
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata
 import numpy as np
 import pytest
 import zarr
 from PIL import Image
+from rich.console import Console
 
 from commands import run
+from genar import _console
 from genar.data.simulate import TissueConfig, write_tissue
-from genar.report.sections import name_genes
+from genar.report.sections import CheckResult, check_sections, name_genes
 
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
 SET = [word for setting in TINY for word in ("--set", setting)]
@@ -202,6 +206,18 @@ def test_check_loads_no_torch_and_prints_a_table(folder, tmp_path):
     assert "heavy: []" in done.stdout
     assert "simulated" in done.stdout
     assert "ok" in done.stdout
+
+
+def test_the_table_names_the_source_of_every_pixel_size(folder, monkeypatch):
+    monkeypatch.setattr(_console, "console", Console(width=140, record=True, file=io.StringIO()))
+    (folder / "st" / "A.h5ad").write_bytes(b"no section")
+    rows = check_sections([str(folder)]).sections
+    rows.append(replace(rows[1], section="C", mpp_by={}))
+    _console.show(_console.check_table(CheckResult(rows, [], [])))
+    lines = [[cell.strip() for cell in line.split("│")] for line in _console.console.export_text().splitlines()]
+    by = [cells[7] for cells in lines if len(cells) > 7]
+    assert by == ["-", "metadata 0.700", "pitch 0.700", "image 0.700", "--mpp", *by[5:]]
+    assert not any(by[5:])
 
 
 @pytest.mark.parametrize(

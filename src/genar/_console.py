@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from genar import processes
 from genar.errors import InputError, LostProcessError, StoppedError
@@ -108,8 +108,9 @@ def interval_tables(result) -> Iterator[Table]:
 
 def check_table(result) -> Table:
     """A row a section: what was found, what each source says of the pixel size, and whether a run would work."""
+    sources = Column("by", no_wrap=True)  # a value stands beside its source
     table = Table(
-        "section", "format", "spots", "genes", "library (median)", "um/px", "by", "image px", "off tissue", "X"
+        "section", "format", "spots", "genes", "library (median)", "um/px", sources, "image px", "off tissue", "X"
     )
     asked = {
         "features": any(row.features is not None for row in result.sections),
@@ -120,7 +121,7 @@ def check_table(result) -> Table:
     for row in result.sections:
         empty = f" ({row.n_empty} empty)" if row.n_empty else ""
         library = "{min:,.0f}-{max:,.0f} ({median:,.0f})".format(**row.library_size) if row.library_size else "-"
-        by = " ".join(f"{source} {value:.3f}" for source, value in row.mpp_by.items()) or "--mpp"
+        by = [f"{source} {value:.3f}" for source, value in row.mpp_by.items()] or ["--mpp" if row.mpp else "-"]
         if row.size_px:
             size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
         else:
@@ -129,7 +130,7 @@ def check_table(result) -> Table:
             row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
             f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
             f"{row.mpp:.3f}" if row.mpp else "-",
-            by + ("" if row.mpp_agree is not False else " differ"), size, off,
+            "\n".join(by + (["differ"] if row.mpp_agree is False else [])), size, off,
             {True: "raw", False: "not raw", None: "-"}[row.raw_counts], row.patient,
             *([", ".join(row.features or ()) or "none"] if asked["features"] else []),
             *([str(len(row.panel_missing or ()))] if asked["genes missing"] else []),
