@@ -253,6 +253,31 @@ def test_the_full_resolution_image_is_named_apart_and_is_not_the_hires_png(outs,
         read_sections(tmp_path, image=tmp_path / "images" / "P1.tif")
 
 
+@pytest.mark.parametrize("kind", ["cut", "text", "bomb", "deep"])
+def test_a_picture_that_cannot_be_read_is_left_out_with_a_note(kind, outs):
+    path = outs / "spatial" / "tissue_lowres_image.png"
+    if kind == "text":
+        path.write_text("no image")
+    elif kind == "bomb":
+        Image.new("1", (40_000, 40_000)).save(path)
+    else:
+        noise = np.random.default_rng(0).integers(0, 255, (90, 100), dtype=np.uint16)
+        Image.fromarray(noise if kind == "deep" else noise.astype(np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[: None if kind == "deep" else 2000])
+    section = read_section(outs)
+    (library,) = section.uns["spatial"].values()
+    assert set(library["images"]) == {"hires"}
+    assert "a picture is left out: " in section.uns["genar"]["note"]
+    assert "tissue_lowres_image.png: " in section.uns["genar"]["note"]
+
+
+def test_a_large_picture_of_space_ranger_is_shrunk_with_its_scale(outs):
+    Image.new("RGB", (4000, 3600), "white").save(outs / "spatial" / "tissue_hires_image.png")
+    (library,) = read_section(outs).uns["spatial"].values()
+    assert library["images"]["hires"].shape == (1800, 2000, 3)
+    assert library["scalefactors"]["tissue_hires_scalef"] == pytest.approx(FACTORS["tissue_hires_scalef"] / 2)
+
+
 def test_an_image_tag_that_disagrees_is_told_but_not_one_ten_times_too_small(outs, tmp_path):
     def image(per_cm):
         tags = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER", "photometric": "rgb"}

@@ -10,18 +10,20 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 import genar
 from commands import run
 from genar.assess import read_prediction
-from genar.data import contract, read_section
+from genar.data import contract, read_section, read_sections
 from genar.errors import InputError
 from genar.export import format_of, write_export
 from genar.genes import Panel
 from genar.models import Spots, model_class
 from genar.models.checkpoint import Checkpoint, save_checkpoint
-from genar.prediction import decoding, predict_section
+from genar.prediction import decoding, predict_section, write_prediction
 from test_downstream import write_toy
+from test_formats import write_visium
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,76 @@ def test_squidpy_takes_a_prediction_as_it_is(prediction, monkeypatch):
     assert predicted.uns["moranI"]["I"].notna().any()
     assert "hires" in next(iter(predicted.uns["spatial"].values()))["images"]
     squidpy.pl.spatial_scatter(predicted, color=predicted.var_names[0])  # it looks for that one by itself
+
+
+@pytest.fixture
+def plots():
+    """The plots of scanpy and, where it is installed, squidpy, of a prediction as it is."""
+    import matplotlib
+    import scanpy
+
+    matplotlib.use("Agg")
+
+    def drawn(predicted):
+        scanpy.pl.spatial(predicted, color=predicted.var_names[0], show=False)
+        squidpy = pytest.importorskip("squidpy", reason="squidpy is not installed: it is not tried")
+        squidpy.pl.spatial_scatter(predicted, color=predicted.var_names[0])
+
+    return drawn
+
+
+def predict_ones(section, path):
+    """A prediction of the section, read back from its file."""
+    xy, features = torch.rand(20, 2), torch.rand(20, 1, 4)
+    of_spots = torch.arange(20), torch.zeros(20, dtype=torch.long)
+    spots = Spots(features, xy, xy, *of_spots, torch.ones(20, 2, dtype=torch.long))
+    model = model_class("ridge").create(4, spots, "", {})
+    model.prepare(spots)
+    checkpoint = Checkpoint("ridge", model.eval(), Panel(("A", "B"), "named"), {})
+    write_prediction(predict_section(checkpoint, section, np.ones((section.n_obs, 1, 4), "f4")), path)
+    return read_prediction(path)
+
+
+@pytest.mark.parametrize("there", [("hires", "lowres"), ("hires",), ("lowres",), ()])
+def test_a_prediction_of_space_ranger_is_drawn_over_its_picture(there, tmp_path, plots):
+    """Over a thumbnail of the slide where the outs folder holds none."""
+    outs = tmp_path / "P1" / "outs"
+    write_visium(outs)
+    (outs / "spatial" / "tissue_hires_image.png").unlink()
+    shapes = {"hires": (90, 100, 3), "lowres": (27, 30, 3)}
+    for seed, kind in enumerate(there):
+        pixels = np.random.default_rng(seed).integers(0, 255, shapes[kind], dtype=np.uint8)
+        Image.fromarray(pixels).save(outs / "spatial" / f"tissue_{kind}_image.png")
+    slide = tmp_path / "P1.tif"
+    tifffile.imwrite(slide, np.full((1800, 2000, 3), 200, np.uint8), photometric="rgb")
+    predicted = predict_ones(read_section(outs, image=slide), tmp_path / "pred.h5ad")
+    ((name, library),) = predicted.uns["spatial"].items()
+    assert name == "P1"
+    assert set(library["images"]) == {"hires", *there}
+    for kind in there:
+        with Image.open(outs / "spatial" / f"tissue_{kind}_image.png") as image:
+            np.testing.assert_array_equal(library["images"][kind], np.asarray(image))
+    hires, scale = library["images"]["hires"], library["scalefactors"]["tissue_hires_scalef"]
+    assert hires.dtype == np.uint8
+    np.testing.assert_allclose(np.array(hires.shape[:2]) / scale, (1800, 2000), rtol=0.02)
+    plots(predicted)
+
+
+def test_a_prediction_of_a_bare_slide_is_drawn_over_its_picture(tissue, tmp_path, plots):
+    predicted = predict_ones(read_section(tissue / "wsis" / "SIM1.tif"), tmp_path / "pred.h5ad")
+    (library,) = predicted.uns["spatial"].values()
+    assert set(library["images"]) == {"hires"}  # once in the file
+    plots(predicted)
+
+
+def test_a_prediction_whose_section_carries_no_picture_gets_one_of_its_slide(tissue, tmp_path, plots):
+    section = read_sections(tissue)[0]
+    del section.uns["spatial"]
+    plots(predict_ones(section, tmp_path / "pred.h5ad"))
+    section.uns[contract.GENAR][contract.SLIDE] = str(tmp_path / "damaged.png")
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="no picture to plot over: .*damaged.png"):
+        assert "spatial" not in predict_ones(section, tmp_path / "pred.h5ad").uns
 
 
 def test_a_tissuumaps_project_names_files_that_are_there(prediction, tmp_path, monkeypatch):
@@ -284,7 +356,6 @@ def test_predict_writes_spatialdata_at_once(tissue, tmp_path, monkeypatch):
     pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
     import spatialdata
 
-    from genar.data import read_sections
     from genar.encoders import load_encoder
     from genar.features import embed, read_features, recipe_of
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import genar
 from genar.data import contract
 from genar.data.files import replacing
+from genar.data.pictures import for_plots
 from genar.data.row_blocks import write_rows
 from genar.errors import InputError
 from genar.models import Counts, Decoding, Model
@@ -64,9 +65,9 @@ def predict_section(
     trained on pixels takes ``patches`` uint8 [N, crops, 3, px, px], upright. X is made by ``how.decode`` (``greedy``
     for GenAR by default); ``layers`` (as far as the model has them) are of the distribution averaged over
     ``how.samples`` trajectories; ``var`` holds the mean and variance of each gene's counts in training, where the
-    checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept; ``uns["genar"]["prediction"]`` says how
-    it was made. It is computed where the model lies. Raises ``InputError`` where there are no spots, or the features or
-    ``how.decode`` do not fit the model.
+    checkpoint knows them. ``obsm["spatial"]`` and ``uns["spatial"]`` are kept, with a picture ``hires`` to plot over;
+    ``uns["genar"]["prediction"]`` says how it was made. It is computed where the model lies. Raises ``InputError``
+    where there are no spots, or the features or ``how.decode`` do not fit the model.
 
     >>> checkpoint, section = genar.load_checkpoint("run"), genar.read_section("tissue:SIM2")
     >>> encoder = genar.load_encoder()
@@ -186,27 +187,13 @@ def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding, lay
     places = {name: section.obs[name].to_numpy() for name in ("array_row", "array_col") if name in section.obs}
     adata = AnnData(obs=pd.DataFrame(places, index=section.obs_names.copy()), var=var)
     adata.obsm[contract.SPATIAL] = contract.coords_px(section).copy()
-    if "spatial" in section.uns:
-        adata.uns["spatial"] = _with_hires(section.uns["spatial"])
+    if spatial := for_plots(section):
+        adata.uns[contract.SPATIAL] = spatial
     adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], "prediction": made}
     for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
         if column in checkpoint.training:
             adata.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)
     return adata
-
-
-def _with_hires(spatial: Mapping) -> dict:
-    """Libraries of scanpy, whose plots look for an image ``hires`` or ``lowres``: HEST's goes by another name."""
-    found = dict(spatial)
-    for key, library in spatial.items():
-        images = library.get("images", {}) if isinstance(library, Mapping) else {}
-        if images and not {"hires", "lowres"} & set(images):
-            name = next(iter(images))
-            factors = dict(library.get("scalefactors", {}))
-            if f"tissue_{name}_scalef" in factors:
-                factors["tissue_hires_scalef"] = factors[f"tissue_{name}_scalef"]
-                found[key] = {**library, "images": {**images, "hires": images[name]}, "scalefactors": factors}
-    return found
 
 
 def write_prediction(adata: AnnData, path: Path) -> Path:

@@ -10,7 +10,7 @@ No other file spells a slot name. A section is an AnnData of N spots by all meas
                                  ``pitch_um`` (distance between spot centres), ``source`` (format), ``patient``;
                                  ``mpp_by`` (pixel size by each source that has one: ``metadata``, ``pitch``,
                                  ``image``), ``counts_from`` (``X`` or a layer), ``note`` (what was dropped)
-``uns["spatial"][library_id]``   scanpy's images and scalefactors, kept as found
+``uns["spatial"][library_id]``   scanpy's images (those of Space Ranger uint8, at most 2000 px) and scalefactors
 ===============================  ==================================================================
 """
 

@@ -162,8 +162,8 @@ def place_spots(
     adata = AnnData(sparse.csr_matrix((int(kept.sum()), 0), dtype=np.float32), obs=obs)
     adata.obsm[contract.SPATIAL] = xy[kept]
     scale = view.shape[1] / size_px[0]
-    factors = {"spot_diameter_fullres": _SPOT_UM / mpp_used, "tissue_lowres_scalef": scale}
-    adata.uns[contract.SPATIAL] = {section: {"images": {"lowres": view}, "scalefactors": factors}}
+    factors = {"spot_diameter_fullres": _SPOT_UM / mpp_used, "tissue_hires_scalef": scale}
+    adata.uns[contract.SPATIAL] = {section: {"images": {"hires": view}, "scalefactors": factors}}
     by = {} if mpp else {"image": mpp_used}
     return contract.new_section(
         adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=_SPOT_UM, pitch_um=spacing_um,

@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from genar.data import contract, reading
+from genar.data import contract, pictures, reading
 from genar.data.door import check_columns, check_hdf5, door, number, open_bytes, open_text, read_json, refuse_large
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
@@ -67,8 +67,9 @@ def image(root: Path, section: str, options: ReadOptions) -> Path | None:
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one section as the contract has it; spots with ``in_tissue`` 0 are dropped.
 
-    Gene names are symbols, made unique as scanpy does; ``var["gene_ids"]`` keeps the Ensembl ids. Raises ``InputError``
-    where a file is missing or damaged, or where ``--image`` names the downsampled PNG of Space Ranger.
+    Gene names are symbols, made unique as scanpy does; ``var["gene_ids"]`` keeps the Ensembl ids. The PNGs
+    in ``spatial/`` come along in ``uns["spatial"]``; one that cannot be read is left out, with a note. Raises
+    ``InputError`` where a file is missing or damaged, or where ``--image`` names the downsampled PNG of Space Ranger.
     """
     folder = folders(root, _is_outs)[section]
     adata, factors = read_matrix(folder), read_scalefactors(folder)
@@ -87,7 +88,9 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         refuse_downsampled(slide, folder / "spatial", factors)
     pitch, stated = reading.VISIUM_PITCH_UM / pitch_px, factors.get("microns_per_pixel")
     mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=slide)
-    adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
+    library, lost = pictures.of_space_ranger(folder / "spatial", factors)
+    adata.uns[contract.SPATIAL] = {section: library}
+    dropped = f"{outside} spots are not under tissue and are dropped" if outside else ""
     return contract.new_section(
         adata,
         section=section,
@@ -97,7 +100,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         pitch_um=reading.VISIUM_PITCH_UM,
         source=NAME,
         mpp_by=by,
-        note=f"{outside} spots are not under tissue and are dropped" if outside else "",
+        note="; ".join(filter(None, (dropped, lost))),
     )
 
 

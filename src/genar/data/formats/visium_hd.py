@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from genar.data import contract, reading
+from genar.data import contract, pictures, reading
 from genar.data.formats.visium import folders, read_matrix, read_positions, read_scalefactors, refuse_downsampled
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
@@ -68,6 +68,9 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     mpp, by = reading.pixel_size(
         section, options, metadata=factors.get("microns_per_pixel"), pitch=width / step_px, slide=slide
     )
+    library, lost = pictures.of_space_ranger(folder / "spatial", factors)
+    library["scalefactors"]["spot_diameter_fullres"] = options.bin_um / mpp  # Space Ranger's is that of a bin
+    pooled.uns[contract.SPATIAL] = {section: library}
     return contract.new_section(
         pooled,
         section=section,
@@ -77,7 +80,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         pitch_um=options.bin_um,
         source=NAME,
         mpp_by=by,
-        note=note,
+        note="; ".join(filter(None, (note, lost))),
     )
 
 
