@@ -9,12 +9,16 @@ import anndata
 import numpy as np
 import pytest
 import zarr
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from commands import run
 from genar import _console
+from genar.data import contract, open_slide, read_section
 from genar.data.simulate import TissueConfig, write_tissue
+from genar.data.tissue import tissue_of
+from genar.report import maps
 from genar.report.sections import CheckResult, check_sections, name_genes
 
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
@@ -206,6 +210,44 @@ def test_check_loads_no_torch_and_prints_a_table(folder, tmp_path):
     assert "heavy: []" in done.stdout
     assert "simulated" in done.stdout
     assert "ok" in done.stdout
+
+
+@pytest.mark.parametrize("offset", [0, 300, -500, 1e5])
+def test_the_scale_bar_lies_on_the_image_and_every_spot_on_the_map(offset, folder):
+    section = read_section(f"{folder}:A")
+    section.obsm["spatial"] = section.obsm["spatial"] + offset
+    size = open_slide(folder / "wsis" / "A.tif").size_px
+    axis = Figure().subplots()
+    maps._draw_tissue(axis, section, (np.zeros((10, 10, 3), np.uint8), size))
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    xy = section.obsm["spatial"]
+    assert (xy > [left, top]).all()
+    assert (xy < [right, bottom]).all()
+    (bar,) = axis.lines
+    ends = np.stack(bar.get_data(), axis=1)
+    low, high = ([0, 0], size) if offset < 1e4 else ([left, top], [right, bottom])
+    assert (ends > low).all()
+    assert (ends < high).all()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_overlay_shows_the_tissue_near_the_spots_at_1000_px(plain, folder):
+    slide = folder / "wsis" / "A.tif"
+    if plain:
+        with_pixels = open_slide(slide)
+        Image.fromarray(with_pixels.thumbnail(5000)).save(slide.with_suffix(".png"))
+        slide.unlink()
+    section = read_section(f"{folder}:A")
+    view, mask, size, _ = tissue_of(contract.slide_path(section), contract.mpp(section))
+    seen, (left, right, bottom, top) = maps._closeup(section, (view, mask, size), np.array([-20.0, 0, 500, 400]))
+    assert (left, right, bottom, top) == (0, 500, 400, 0)
+    assert abs(seen.shape[1] - 500) <= 1  # no finer than the slide
+    whole = open_slide(contract.slide_path(section)).thumbnail(5000)[:400, :500]
+    rows = np.arange(400) * mask.shape[0] // size[1]
+    cols = np.arange(500) * mask.shape[1] // size[0]
+    tissue = mask[rows[:, None], cols]
+    np.testing.assert_array_equal(seen[tissue], whole[tissue])
+    assert seen[~tissue].mean() < 0.6 * whole[~tissue].mean()
 
 
 def test_the_table_names_the_source_of_every_pixel_size(folder, monkeypatch):

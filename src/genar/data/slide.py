@@ -25,6 +25,7 @@ _MAX_PLAIN_PX = 2_000_000_000
 # What a file may say of its size, px a byte: blank glass in JPEG takes a byte for 40. More takes minutes.
 _PX_A_BYTE, _PX_A_BYTE_SMALL, _FEW_PX = 1000, 50, 120_000_000
 _MAX_PAGES, _MAX_TILE_PX, _MAX_PATCH_PX = 1000, 1 << 25, 1 << 15
+_WHOLE_PX = 4000  # of a plain image a part of which is shown
 _BLOCK_PX = 1024  # slides are looked through in blocks this wide
 _SQUARE = 0.05  # by which the sides of a pixel may differ
 _OME_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -50,12 +51,16 @@ class Slide(abc.ABC):
 
     def thumbnail(self, longest_px: int) -> np.ndarray:
         """The whole slide, uint8 [h, w, 3], longest side at most ``longest_px``; read block by block."""
-        (width, height), canvas = self.size_px, _Canvas(self.size_px, longest_px)
+        return self.part((0, 0), self.size_px, longest_px)
+
+    def part(self, corner_px: tuple[int, int], size_px: tuple[int, int], longest_px: int) -> np.ndarray:
+        """``size_px`` (W, H) of it from ``corner_px``, as :meth:`thumbnail` shows the whole."""
+        (x, y), (width, height), canvas = corner_px, size_px, _Canvas(size_px, longest_px)
         step = int(_BLOCK_PX * self._level_near(canvas.downsample)[1])
         for top in range(0, height, step):
             for left in range(0, width, step):
                 size = (min(step, width - left), min(step, height - top))
-                canvas.put((left, top), size, self._region((left, top), size, canvas.downsample))
+                canvas.put((left, top), size, self._region((x + left, y + top), size, canvas.downsample))
         return canvas.pixels
 
     @abc.abstractmethod
@@ -233,6 +238,20 @@ def glance(path: str | Path, longest_px: int) -> Glance:
         size = image.size
         image.draft("RGB", (longest_px, longest_px))  # a JPEG is decoded at an eighth of its size, if that is enough
         return Glance(_shrunk(_over_glass(image), longest_px), size, None)
+
+
+def closeup(path: str | Path, corner_px: tuple[int, int], size_px: tuple[int, int], longest_px: int) -> np.ndarray:
+    """``size_px`` (W, H) of a slide from ``corner_px``, uint8 [h, w, 3], longest side about ``longest_px``; less of a
+    small part of a large plain image, which is looked at as a whole. Raises as :func:`glance` does."""
+    path = Path(path)
+    if (slide := _open_pyramid(path)) is not None:
+        with contextlib.closing(slide):
+            return slide.part(corner_px, size_px, longest_px)
+    full = max(image_head(path)[0])
+    view = glance(path, min(_WHOLE_PX, round(longest_px * full / max(size_px)))).view
+    scale = max(view.shape) / full
+    (x0, y0), (x1, y1) = ((round(c * scale) for c in at) for at in (corner_px, np.add(corner_px, size_px)))
+    return view[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
 
 
 def image_head(path: str | Path) -> tuple[tuple[int, int], float | None]:

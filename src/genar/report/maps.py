@@ -11,14 +11,16 @@ from matplotlib import colormaps
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from genar.data import contract
 from genar.data.files import file_part, replacing
-from genar.data.slide import open_slide
+from genar.data.slide import closeup, open_slide
 
 _BACKGROUND_PX = 1000
 _COLOURS = "viridis"  # readable without colour vision, and in grey
 _TITLE, _GENE = 40, 28  # letters of a line that is as wide as a map, and of a gene's name in it
+_NARROW, _WIDE = 0.06, 0.15  # margins of maps, of the extent of the spots
 _RING = "#1b1bb3"
 SIMULATED = "simulated tissue"
 
@@ -114,25 +116,41 @@ def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFram
 def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.ndarray, tuple] | None = None) -> Path:
     """Spots on tissue: shows at a glance whether coordinates and image belong together.
 
-    Spots are coloured by library size, or rings where there are no counts. ``tissue`` is the view uint8 [h, w, 3], the
-    tissue mask [h, w] found on it, and the slide's size (W, H) px: what is not tissue is then shown dark.
+    Spots are rings, through which the tissue is seen, coloured by library size where there are counts. ``tissue`` is
+    the view uint8 [h, w, 3], the tissue mask [h, w] found on it, and the slide's size (W, H) px: what is not tissue is
+    then shown dark.
     """
-    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    figure = Figure(figsize=(7.4, 7), layout="constrained")
     axis = figure.subplots()
-    behind = None
-    if tissue is not None:
-        view, mask, size_px = tissue
-        behind = np.where(mask[..., None], view, view * 0.55).astype(np.uint8), size_px
-    _draw_tissue(axis, section, behind)
+    limits = _limits(section, tissue[2] if tissue is not None else None, _WIDE)
+    behind = _closeup(section, tissue, limits) if tissue is not None else None
+    _draw_tissue(axis, section, behind, limits)
     size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy().astype(float))
     spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
+    spots.set(facecolor="none", linewidth=1.2, alpha=1)
     if section.n_vars:
         figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
-    else:  # nothing to colour by: rings, through which the tissue is seen
-        spots.set(array=None, facecolor="none", edgecolor=_RING, linewidth=0.7)
+    else:
+        spots.set(array=None, edgecolor=_RING)
     dark = ", dark: not tissue" if tissue is not None else ", no image"
     axis.set_title(f"section {contract.name(section)}: {section.n_obs} spots{dark}", fontsize=10, parse_math=False)
     return _save(figure, path)
+
+
+def _closeup(section: AnnData, tissue: tuple[np.ndarray, np.ndarray, tuple], limits: np.ndarray):
+    """What of the slide lies within ``limits``, about 1000 px, and its (left, right, bottom, top) px; dark where there
+    is no tissue. The whole view where the slide is not there or no part of it lies within."""
+    view, mask, size = tissue
+    low, high = np.floor(limits[:2].clip(0, size)).astype(int), np.ceil(limits[2:].clip(0, size)).astype(int)
+    path = contract.slide_path(section)
+    if path is None or not path.is_file() or (high <= low).any():
+        low, high = np.zeros(2, int), np.array(size)
+    else:
+        view = closeup(path, tuple(low), tuple(high - low), _BACKGROUND_PX)
+    places = [a + (np.arange(n) + 0.5) * (b - a) / n for a, b, n in zip(low, high, view.shape[1::-1], strict=True)]
+    col, row = ((at / side * n).astype(int) for at, side, n in zip(places, size, mask.shape[::-1], strict=True))
+    seen = np.where(mask[row[:, None], col][..., None], view, view * 0.55).astype(np.uint8)
+    return seen, (low[0], high[0], high[1], low[1])
 
 
 def write_training_curve(history: Sequence[dict], best_epoch: int, path: Path) -> Path:
@@ -163,20 +181,43 @@ def _predicted_log2(predicted: AnnData, gene: str) -> np.ndarray:
     return np.log2(1 + contract.values(predicted, [gene])[:, 0])
 
 
-def _draw_tissue(axis, section: AnnData, behind) -> None:
-    xy, mpp = contract.coords_px(section), contract.mpp(section)
+def _limits(section: AnnData, size_px: tuple[float, float] | None, share: float = _NARROW) -> np.ndarray:
+    """Left, top, right, bottom px of a map: the spots and a margin, ``share`` of their extent, but not beyond the image
+    of ``size_px`` (W, H) as far as the spots do not lie there."""
+    xy, radius = contract.coords_px(section), contract.spot_diameter_px(section)
+    margin = share * np.ptp(xy, axis=0).max() + 100
+    low, high = xy.min(axis=0), xy.max(axis=0)
+    if size_px is None:
+        return np.concatenate([low - margin, high + margin])
+    return np.concatenate(
+        [
+            np.minimum(low - radius, np.maximum(low - margin, 0)),
+            np.maximum(high + radius, np.minimum(high + margin, size_px)),
+        ]
+    )
+
+
+def _draw_tissue(axis, section: AnnData, behind, limits: np.ndarray | None = None) -> None:
+    """The image ``behind``, with its size (W, H) px or its (left, right, bottom, top) px, and a scale bar within it."""
+    mpp, extent = contract.mpp(section), None
     if behind is not None:
-        image, (width, height) = behind
-        axis.imshow(image, extent=(0, width, height, 0), alpha=0.75, interpolation="antialiased")
-    margin = 0.06 * np.ptp(xy, axis=0).max() + 100
-    (left, top), (right, bottom) = xy.min(axis=0) - margin, xy.max(axis=0) + margin
+        image, place = behind
+        extent = place if len(place) == 4 else (0, place[0], place[1], 0)
+        axis.imshow(image, extent=extent, alpha=0.75, interpolation="antialiased")
+    if limits is None:
+        limits = _limits(section, extent[1:3] if extent else None)
+    left, top, right, bottom = limits
     axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     for spine in axis.spines.values():
         spine.set_visible(False)
     bar_um = 1000 if (right - left) * mpp > 3000 else 200
-    y = bottom - 0.03 * (bottom - top)
-    axis.plot([left + margin / 4, left + margin / 4 + bar_um / mpp], [y, y], color="black", linewidth=2.5)
-    axis.text(left + margin / 4, y - 0.012 * (bottom - top), f"{bar_um} µm", fontsize=7)
+    step = 0.02 * max(right - left, bottom - top)
+    x, y = left + step, bottom - step
+    if extent is not None and extent[0] < right and top < extent[2]:
+        x, y = max(left, extent[0]) + step, min(bottom, extent[2]) - step
+    halo = [withStroke(linewidth=5, foreground="white")]
+    axis.plot([x, x + bar_um / mpp], [y, y], color="black", linewidth=2.5, path_effects=halo)
+    axis.text(x, y - 0.6 * step, f"{bar_um} µm", fontsize=7, path_effects=halo)
 
 
 def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
