@@ -35,7 +35,8 @@ def visium(tmp_path):
 
 def write_image(path, size_px=(2000, 1800)):
     path.parent.mkdir(exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (size_px[1], size_px[0], 3), dtype=np.uint8)
+    squares = np.random.default_rng(0).integers(0, 255, (size_px[1] // 50, size_px[0] // 50, 3), dtype=np.uint8)
+    pixels = squares.repeat(50, axis=0).repeat(50, axis=1)  # finer noise shows nothing at an encoder's scale
     tifffile.imwrite(path, pixels, photometric="rgb")
 
 
