@@ -243,8 +243,8 @@ def test_the_overlay_shows_the_tissue_near_the_spots_at_1000_px(plain, folder):
     assert (left, right, bottom, top) == (0, 500, 400, 0)
     assert abs(seen.shape[1] - 500) <= 1  # no finer than the slide
     whole = open_slide(contract.slide_path(section)).thumbnail(5000)[:400, :500]
-    rows = np.arange(400) * mask.shape[0] // size[1]
-    cols = np.arange(500) * mask.shape[1] // size[0]
+    rows = (2 * np.arange(400) + 1) * mask.shape[0] // (2 * size[1])  # of the middles of pixels
+    cols = (2 * np.arange(500) + 1) * mask.shape[1] // (2 * size[0])
     tissue = mask[rows[:, None], cols]
     np.testing.assert_array_equal(seen[tissue], whole[tissue])
     assert seen[~tissue].mean() < 0.6 * whole[~tissue].mean()
