@@ -64,6 +64,7 @@ def train(monkeypatch, tissue, out, *words):
 @pytest.mark.usefixtures("no_encoder")
 def test_st_net_end_to_end_by_the_command(tissue, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("genar.models.st_net.PatchNet", Tiny)
+    monkeypatch.setattr("genar.models.st_net._FEW_GENES", 1)  # six are enough here
     monkeypatch.setattr(pixels, "IN_MEMORY_BYTES", 1000)  # so that the patches lie in a file
     out, again = tmp_path / "run", tmp_path / "again.h5ad"
     assert train(monkeypatch, tissue, out, "--model", "st_net", "--input", "patches") == 0

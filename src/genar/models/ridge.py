@@ -120,6 +120,8 @@ def _fit(x: Tensor, y: Tensor, penalties):
 
 def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of each feature of x [N, F], and the scale it is divided by, [F] each; see :func:`_scale_of`."""
+    if x.shape[1] == 0:  # spots that come as pixels
+        return x.new_zeros(0), x.new_ones(0)
     return x.mean(dim=0), _scale_of(x.std(dim=0, correction=0))
 
 
