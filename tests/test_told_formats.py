@@ -203,7 +203,7 @@ def test_a_report_takes_the_image_from_elsewhere(visium, tmp_path, monkeypatch, 
     (tmp_path / "images").rename(tmp_path / "moved")
     assert run(monkeypatch, "report", "run") == 0
     without = (tmp_path / "report.html").read_text()
-    assert "data:image/jpeg" not in without
+    assert "data:image/jpeg" in without  # the small picture that the prediction carries
     assert "beside the measured counts" not in without
     assert run(monkeypatch, "report", "run", "--image", "moved") == 0
     page = (tmp_path / "report.html").read_text()
