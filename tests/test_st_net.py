@@ -50,14 +50,14 @@ def test_untrained_it_predicts_the_gene_means(px):
 def test_the_loss_is_a_sum_over_spots():
     spots = toy()
     model = ready(spots)
-    expected = (log2p1(spots.counts).mean(dim=0) - log2p1(spots.counts)).square().mean(dim=1).sum()
+    expected = (log2p1(spots.counts).mean(dim=0) - log2p1(spots.counts)).square().sum() / 200  # of few genes
     torch.testing.assert_close(model.loss(spots.batch()).total, expected)
 
 
 def test_training_finds_the_linear_part():
     spots = toy()
     model = ready(spots)
-    fit(model, spots, train_config_from_dict({"lr": 1e-3}, own=STNet.train_defaults))
+    fit(model, spots, train_config_from_dict({"lr": 3e-2}, own=STNet.train_defaults))
     predicted = model.predict(spots.batch()).layers["log1p_mean"] / LN2
     truth = log2p1(spots.counts)
     assert float((predicted - truth).square().mean()) < 0.5 * float((truth - truth.mean(dim=0)).square().mean())
