@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract, pictures, reading
-from genar.data.formats.visium import folders, read_matrix, read_positions, read_scalefactors, refuse_downsampled
+from genar.data.formats.visium import folders, image, read_matrix, read_positions, read_scalefactors, refuse_downsampled
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -34,11 +34,6 @@ def _bins(outs: Path) -> dict[int, Path]:
         if (match := re.fullmatch(r"square_(\d+)um", path.name)) and path.is_dir():
             found[int(match[1])] = path
     return found
-
-
-def image(root: Path, section: str, options: ReadOptions) -> Path | None:
-    """The one that ``--image`` names."""
-    return reading.named_image(section, options)
 
 
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
