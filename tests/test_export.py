@@ -29,6 +29,8 @@ def test_every_spot_is_a_detection_at_its_place(prediction, tmp_path):
         (ring,) = feature["geometry"]["coordinates"]
         assert ring[0] == ring[-1]
         assert np.linalg.norm(np.array(ring) - xy, axis=1) == pytest.approx(np.full(len(ring), radius), abs=0.02)
+        assert feature["geometry"]["isEllipse"]  # QuPath lays a circle into the bounds
+        assert np.ptp(ring, axis=0) == pytest.approx([2 * radius] * 2, abs=0.02)
         measured = feature["properties"]["measurements"]
         assert [measured[gene] for gene in predicted.var_names] == row.tolist()
 

@@ -2,7 +2,6 @@
 stop."""
 
 import os
-import pickle
 import signal
 import threading
 import time
@@ -15,7 +14,9 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from genar.data.door import door
 from genar.data.files import replacing
+from genar.encoders.torch_files import check_torch
 from genar.errors import InputError, StoppedError
 from genar.training_config import RESUME_FILE
 
@@ -115,9 +116,5 @@ def check_whole(path: Path) -> None:
     it is run."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path}: not a whole resume file; delete it, and the same command starts anew")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # looks at no number
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path}: not a resume file of tensors and plain values; delete it, and the same command starts anew"
-        ) from error
+    with door(path, "resume file of tensors and plain values", "delete it, and the same command starts anew"):
+        check_torch(path)

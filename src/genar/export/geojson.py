@@ -20,8 +20,9 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
 
     ``predicted`` [N, G] is a prediction of GenAR, or any section that fulfils the contract. Each spot is a polygon of
     the spot's diameter in full-resolution px, named by its barcode; its measurements are the counts of ``genes`` (all
-    where none is named) and, where the prediction has them, ``<gene> mean``: the expected counts. The file appears
-    under its name only once it is whole. Raises ``InputError`` where a gene or the positions are missing.
+    where none is named) and, where the prediction has them, ``<gene> mean``: the expected counts. QuPath (0.4 and
+    later) takes the polygon for the circle that it stands for. The file appears under its name only once it is whole.
+    Raises ``InputError`` where a gene or the positions are missing.
     """
     predicted = cut(predicted, genes)
     chosen = [str(name) for name in predicted.var_names]
@@ -33,7 +34,7 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
     features = [
         {
             "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "geometry": {"type": "Polygon", "coordinates": [ring], "isEllipse": True},
             "properties": {
                 "objectType": "detection",
                 "name": str(barcode),

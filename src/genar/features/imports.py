@@ -15,7 +15,7 @@ from genar.data import contract
 from genar.data.door import check_hdf5, door
 from genar.data.files import replacing
 from genar.encoders import IMPORTED
-from genar.encoders.weights import load_tensors
+from genar.encoders.torch_files import read_torch
 from genar.errors import InputError
 from genar.features.recipe import FeatureRecipe, store_path
 from genar.features.store import new_store
@@ -141,7 +141,7 @@ def _read_h5(file: Path) -> dict[str, np.ndarray]:
 
 def _read_pt(file: Path) -> dict[str, np.ndarray]:
     with door(file, "file of tensors"):
-        stored = load_tensors(file)
+        stored = read_torch(file)
     if isinstance(stored, torch.Tensor):
         stored = {"features": stored}
     if not isinstance(stored, dict):
