@@ -152,6 +152,10 @@ BAD = {
     "an OrderedDict of something": b"ccollections\nOrderedDict\n]\x85R",
     "an instance": b"(cbuiltins\nlist\no",
     "a class of the registry": b"\x82\x01",
+    "numbers of two types": b"]("
+    + tensor(FOUR, ZERO, FOUR, ONE)
+    + tensor(FOUR, ZERO, FOUR, ONE).replace(b"FloatStorage", b"IntStorage")
+    + b"e",
     "another storage": storage(FOUR, "storage") + b"",
     "a reference to nothing": b"K\x01Q",
     "a memo that is empty": b"h\x05",

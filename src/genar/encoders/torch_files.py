@@ -5,6 +5,7 @@ CVE-2026-24747). Here tensors and plain containers are made, every length is hel
 refused.
 """
 
+import io
 import math
 import mmap
 import pickletools
@@ -40,7 +41,7 @@ _LITERALS = {
 }
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _TAKEN = {"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}  # values of the stack; others: to the mark
-_MOST_OPS = 4_000_000  # some seconds; a number in a list is one of them, the head of a tensor forty
+_MOST_OPS = 2_000_000  # seconds; a number in a list is one of them, the head of a tensor forty
 _CHUNK_BYTES = 1 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of before PyTorch 1.6
 
@@ -93,15 +94,21 @@ def _read_archive(path: Path, fill: Callable[[zipfile.ZipFile, str, _Storage], t
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("its numbers are written with the high byte first")
-        made: dict[_Storage, torch.Tensor] = {}
+        named, made = {}, {}
 
         def numbers(storage: _Storage) -> torch.Tensor:
-            if storage not in made:
-                made[storage] = fill(archive, f"{root}data/{storage.key}", storage)
-            return made[storage]
+            _note(storage, named)
+            if storage.key not in made:
+                made[storage.key] = fill(archive, f"{root}data/{storage.key}", storage)
+            return made[storage.key]
 
-        with archive.open(pickles[0]) as stream:
-            return _Pickle(numbers).object(stream)
+        return _Pickle(numbers).object(io.BytesIO(archive.read(pickles[0])))
+
+
+def _note(storage: _Storage, named: dict[str, _Storage]) -> None:
+    """Keep ``storage`` by its key; one key has one type and length."""
+    if named.setdefault(storage.key, storage) != storage:
+        raise ValueError(f"storage {storage.key} has two types")
 
 
 def _unfilled(archive: zipfile.ZipFile, member: str, storage: _Storage) -> torch.Tensor:
@@ -135,8 +142,7 @@ def _read_legacy(file: mmap.mmap) -> Any:
     begin, named = file.tell(), {}
 
     def noted(storage: _Storage) -> torch.Tensor:
-        if named.setdefault(storage.key, storage) != storage:
-            raise ValueError(f"storage {storage.key} has two types")
+        _note(storage, named)
         return torch.empty(storage.numel, dtype=storage.dtype, device="meta")
 
     _Pickle(noted).object(file)
