@@ -6,6 +6,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # here, not in a fixture: the hub's client reads it once, when it is imported
 
+import huggingface_hub.constants
+import huggingface_hub.utils
+
 from genar import machine
 from genar.data import read_sections
 from genar.data.simulate import TissueConfig, write_tissue
@@ -37,6 +40,21 @@ def tissue(tmp_path_factory):
 @pytest.fixture
 def tissue_sections(tissue):
     return read_sections(tissue)
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The hub's client may ask servers (of this machine, says ``_no_network``), until it is called with False."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not on)
+        forget()
+
+    # releases before 1.0 keep sessions, with what they knew of being offline
+    forget = getattr(huggingface_hub.utils, "reset_sessions", lambda: None)
+    switch(True)
+    yield switch
+    forget()
 
 
 @pytest.fixture(scope="session", autouse=True)

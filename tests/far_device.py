@@ -104,7 +104,7 @@ def far_device():
         torch._C._set_only_lift_cpu_tensors(False)
 
 
-class _Backend(backend_registration._DummyBackendModule):
+class _Backend(getattr(backend_registration, "_DummyBackendModule", object)):  # test_far_device looks for it
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 

@@ -163,9 +163,8 @@ def tree(files):
 
 
 @pytest.fixture
-def source(monkeypatch):
+def source(monkeypatch, online):
     source = Source()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(transfer, "_PAUSES_S", (0.0, 0.0, 0.0))
     for name, value in {
         "HF_ENDPOINT": source.url,

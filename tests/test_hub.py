@@ -126,17 +126,11 @@ def etag(data):
     return hashlib.sha1(data).hexdigest()
 
 
-def forget_sessions():
-    """Releases before 1.0 keep them, with what they knew of being offline."""
-    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
-
-
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def hub(monkeypatch, tmp_path, online):
     served = Hub()
     monkeypatch.setenv("HF_ENDPOINT", served.url)
     for name, value in {
-        "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "ENDPOINT": served.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -145,9 +139,7 @@ def hub(monkeypatch, tmp_path):
         if hasattr(file_download, name):  # releases before 1.0 read some there
             monkeypatch.setattr(file_download, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    forget_sessions()
     yield served
-    forget_sessions()
     served.server.shutdown()
     served.server.server_close()
 
@@ -207,12 +199,11 @@ def test_only_weights_configuration_and_card_come(hub, saved):
     assert not any("modeling.py" in path for path in hub.asked)
 
 
-def test_offline_what_was_fetched_serves_and_the_rest_is_refused(hub, saved, monkeypatch):
+def test_offline_what_was_fetched_serves_and_the_rest_is_refused(hub, saved, online):
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in saved.iterdir()}
     load_checkpoint(NAME)
     n_asked = len(hub.asked)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    forget_sessions()
+    online(False)
     check_predicts(load_checkpoint(NAME))
     assert len(hub.asked) == n_asked
     with pytest.raises(InputError, match="was not fetched before"):

@@ -172,10 +172,8 @@ def test_mirrors_on_this_machine_may_do_without(url):
 
 
 @pytest.mark.parametrize("variable", ["HF_ENDPOINT", "GENAR_GITHUB_API", "GENAR_GITHUB_RAW"])
+@pytest.mark.usefixtures("online")
 def test_mirrors_elsewhere_may_not(variable, tmp_path, monkeypatch, capsys):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv(variable, "http://mirror.example")
     source = "hub" if variable == "HF_ENDPOINT" else "github"
     words = ["fetch", "her2st", "--source", source, "--sections", "SPA154", "--out", tmp_path / "out"]
@@ -300,11 +298,9 @@ def files_with(folder, secret):
     return found
 
 
+@pytest.mark.usefixtures("online")
 def test_the_token_is_told_to_nobody(tissue, tmp_path, monkeypatch, capfd):
-    import huggingface_hub.constants
-
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("genar.fetch.transfer._PAUSES_S", (0.0, 0.0))
     out = tmp_path / "run"
     words = ("--model", "mean", "--n-genes", "20", "--views", "1", "--out", out)
@@ -321,10 +317,8 @@ def test_the_token_is_told_to_nobody(tissue, tmp_path, monkeypatch, capfd):
     assert files_with(tmp_path, TOKEN) == [tmp_path / "planted.json"]
 
 
+@pytest.mark.usefixtures("online")
 def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, monkeypatch, capfd):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for variable, source in (("HF_ENDPOINT", "hub"), ("GENAR_GITHUB_API", "github"), ("GENAR_GITHUB_RAW", "github")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, f"https://me:{TOKEN}@mirror.example")

@@ -34,6 +34,13 @@ _DTYPES = {
     "torch.storage.UntypedStorage": torch.uint8,
 }
 _SMALL_DTYPES = ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")  # have no storage of their own
+_NAMES = {
+    "collections.OrderedDict",
+    "torch.Size",
+    *(f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter")),
+    *(f"torch.{name}" for name in _SMALL_DTYPES),
+    *_DTYPES,
+}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
@@ -226,9 +233,9 @@ class _Pickle:
             case "BINGET" | "LONG_BINGET":
                 return self.memo[argument]
             case "GLOBAL":
-                return _Name(str(argument).replace(" ", "."))
+                return _known_name(str(argument).replace(" ", "."))
             case "STACK_GLOBAL":
-                return _Name(".".join(map(str, self._pop(2))))
+                return _known_name(".".join(map(str, self._pop(2))))
             case "BINPERSID":
                 (named,) = self._pop(1)
                 return _storage(named)
@@ -250,6 +257,12 @@ class _Pickle:
         if kinds and type(self.stack[-1]) not in kinds:
             raise ValueError(f"its pickle treats a {type(self.stack[-1]).__name__} as {kinds[-1].__name__}")
         return self.stack[-1]
+
+
+def _known_name(name: str) -> _Name:
+    if name not in _NAMES:
+        raise ValueError(f"its pickle names {name}, which is not run")
+    return _Name(name)
 
 
 def _items(pairs: list[Any]) -> list[tuple[str | int, Any]]:
@@ -282,8 +295,8 @@ def _called(function: Any, arguments: Any, numbers: _Numbers) -> Any:
             return _view(numbers(storage), offset, size, stride)
         case _Name("torch._utils._rebuild_tensor_v3"), (_Storage() as storage, offset, size, stride, _, _, dtype):
             return _view(numbers(storage).view(_dtype(dtype)), offset, size, stride)
-    named = function.name if isinstance(function, _Name) else type(function).__name__
-    raise ValueError(f"its pickle calls {named}, which is not run")
+    called = function.name if isinstance(function, _Name) else type(function).__name__
+    raise ValueError(f"its pickle calls {called} as torch.save does not")
 
 
 def _dtype(named: Any) -> torch.dtype:
