@@ -22,7 +22,7 @@ from fuzz.runner import make_seeds, run_all, run_case
 from fuzz.targets import TARGETS
 from genar.errors import InputError
 
-SECONDS = float(os.environ.get("GENAR_FUZZ_SECONDS", "40"))
+SECONDS = float(os.environ.get("GENAR_FUZZ_SECONDS", "60"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are watched through /proc")
 
 
