@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -111,6 +112,8 @@ ELSEWHERE = {
     r"^pip install": "the workflow installs the package",
     r"^genar demo$": "the test below, on a smaller tissue",
 }
+if find_spec("vitessce") is None:
+    ELSEWHERE[r"--format vitessce"] = "needs the extra vitessce, which the environment of the lowest versions has not"
 
 
 def lines(page):
