@@ -73,21 +73,27 @@ def test_a_page_runs_as_it_stands(name, tmp_path, monkeypatch):
     run_page(name, shell(monkeypatch))
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["tutorials/train.md", "tutorials/uncertainty.md"])  # comparing takes minutes there
-def test_a_tutorial_runs_on_real_sections(name, shared, tmp_path, monkeypatch):
-    """On two HER2ST sections in place of the simulated ones."""
+@pytest.mark.parametrize("name", [name for name in WALKED if name.startswith("tutorials/")])
+def test_a_tutorial_runs_on_real_sections(name, shared, store, tmp_path, monkeypatch):
+    """On two HER2ST sections in place of the simulated ones, whose pixels are of 2 um; embedded once for all."""
+    (tmp_path / "store").symlink_to(store, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     link_sections(shared, tmp_path / "sections", {"A": "SPA138", "B": "SPA139"})
     monkeypatch.setattr(genar, "write_tissue", lambda *_, **__: None)
-    run_page(name, shell(monkeypatch))
+    run_page(name, shell(monkeypatch, mpp="0.69"))
 
 
-def shell(monkeypatch):
+def shell(monkeypatch, mpp="2.0"):
     """Runs a block of ``genar`` commands."""
 
     def run_block(block):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in block.replace("\\\n", " ").replace("--mpp 2.0", f"--mpp {mpp}").splitlines():
             words = [found for word in shlex.split(line, comments=True) for found in glob.glob(word) or [word]]
             assert words[0] == "genar"
             assert run(monkeypatch, *words[1:]) == 0, line
