@@ -216,8 +216,8 @@ def _draw_tissue(axis, section: AnnData, behind, limits: np.ndarray | None = Non
     if extent is not None and extent[0] < right and top < extent[2]:
         x, y = max(left, extent[0]) + step, min(bottom, extent[2]) - step
     halo = [withStroke(linewidth=5, foreground="white")]
-    axis.plot([x, x + bar_um / mpp], [y, y], color="black", linewidth=2.5, path_effects=halo)
-    axis.text(x, y - 0.6 * step, f"{bar_um} µm", fontsize=7, path_effects=halo)
+    axis.plot([x, x + bar_um / mpp], [y, y], color="black", linewidth=2.5, path_effects=halo, zorder=4)
+    axis.text(x, y - step, f"{bar_um} µm", fontsize=7, path_effects=halo)
 
 
 def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float, float]):
