@@ -1,3 +1,4 @@
+import gc
 import os
 import socket
 from pathlib import Path
@@ -24,6 +25,16 @@ def pytest_report_header():
     return f"real sections: {found} {_SHARED}"
 
 
+def pytest_collection_finish():
+    gc.freeze()  # two million objects of torch, sympy and the like, looked through at every collection otherwise
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _later_imports_are_not_garbage():
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared():
     if not _SHARED.is_dir():
@@ -37,9 +48,14 @@ def tissue(tmp_path_factory):
     return write_tissue(tmp_path_factory.mktemp("tissue"), ("SIM1", "SIM2"), config=config)
 
 
-@pytest.fixture
-def tissue_sections(tissue):
+@pytest.fixture(scope="session")
+def _read_sections(tissue):
     return read_sections(tissue)
+
+
+@pytest.fixture
+def tissue_sections(_read_sections):
+    return [section.copy() for section in _read_sections]
 
 
 @pytest.fixture

@@ -283,8 +283,8 @@ def test_gene_names_and_species(names, ids, expected):
 def model(two, tmp_path_factory):
     out, store = tmp_path_factory.mktemp("run") / "run", tmp_path_factory.mktemp("features")
     words = ["train", two, "--out", out, "--features", store, "--n-genes", "20", "--views", "1", *SET]
-    done = subprocess.run([sys.executable, "-m", "genar.cli", *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *words) == 0
     return out
 
 

@@ -70,13 +70,19 @@ def alone(tissue, store, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared(tissue, store, tmp_path_factory):
-    """A run of two processes, and what it said."""
-    out = tmp_path_factory.mktemp("shared") / "run"
-    words = command(tissue, store, out, "--devices", 2, "--json")
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done
+def by_srun(tissue, store, tmp_path_factory):
+    """A run of the two processes of a step of SLURM, and what each said."""
+    out = tmp_path_factory.mktemp("srun") / "run"
+    started = [
+        subprocess.Popen(
+            command(tissue, store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(**SRUN, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    return out, told
 
 
 def check_same(run, alone):
@@ -94,29 +100,15 @@ def check_same(run, alone):
     assert not (run / "resume").exists()
 
 
-def test_two_processes_train_what_one_does(alone, shared):
-    run, done = shared
-    assert len(done.stdout.splitlines()) == 1  # one process speaks
-    assert done.stderr.count("epoch 1/3") == 1
+def test_processes_started_by_srun_find_each_other_and_train_what_one_does(alone, by_srun):
+    run, told = by_srun
+    assert "run.json" in told[0][0]
+    assert told[1][0] == ""  # one process speaks
     check_same(run, alone)
 
 
-def test_processes_started_by_srun_find_each_other(tissue, store, alone, tmp_path):
-    started = [
-        subprocess.Popen(
-            command(tissue, store, tmp_path / "run"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(**SRUN, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], told
-    assert "run.json" in told[0][0]
-    assert told[1][0] == ""
-    check_same(tmp_path / "run", alone)
-
-
-def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, shared, tmp_path):
+def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, alone, by_srun, tmp_path):
+    """Started by ``--devices``; it ends in the bits of the run that nobody disturbed."""
     words = command(tissue, store, tmp_path / "run", "--devices", 2, checkpoint_every_s=0)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     for line in process.stdout:
@@ -138,11 +130,14 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, shared
     assert not (tmp_path / "run" / "run.json").exists()
     if process.returncode == 1:  # it noticed by itself, before it was stopped
         assert "start the same command again" in error
-    again = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    again = subprocess.run([*words, "--json"], env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "epoch 1/3" not in again.stdout
-    assert "going on after step" in again.stdout
-    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", shared[0])]
+    assert len(again.stdout.splitlines()) == 1
+    assert "going on after step" in again.stderr
+    assert "epoch 1/3" not in again.stderr
+    assert again.stderr.count("epoch 3/3") == 1
+    check_same(tmp_path / "run", alone)
+    weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", by_srun[0])]
     assert weights[0] == weights[1]
 
 

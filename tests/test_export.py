@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from commands import run
 from genar.assess import read_prediction
 from genar.data import contract
 from genar.errors import InputError
@@ -55,11 +54,10 @@ def test_missing_genes_and_positions_are_named(prediction, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_it_and_refuses_in_one_line(prediction, tmp_path):
-    command = [sys.executable, "-m", "genar.cli", "export", str(prediction), "--out", str(tmp_path / "spots.geojson")]
-    run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout.splitlines()[-1])["n_spots"] == read_prediction(prediction).n_obs
+def test_the_command_writes_it_and_refuses_in_one_line(prediction, tmp_path, monkeypatch, capsys):
+    words = ["export", prediction, "--out", tmp_path / "spots.geojson"]
+    assert run(monkeypatch, *words, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_spots"] == read_prediction(prediction).n_obs
     assert (tmp_path / "spots.geojson").exists()
-    run = subprocess.run([*command, "--genes", "NOSUCH"], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1
+    assert run(monkeypatch, *words, "--genes", "NOSUCH") == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -295,13 +295,16 @@ def test_a_damaged_store_is_refused_before_training(plan, section, tmp_path):
 
 
 def contents(path):
-    """Every group and dataset of a file: its attributes, type and values."""
+    """Every group and dataset of a file: its attributes, type, shape and values."""
     found = {}
 
+    def plain(values):
+        values = np.asarray(values)
+        return values.tolist() if values.dtype.hasobject else (values.dtype, values.shape, values.tobytes())
+
     def look(name, item):
-        attributes = {key: np.asarray(value).tolist() for key, value in item.attrs.items()}
-        values = (item.dtype, np.asarray(item[()]).tolist()) if isinstance(item, h5py.Dataset) else None
-        found[name] = (attributes, values)
+        attributes = {key: plain(value) for key, value in item.attrs.items()}
+        found[name] = (attributes, plain(item[()]) if isinstance(item, h5py.Dataset) else None)
 
     with h5py.File(path) as file:
         file.visititems(look)

@@ -1,11 +1,12 @@
 """What commands print: tables, progress bars, and where the results lie."""
 
+import gc
 import inspect
 import json as json_module
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from genar import processes
+from genar import machine, processes
 from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
@@ -58,6 +59,15 @@ def one_line():
         if isinstance(error, SystemExit) and error.code != _INTERRUPTED:  # typer makes an exit of the interrupt
             raise
         _stop("" if rank else "interrupted; start the same command again to go on", _INTERRUPTED)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While a command imports what it needs, PyTorch and more: seconds, which a terminal is told of."""
+    told = Console(stderr=True).status("loading") if sys.stderr.isatty() and not processes.rank() else nullcontext()
+    with told, machine.no_collection():
+        yield
+    gc.freeze()  # modules are no garbage later either
 
 
 def _tell_unless_refused(unraisable) -> None:

@@ -67,7 +67,8 @@ def demo(
     out: Out = Path("genar-demo"), seed: Annotated[int, typer.Option(help="Of the tissue.")] = 0, json: Json = False
 ) -> None:
     """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
-    from genar.demo import demo_run
+    with _console.loading():
+        from genar.demo import demo_run
 
     say = _console.speaker(json)
     say("This demo runs on SIMULATED tissue: it shows the way, not a result on patients.")
@@ -95,8 +96,9 @@ def check(
     """Read sections and slides, say what is wrong, draw the spots on the tissue. Exit code 2 where a run would fail."""
     from dataclasses import asdict
 
-    from genar.genes import read_panel
-    from genar.report.sections import check_sections
+    with _console.loading():
+        from genar.genes import read_panel
+        from genar.report.sections import check_sections
 
     result = check_sections(
         paths, out=out, features=features, panel=read_panel(panel) if panel else None, image=image, bin_um=bin_um,
@@ -131,7 +133,8 @@ def fetch(
     json: Json = False,
 ) -> None:
     """Download a data set of the paper in HEST-1k layout; what is there is kept, what broke off is gone on with."""
-    from genar.fetch import fetch_dataset
+    with _console.loading():
+        from genar.fetch import fetch_dataset
 
     done = fetch_dataset(
         dataset, out, source=source, sections=ids(sections), revision=revision, extras=ids(extras),
@@ -167,9 +170,10 @@ def features(
     json: Json = False,
 ) -> None:
     """Embed every spot of every section, or import features; what is stored already is not made again."""
-    from genar import encoders
-    from genar import features as embedding
-    from genar.data import read_sections
+    with _console.loading():
+        from genar import encoders
+        from genar import features as embedding
+        from genar.data import read_sections
 
     out = out or embedding.default_store()
     read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
@@ -204,8 +208,9 @@ def panel(
     json: Json = False,
 ) -> None:
     """Select the gene panel, or check a list of genes against the sections."""
-    from genar.data import find_sections, pick
-    from genar.genes import check_place, listed_panel, read_aliases, read_panel, select_panel
+    with _console.loading():
+        from genar.data import find_sections, pick
+        from genar.genes import check_place, listed_panel, read_aliases, read_panel, select_panel
 
     check_place(out)
     refs = find_sections(sections)
@@ -235,7 +240,8 @@ def groups(
     json: Json = False,
 ) -> None:
     """Print the groups of genes, and with gene sets what each is enriched in."""
-    from genar.groups import groups_run
+    with _console.loading():
+        from genar.groups import groups_run
 
     found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=ids(exclude))
     for table in () if json else _console.group_tables(found):
@@ -286,8 +292,9 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a model and score it on the held-out sections, beside `mean` and `ridge`."""
-    from genar import runs
-    from genar.settings import read_settings
+    with _console.loading():
+        from genar import runs
+        from genar.settings import read_settings
 
     settings = read_settings(config, set_ or [], model)
     settings.train.update(given(precision=precision, seed=seed, accumulate=accumulate))
@@ -333,9 +340,10 @@ def predict(
     json: Json = False,
 ) -> None:
     """Predict the counts of a section or of a bare slide with a trained model."""
-    from genar import inference
-    from genar.data import read_section
-    from genar.settings import read_decoding
+    with _console.loading():
+        from genar import inference
+        from genar.data import read_section
+        from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **given(decode=decode, samples=samples, seed=seed)}
     read = read_section(section, **given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
@@ -356,7 +364,8 @@ def push(
     json: Json = False,
 ) -> None:
     """Share a checkpoint, with its card, on the Hugging Face hub. Read the card first: it names your sections."""
-    from genar.models.checkpoint import push_checkpoint
+    with _console.loading():
+        from genar.models.checkpoint import push_checkpoint
 
     _console.finish(json, {"model": push_checkpoint(model, hub_id, private=private, revision=revision)})
 
@@ -376,9 +385,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score a prediction, whoever made it, against the measured section, with 95 % intervals."""
-    from genar import assess
-    from genar.data.truth import read_truth
-    from genar.genes import read_panel
+    with _console.loading():
+        from genar import assess
+        from genar.data.truth import read_truth
+        from genar.genes import read_panel
 
     prediction = assess.read_prediction(predicted)
     read = read_truth(truth, prediction, **given(image=image, bin_um=bin_um, mpp=mpp))
@@ -412,7 +422,8 @@ def report(
     json: Json = False,
 ) -> None:
     """Write a page to look at: maps over the H&E, genes, groups, scores, calibration. One file, no network."""
-    from genar.report.index import write_report
+    with _console.loading():
+        from genar.report.index import write_report
 
     say, bar = _console.speaker(json), _console.bar(json, "pages")
     read = given(image=image, bin_um=bin_um, mpp=mpp)
@@ -430,8 +441,9 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a prediction for other programs: QuPath (.geojson), SpatialData (.zarr), TissUUmaps (.tmap), Vitessce."""
-    from genar.assess import read_prediction
-    from genar.export import write_export
+    with _console.loading():
+        from genar.assess import read_prediction
+        from genar.export import write_export
 
     adata = read_prediction(predicted)
     _console.finish(json, write_export(adata, out, format, genes=ids(genes)), n_spots=adata.n_obs)
@@ -452,7 +464,8 @@ def bench(
     json: Json = False,
 ) -> None:
     """Run a recipe's methods on every fold and write its tables beside the paper's; what is there is not run again."""
-    from genar import bench as benching
+    with _console.loading():
+        from genar import bench as benching
 
     say = _console.speaker(json)
     result = benching.bench_run(
@@ -470,7 +483,8 @@ def bench(
 @app.command(cls=Command)
 def encoders(json: Json = False) -> None:
     """List the patch encoders."""
-    from genar.encoders import ENCODERS
+    with _console.loading():
+        from genar.encoders import ENCODERS
 
     rows = [row.facts() for row in ENCODERS.values()]
     _console.print_rows(
@@ -483,7 +497,8 @@ def models(
     name: Annotated[str | None, typer.Argument(help="Print the card of this one.")] = None, json: Json = False
 ) -> None:
     """List the models, or tell what one keeps of its original and what it loses."""
-    from genar.models import model_names
+    with _console.loading():
+        from genar.models import model_names
 
     rows = [_console.model_facts(known) for known in (model_names() if name is None else [name])]
     if name is None or json:

@@ -115,7 +115,8 @@ def fit(
     if config.max_epochs == 0:
         model.eval()
         return FitSummary()
-    from genar import training_loop  # Lightning, which is slow to import
+    with machine.no_collection():
+        from genar import training_loop  # Lightning, which is slow to import
 
     summary = training_loop.run(
         model, training, validation, config,

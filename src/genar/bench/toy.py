@@ -39,7 +39,8 @@ def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
     """The toy of a recipe, the folder of its simulated sections and that of their features, all under ``folder``.
 
     Sections become two simulated ones, the panel 25 of their genes, encoders tiny networks; one seed, one epoch and, of
-    protocol ``section``, one fold stay. What is not of the size stays: methods, protocol, tables, figure, groups.
+    protocol ``section``, one fold stay, of a figure one gene. What is not of the size stays: methods, protocol, tables,
+    groups.
     """
     tissue = folder / "sections"
     if not all((tissue / "st" / f"{section}.h5ad").is_file() for section in SECTIONS):
@@ -67,7 +68,7 @@ def _cohort(cohort: Cohort, panel: Path) -> Cohort:
 
 
 def _figure(figure: FigureOfRecipe, genes: list[str]) -> FigureOfRecipe:
-    of_cohort = {cohort: tuple(genes[: min(2, len(named))]) for cohort, named in figure.genes.items()}
+    of_cohort = {cohort: tuple(genes[:1]) for cohort in figure.genes}
     return FigureOfRecipe(of_cohort, figure.methods, next(iter(SECTIONS)) if figure.section else "")
 
 
