@@ -9,18 +9,24 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint audit docs clean
 
-$(VENV)/.package: pyproject.toml
+# modules are compiled when they are first imported: of the packages' 20,000 few are
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+
+# each set of packages holds the one before
+$(VENV)/.package: pyproject.toml | $(BIN)/pip
+	$(PIP) -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.package
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
-	touch $@
+$(VENV)/.test: pyproject.toml | $(BIN)/pip
+	$(PIP) -e '.[test]'
+	touch $(VENV)/.package $@
 
-$(VENV)/.dev: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $@
+$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+	$(PIP) -e '.[dev]'
+	touch $(VENV)/.package $(VENV)/.test $@
 
 demo: $(VENV)/.package
 	rm -rf genar-demo/run  # of an earlier demo
@@ -36,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 audit: $(VENV)/.package
-	$(BIN)/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+	$(PIP) 'pip-audit>=2.7'
 	$(BIN)/pip-audit --skip-editable
 
 docs: $(VENV)/.dev
