@@ -103,8 +103,8 @@ def shell(monkeypatch, mpp="2.0"):
     return run_block
 
 
-def cut_sections(shared, folder, names, size_px=3400, margin_px=300):
-    """A window of HER2ST sections, about half their spots, under other names, in the layout of HEST-1k."""
+def cut_sections(shared, folder, names, size_px=2800, margin_px=300):
+    """A window of HER2ST sections, about a quarter of their spots, under other names, in the layout of HEST-1k."""
     for kind in ("st", "wsis", "metadata"):
         (folder / kind).mkdir(parents=True)
     for name, real in names.items():
