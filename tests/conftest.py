@@ -29,12 +29,6 @@ def pytest_collection_finish():
     gc.freeze()  # two million objects of torch, sympy and the like, looked through at every collection otherwise
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _later_imports_are_not_garbage():
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
 def shared():
     if not _SHARED.is_dir():

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import shutil
@@ -274,6 +275,26 @@ def test_the_table_names_the_source_of_every_pixel_size(folder, monkeypatch):
 )
 def test_gene_names_and_species(names, ids, expected):
     assert name_genes(names, ids) == expected
+
+
+# --- what a command loads
+
+
+def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
+    with _console.loading():
+        assert not gc.isenabled()
+    with pytest.raises(ZeroDivisionError), _console.loading():
+        _ = 1 / 0
+    assert gc.isenabled()
+    assert run(monkeypatch, "models") == 0
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with _console.loading():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
 
 
 # --- from a bare slide to a prediction

@@ -111,9 +111,12 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, alone,
     """Started by ``--devices``; it ends in the bits of the run that nobody disturbed."""
     words = command(tissue, store, tmp_path / "run", "--devices", 2, checkpoint_every_s=0)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    said = []
     for line in process.stdout:
+        said.append(line)
         if line.startswith("epoch 2/"):
             break
+    assert sum(line.startswith("epoch 1/3") for line in said) == 1  # one process speaks
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()

@@ -80,13 +80,34 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
 
 
+@pytest.fixture(scope="module")
+def real_sections(shared, tmp_path_factory):
+    """A window of two HER2ST sections, about a quarter of their spots, in the layout of HEST-1k."""
+    folder, size_px, margin_px = tmp_path_factory.mktemp("real"), 2800, 300
+    for kind in ("st", "wsis", "metadata"):
+        (folder / kind).mkdir()
+    for name in ("SPA138", "SPA139"):
+        section = read_h5ad(shared / "data" / "her2st" / "st" / f"{name}.h5ad")
+        x, y = corner = np.median(section.obsm["spatial"], axis=0).astype(int) - size_px // 2
+        at = section.obsm["spatial"] - corner
+        section = section[((at > margin_px) & (at < size_px - margin_px)).all(1)].copy()
+        section.obsm["spatial"] = section.obsm["spatial"] - corner
+        section.uns.clear()
+        section.write_h5ad(folder / "st" / f"{name}.h5ad")
+        image = tifffile.imread(shared / "data" / "her2st" / "wsis" / f"{name}.tif")
+        window = image[y : y + size_px, x : x + size_px]
+        tifffile.imwrite(folder / "wsis" / f"{name}.tif", window, tile=(256, 256), photometric="rgb")
+        shutil.copy(shared / "data" / "her2st" / "metadata" / f"{name}.json", folder / "metadata")
+    return folder
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", [name for name in WALKED if name.startswith("tutorials/")])
-def test_a_tutorial_runs_on_real_sections(name, shared, store, tmp_path, monkeypatch):
+def test_a_tutorial_runs_on_real_sections(name, real_sections, store, tmp_path, monkeypatch):
     """On two HER2ST sections in place of the simulated ones, whose pixels are of 2 um; embedded once for all."""
     (tmp_path / "store").symlink_to(store, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
-    cut_sections(shared, tmp_path / "sections", {"A": "SPA138", "B": "SPA139"})
+    link_sections(real_sections, tmp_path / "sections", {"A": "SPA138", "B": "SPA139"})
     monkeypatch.setattr(genar, "write_tissue", lambda *_, **__: None)
     run_page(name, shell(monkeypatch, mpp="0.69"))
 
@@ -103,24 +124,12 @@ def shell(monkeypatch, mpp="2.0"):
     return run_block
 
 
-def cut_sections(shared, folder, names, size_px=2800, margin_px=300):
-    """A window of HER2ST sections, about a quarter of their spots, under other names, in the layout of HEST-1k."""
-    for kind in ("st", "wsis", "metadata"):
-        (folder / kind).mkdir(parents=True)
+def link_sections(there, folder, names):
+    """Sections under other names, in the layout of HEST-1k."""
     for name, real in names.items():
-        there = {
-            kind: next((shared / "data" / "her2st" / kind).glob(f"{real}.*")) for kind in ("st", "wsis", "metadata")
-        }
-        section = read_h5ad(there["st"])
-        x, y = corner = np.median(section.obsm["spatial"], axis=0).astype(int) - size_px // 2
-        at = section.obsm["spatial"] - corner
-        section = section[((at > margin_px) & (at < size_px - margin_px)).all(1)].copy()
-        section.obsm["spatial"] = section.obsm["spatial"] - corner
-        section.uns.clear()
-        section.write_h5ad(folder / "st" / f"{name}.h5ad")
-        image = tifffile.imread(there["wsis"])[y : y + size_px, x : x + size_px]
-        tifffile.imwrite(folder / "wsis" / f"{name}.tif", image, tile=(256, 256), photometric="rgb")
-        shutil.copy(there["metadata"], folder / "metadata" / f"{name}.json")
+        for kind, suffix in (("st", ".h5ad"), ("wsis", ".tif"), ("metadata", ".json")):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            (folder / kind / f"{name}{suffix}").symlink_to(there / kind / f"{real}{suffix}")
 
 
 # Commands that are run, with settings of a size for tests behind those that train; in this order, in one folder.
@@ -141,11 +150,16 @@ def lines(page):
         yield from (line.partition(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
 
 
-def test_the_commands_of_the_pages_run(tmp_path, monkeypatch):
-    """On simulated sections of the names that the pages use, and a slide without counts."""
+@pytest.mark.parametrize("source", ["simulated", pytest.param("her2st", marks=pytest.mark.real)])
+def test_the_commands_of_the_pages_run(source, tmp_path, monkeypatch, request):
+    """On sections of the names that the pages use, simulated or real, and a slide without counts."""
     monkeypatch.chdir(tmp_path)
     tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
-    write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+    if source == "simulated":
+        write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+    else:
+        whole, names = request.getfixturevalue("shared") / "data" / "her2st", ("SPA138", "SPA139")
+        link_sections(whole, tmp_path / "her2st", dict(zip(names, names, strict=True)))
     write_tissue(tmp_path / "sections", ("ID", "OTHER"), config=tissue)
     shutil.copy(tmp_path / "her2st" / "wsis" / "SPA139.tif", "slide.svs")
     ran = []

@@ -1,11 +1,7 @@
-import gc
 import subprocess
 import sys
 
 import pytest
-
-from commands import run
-from genar import machine
 
 MEASURE = """
 import numpy
@@ -27,20 +23,3 @@ def test_a_runs_peak_does_not_hold_what_earlier_runs_freed():
     before, large, after = map(float, done.stdout.split())
     assert large > before + 450
     assert after < before + 50
-
-
-def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
-    with machine.no_collection():
-        assert not gc.isenabled()
-    with pytest.raises(ZeroDivisionError), machine.no_collection():
-        _ = 1 / 0
-    assert gc.isenabled()
-    assert run(monkeypatch, "models") == 0
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with machine.no_collection():
-            pass
-        assert not gc.isenabled()  # as it was
-    finally:
-        gc.enable()

@@ -1,13 +1,10 @@
 """The machine that a run is made on: its memory, its clock, its versions."""
 
 import ctypes
-import gc
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -71,19 +68,6 @@ def keep_freed_memory() -> None:
 def hand_back_memory() -> None:
     """Have glibc hand back at once what it has kept."""
     _of_libc("malloc_trim")(0)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """While modules are imported: to look for garbage among their new objects, a million with PyTorch's, again and
-    again takes a fifth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _of_libc(name: str):

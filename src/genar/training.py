@@ -115,8 +115,7 @@ def fit(
     if config.max_epochs == 0:
         model.eval()
         return FitSummary()
-    with machine.no_collection():
-        from genar import training_loop  # Lightning, which is slow to import
+    from genar import training_loop  # Lightning, which is slow to import
 
     summary = training_loop.run(
         model, training, validation, config,

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from genar import machine
 from genar.encoders.table import CLASS, CLASS_AND_MEAN, IMPORTED, EncoderRow
 from genar.encoders.towers import VisionTower
 from genar.errors import InputError
@@ -92,15 +91,14 @@ def build_network(row: EncoderRow, *, empty: bool = False) -> nn.Module:
     Raises ``InputError`` where ``transformers`` is needed and missing.
     """
     if empty:
-        with machine.no_collection():
-            import timm  # before the numbers go: PyTorch 2.6 computes with some as it is imported
+        import timm  # before the numbers go: PyTorch 2.6 computes with some as it is imported
+
         with torch.device("meta"):
             return build_network(row)
     if row.library == "transformers":
         return transformers_class(row)(transformers_config(row), **_no_pooler(row))
-    with machine.no_collection():
-        import timm
-        from timm import layers
+    import timm
+    from timm import layers
 
     arguments = dict(row.arguments)
     if "mlp_layer" in arguments:
