@@ -6,7 +6,14 @@ import torch
 from genar.genes import Scales
 from genar.models import Decoding, Spots
 from genar.models._genar_heads import log_frequencies
-from genar.models._linear_start import find_components, fit_curvatures, fit_followers, interpolate, level
+from genar.models._linear_start import (
+    _tilted_moments,
+    find_components,
+    fit_curvatures,
+    fit_followers,
+    interpolate,
+    level,
+)
 from genar.models.genar import GenAR, auto_max_count, small
 
 
@@ -67,6 +74,25 @@ def test_curvature_and_tilt_give_the_wanted_moments():
     variance = (p * levels**2).sum(dim=2) - mean**2
     torch.testing.assert_close(mean, expected, atol=5e-3, rtol=0)
     torch.testing.assert_close(variance.mean(dim=0), torch.tensor([0.05, 0.2]).double(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("wanted", [1e-9, 1e-3, 0.03, 0.1, 0.3, 1.0, 100.0])
+def test_curvatures_are_those_that_halving_an_interval_finds(wanted):
+    """Of sparse and of rich groups; also where the variance is out of reach."""
+    random, levels = torch.Generator().manual_seed(0), torch.log1p(torch.arange(128.0)).double()
+    rates = torch.tensor([0.02, 0.1, 0.5, 2.0, 8.0, 30.0])
+    base = log_frequencies(torch.poisson(rates.expand(300, -1), generator=random), 127).double()
+    expected = torch.log1p(rates).double() * torch.linspace(0.5, 1.5, 40).double()[:, None]
+    variance = torch.full((6,), wanted).double()
+    b, means, tilts = fit_curvatures(base, levels, expected, variance)
+    low, high = torch.full_like(b, -1.0), 4 / variance + 4
+    for _ in range(60):
+        middle = (low + high) / 2
+        table = _tilted_moments(base, levels, middle)
+        too_wide = interpolate(table[2], table[1], interpolate(table[1], table[0], expected)).mean(dim=0) > variance
+        low, high = torch.where(too_wide, middle, low), torch.where(too_wide, high, middle)
+    torch.testing.assert_close(b, high, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((means, tilts), _tilted_moments(base, levels, b)[:2])
 
 
 def test_a_level_between_two_counts_is_that_of_a_draw_among_them():

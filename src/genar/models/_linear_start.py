@@ -27,7 +27,9 @@ TOLERANCE = 0.01
 _MOST_DIRECTIONS = 512
 # Groups of coarser scales that a finer one is regressed on: whole scales, from the coarsest on.
 _MOST_FOLLOWED = 1024
-_BISECTIONS = 25
+# Steps towards a variance (five do), and the share of it that may be missing.
+_MOST_STEPS = 30
+_CLOSE = 1e-6
 KNOTS = 128
 # Tilts go so far beyond those that put the mode at the first and the last level.
 _FAR = 10.0
@@ -194,20 +196,39 @@ def fit_curvatures(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For every group the b, and the table of a, with which p(v) ~ f(v) exp(a l_v - b l_v^2 / 2) has wanted moments.
 
-    ``log_frequencies`` [M, V] are log f, ``levels`` [V] the l = ln(1 + count) of every class. By bisection b is set so
-    that p has ``variance`` [M] on average over the spots, when a gives it each spot's ``expected`` l [N, M]. Returns b
-    [M], means [M, T] and the a [M, T] that make them, both rising. Of all distributions with such moments p is the
-    nearest to f in relative entropy.
+    ``log_frequencies`` [M, V] are log f, ``levels`` [V] the l = ln(1 + count) of every class. b is set so that p has
+    ``variance`` [M] on average over the spots, when a gives it each spot's ``expected`` l [N, M]. Returns b [M], means
+    [M, T] and the a [M, T] that make them, both rising. Of all distributions with such moments p is the nearest to f
+    in relative entropy.
     """
-    low, high = torch.full_like(variance, -1.0), 4 / variance + 4
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        means, tilts, spread = _tilted_moments(log_frequencies, levels, middle)
-        at = interpolate(tilts, means, expected)
-        too_wide = interpolate(spread, tilts, at).mean(dim=0) > variance
-        low, high = torch.where(too_wide, middle, low), torch.where(too_wide, high, middle)
-    means, tilts, _ = _tilted_moments(log_frequencies, levels, high)
-    return high, means, tilts
+    wanted, every = 1 / variance, torch.arange(len(variance))
+
+    def sharpness(groups: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By how much 1 / variance, next to linear in b, is beyond the wanted, and the tables; far beyond, no more."""
+        means, tilts, spread = _tilted_moments(log_frequencies[groups], levels, b)
+        got = interpolate(spread, tilts, interpolate(tilts, means, expected[:, groups])).mean(dim=0)
+        return 1 / got.maximum(variance[groups] / 8) - wanted[groups], means, tilts
+
+    ends = torch.stack([torch.full_like(variance, -1.0), 4 * wanted + 4])  # [2, M]: too wide, too narrow
+    values = torch.empty_like(ends)
+    values[0], _, _ = sharpness(every, ends[0])
+    values[1], means, tilts = sharpness(every, ends[1])
+    b, moved = ends[1].clone(), torch.full_like(every, -1)
+    # where both ends are on one side, the nearer is as good as it gets
+    going = every[(values[0] < 0) & (values[1] > 0)]
+    beyond = every[values[0] >= 0]
+    b[beyond] = ends[0, beyond]
+    _, means[beyond], tilts[beyond] = sharpness(beyond, b[beyond])
+    for _ in range(_MOST_STEPS):  # false position; an end that stays a second time counts half (Illinois)
+        if not len(going):
+            break
+        at = (ends[0] * values[1] - ends[1] * values[0])[going] / (values[1] - values[0])[going]
+        value, means[going], tilts[going] = sharpness(going, at)
+        b[going], side = at, (value > 0).long()
+        values[1 - side, going] *= torch.where(moved[going] == side, 0.5, 1.0).to(value.dtype)
+        ends[side, going], values[side, going], moved[going] = at, value, side
+        going = going[value.abs() > _CLOSE * wanted[going]]
+    return b, means, tilts
 
 
 def _tilted_moments(log_frequencies: Tensor, levels: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,11 +237,13 @@ def _tilted_moments(log_frequencies: Tensor, levels: Tensor, curvature: Tensor) 
     last = curvature.clamp(min=0) * levels[-1] + _FAR
     tilts = (last[:, None] + _FAR) * steps - _FAR
     bent = log_frequencies - curvature[:, None] * levels.square() / 2
-    means, squares = torch.empty_like(tilts), torch.empty_like(tilts)
+    powers = torch.stack([torch.ones_like(levels), levels, levels.square()], dim=1)
+    sums, p = levels.new_empty(len(tilts), KNOTS, 3), levels.new_empty(KNOTS, len(levels))
     for g in range(len(tilts)):  # a group at a time bounds the memory
-        p = (bent[g] + tilts[g][:, None] * levels).softmax(dim=1)
-        means[g], squares[g] = p @ levels, p @ levels.square()
-    return means, tilts, (squares - means.square()).clamp(min=0)
+        torch.addr(bent[g].expand_as(p), tilts[g], levels, out=p)
+        torch.mm(p.sub_(p.amax(dim=1, keepdim=True)).exp_(), powers, out=sums[g])
+    means, squares = (sums[:, :, 1:] / sums[:, :, :1]).unbind(2)
+    return means.contiguous(), tilts, (squares - means.square()).clamp(min=0)
 
 
 def interpolate(values: Tensor, knots: Tensor, at: Tensor) -> Tensor:

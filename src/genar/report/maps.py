@@ -22,6 +22,7 @@ _COLOURS = "viridis"  # readable without colour vision, and in grey
 _TITLE, _GENE = 40, 28  # letters of a line that is as wide as a map, and of a gene's name in it
 _NARROW, _WIDE = 0.06, 0.15  # margins of maps, of the extent of the spots
 _RING = "#1b1bb3"
+_DPI = 130
 SIMULATED = "simulated tissue"
 
 
@@ -233,6 +234,13 @@ def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float,
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    figure.set_dpi(_DPI)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)  # laid out already: else all is drawn a second time, to find the places
+    # a quicker compression than the default, of files a twentieth larger
+    packed = {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=_DPI, **packed)
     return path
