@@ -19,6 +19,8 @@ machine.keep_freed_memory()  # as every command does: networks run half as fast 
 _SHARED = Path(os.environ.get("GENAR_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 _LOCAL = {"127.0.0.1", "::1", "localhost"}
 
+collect_ignore = ["windows"]  # looked through for examples it would be imported, and its rule hold in all tests
+
 
 def pytest_report_header():
     found = "found at" if _SHARED.is_dir() else "not found, tests marked real are skipped; looked at"
@@ -38,7 +40,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=8, n_cols=8, n_genes=120)
+    config = TissueConfig(n_rows=8, n_cols=8, n_genes=120, counts_per_nucleus=20)
     return write_tissue(tmp_path_factory.mktemp("tissue"), ("SIM1", "SIM2"), config=config)
 
 
@@ -84,8 +86,9 @@ def _no_network():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_feature_store(tmp_path_factory):
+def feature_store(tmp_path_factory):
     """Of all tests that name no other, as of a user's commands: what one has embedded, the next finds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GENAR_FEATURES", str(tmp_path_factory.mktemp("features")))
-        yield
+        folder = tmp_path_factory.mktemp("features")
+        patch.setenv("GENAR_FEATURES", str(folder))
+        yield folder

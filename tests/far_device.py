@@ -228,7 +228,9 @@ def _run_of(name: str) -> float:
 
     tiny = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_epochs": 1, "samples": 2, "widths_um": []}
     with tempfile.TemporaryDirectory() as folder:
-        tissue = write_tissue(Path(folder, "tissue"), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0))
+        tissue = write_tissue(
+            Path(folder, "tissue"), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0, counts_per_nucleus=20)
+        )
         held_out, made = read_sections(tissue)[1], []
         for device in ("cpu", FAR):
             out = Path(folder, device.partition(":")[0])

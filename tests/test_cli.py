@@ -57,7 +57,7 @@ def trained(tissue, store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
+    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
     return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
 
 

@@ -42,8 +42,8 @@ def _nobody_started_us(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def command(tissue, store, out, *more, **settings):
-    words = ["train", tissue, "--test", "SIM2", "--out", out, "--features", store, "--n-genes", "20", "--views", "1"]
+def command(tissue, out, *more, **settings):
+    words = ["train", tissue, "--test", "SIM2", "--out", out, "--n-genes", "20", "--views", "1"]
     words += ["--samples", "2", *more]
     for name, value in {**SETTINGS, **settings}.items():
         words += ["--set", f"{name}={value}"]
@@ -56,26 +56,21 @@ def environment(**more):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def alone(tissue, store, tmp_path_factory):
+def alone(tissue, tmp_path_factory):
     """A run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    done = subprocess.run(command(tissue, store, out), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command(tissue, out), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
-def by_srun(tissue, store, tmp_path_factory):
+def by_srun(tissue, tmp_path_factory):
     """A run of the two processes of a step of SLURM, and what each said."""
     out = tmp_path_factory.mktemp("srun") / "run"
     started = [
         subprocess.Popen(
-            command(tissue, store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            command(tissue, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment(**SRUN, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
         )
         for rank in (0, 1)
@@ -107,9 +102,9 @@ def test_processes_started_by_srun_find_each_other_and_train_what_one_does(alone
     check_same(run, alone)
 
 
-def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, store, alone, by_srun, tmp_path):
+def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, alone, by_srun, tmp_path):
     """Started by ``--devices``; it ends in the bits of the run that nobody disturbed."""
-    words = command(tissue, store, tmp_path / "run", "--devices", 2, checkpoint_every_s=0)
+    words = command(tissue, tmp_path / "run", "--devices", 2, checkpoint_every_s=0)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     said = []
     for line in process.stdout:

@@ -94,11 +94,19 @@ def real_sections(shared, tmp_path_factory):
         section.obsm["spatial"] = section.obsm["spatial"] - corner
         section.uns.clear()
         section.write_h5ad(folder / "st" / f"{name}.h5ad")
-        image = tifffile.imread(shared / "data" / "her2st" / "wsis" / f"{name}.tif")
-        window = image[y : y + size_px, x : x + size_px]
-        tifffile.imwrite(folder / "wsis" / f"{name}.tif", window, tile=(256, 256), photometric="rgb")
+        image = shared / "data" / "her2st" / "wsis" / f"{name}.tif"
+        write_window(image, x, y, size_px, folder / "wsis" / f"{name}.tif")
         shutil.copy(shared / "data" / "her2st" / "metadata" / f"{name}.json", folder / "metadata")
     return folder
+
+
+def write_window(image, x, y, size_px, path):
+    """A square of an image, with its pixel size."""
+    with tifffile.TiffFile(image) as file:
+        page = file.pages.first
+        window = page.asarray()[y : y + size_px, x : x + size_px]
+    tags = {"resolution": page.resolution, "resolutionunit": page.resolutionunit}
+    tifffile.imwrite(path, window, tile=(256, 256), photometric="rgb", **tags)
 
 
 @pytest.mark.real
@@ -154,14 +162,15 @@ def lines(page):
 def test_the_commands_of_the_pages_run(source, tmp_path, monkeypatch, request):
     """On sections of the names that the pages use, simulated or real, and a slide without counts."""
     monkeypatch.chdir(tmp_path)
-    tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120)
+    tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
     if source == "simulated":
         write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
     else:
         whole, names = request.getfixturevalue("shared") / "data" / "her2st", ("SPA138", "SPA139")
         link_sections(whole, tmp_path / "her2st", dict(zip(names, names, strict=True)))
     write_tissue(tmp_path / "sections", ("ID", "OTHER"), config=tissue)
-    shutil.copy(tmp_path / "her2st" / "wsis" / "SPA139.tif", "slide.svs")
+    slide = tmp_path / "her2st" / "wsis" / "SPA139.tif"  # without its counts, and of the real one a window
+    write_window(slide, *((0, 0, 2000) if source == "simulated" else (4500, 4500, 1200)), "slide.svs")
     ran = []
     for page in RUN:
         for line in lines(page):
@@ -183,7 +192,7 @@ def test_the_demo_runs(tmp_path, monkeypatch, capsys):
     """As ``genar demo`` does, on a smaller tissue."""
     from genar import demo
 
-    monkeypatch.setattr(demo, "TISSUE", TissueConfig(n_rows=4, n_cols=4, n_genes=120))
+    monkeypatch.setattr(demo, "TISSUE", TissueConfig(n_rows=4, n_cols=4, n_genes=120, counts_per_nucleus=20))
     monkeypatch.setattr(demo, "N_GENES", 20)
     monkeypatch.setattr(demo, "SAMPLES", 2)
     monkeypatch.chdir(tmp_path)

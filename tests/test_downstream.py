@@ -24,7 +24,7 @@ def what_the_image_shows(section):
 
 def write_toy(folder):
     """The sections of the demo and a prediction of the second one, where the demo leaves them, smaller."""
-    config = TissueConfig(n_rows=14, n_cols=14, n_genes=110, mpp=2.0)
+    config = TissueConfig(n_rows=14, n_cols=14, n_genes=110, mpp=2.0, counts_per_nucleus=20)
     training, held_out = read_sections(write_tissue(folder / "simulated_tissue", config=config))
     genes = Panel(tuple(sorted(gene for names in MARKERS.values() for gene in names.split())), "named")
     spots = Spots.join([make_spots(training, what_the_image_shows(training), genes.genes)])

@@ -89,7 +89,11 @@ def test_one_spot_has_no_interval():
 def ridge(tmp_path_factory):
     """A tissue of two small sections and a run on it."""
     folder = tmp_path_factory.mktemp("ridge")
-    write_tissue(folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=5, n_cols=5, n_genes=80, mpp=2.0))
+    write_tissue(
+        folder / "tissue",
+        ("A", "B"),
+        config=TissueConfig(n_rows=5, n_cols=5, n_genes=80, mpp=2.0, counts_per_nucleus=20),
+    )
     plan = TrainPlan(
         folder / "tissue", ("B",), folder / "run", "ridge", n_genes=8, views=1, features=folder / "store", maps=False
     )

@@ -251,7 +251,7 @@ def test_a_dead_hub_is_told_in_a_line(hub, monkeypatch):
         load_checkpoint(NAME)
 
 
-def test_predict_takes_a_model_of_the_hub(hub, tissue, tmp_path, monkeypatch):
+def test_predict_takes_a_model_of_the_hub(hub, tissue, feature_store, tmp_path, monkeypatch):
     """Trained on features of the embedded encoder, shared, and used by name."""
     from genar.data import read_sections
     from genar.encoders import load_encoder
@@ -259,7 +259,7 @@ def test_predict_takes_a_model_of_the_hub(hub, tissue, tmp_path, monkeypatch):
 
     section = read_sections(tissue)[0]
     recipe = recipe_of(load_encoder("efficientnet_lite0"), views=1)
-    stored = embed(section, load_encoder("efficientnet_lite0"), recipe, tmp_path / "store")
+    stored = embed(section, load_encoder("efficientnet_lite0"), recipe, feature_store)
     features = torch.from_numpy(read_features(stored, section))
     xy = torch.rand(section.n_obs, 2)
     panel = genar.Panel(tuple(section.var_names[:10]), "named")
@@ -270,7 +270,7 @@ def test_predict_takes_a_model_of_the_hub(hub, tissue, tmp_path, monkeypatch):
     checkpoint = Checkpoint("ridge", model, panel, {**vars(recipe), "widths_um": [], "context_spots": []})
     assert checkpoint.push_to_hub(NAME, private=False) == f"{hub.url}/{NAME}"
     out = tmp_path / "pred.h5ad"
-    words = ["predict", f"{tissue}:SIM1", "--model", NAME, "--out", out, "--features", tmp_path / "store"]
+    words = ["predict", f"{tissue}:SIM1", "--model", NAME, "--out", out]
     assert run(monkeypatch, *words) == 0
     assert out.is_file()
     with pytest.raises(InputError, match="holds a model ridge, not GenAR"):

@@ -351,7 +351,7 @@ def test_without_the_slide_there_is_no_image(prediction, tmp_path):
     assert format_of(tmp_path / "bare.zarr") == "spatialdata"
 
 
-def test_predict_writes_spatialdata_at_once(tissue, tmp_path, monkeypatch):
+def test_predict_writes_spatialdata_at_once(tissue, feature_store, tmp_path, monkeypatch):
     """And refuses a format that it does not know before it predicts."""
     pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
     import spatialdata
@@ -361,7 +361,7 @@ def test_predict_writes_spatialdata_at_once(tissue, tmp_path, monkeypatch):
 
     section, encoder = read_sections(tissue)[0], load_encoder("efficientnet_lite0")
     recipe = recipe_of(encoder, views=1)
-    features = torch.from_numpy(read_features(embed(section, encoder, recipe, tmp_path / "store"), section))
+    features = torch.from_numpy(read_features(embed(section, encoder, recipe, feature_store), section))
     xy = torch.rand(section.n_obs, 2)
     genes = Panel(tuple(section.var_names[:5]), "named")
     counts = torch.from_numpy(contract.counts(section, list(genes.genes))).long()
@@ -370,7 +370,7 @@ def test_predict_writes_spatialdata_at_once(tissue, tmp_path, monkeypatch):
     model.prepare(spots)
     facts = {**vars(recipe), "widths_um": [], "context_spots": []}
     save_checkpoint(tmp_path / "model", Checkpoint("ridge", model, genes, facts))
-    words = ["predict", f"{tissue}:SIM1", "--model", tmp_path / "model", "--features", tmp_path / "store", "--out"]
+    words = ["predict", f"{tissue}:SIM1", "--model", tmp_path / "model", "--out"]
     assert run(monkeypatch, *words, tmp_path / "pred.zarr") == 0
     assert spatialdata.read_zarr(tmp_path / "pred.zarr")["table"].shape == (section.n_obs, 5)
     assert run(monkeypatch, *words, tmp_path / "pred.h5ad") == 0

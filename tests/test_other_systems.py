@@ -14,7 +14,7 @@ from genar.data.files import alone, file_part, refusal, write_text
 
 ROOT = Path(__file__).parent.parent
 TINY = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "batch_size=16", "max_count=63",
-        "checkpoint_every_s=0")  # fmt: skip
+        "widths_um=[]", "checkpoint_every_s=0")  # fmt: skip
 RULED = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "windows")}
 UNIX_ALONE = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
 
@@ -94,15 +94,15 @@ def test_a_prediction_is_made_scored_shown_and_exported(trained, as_on_windows, 
         ("export", "p.h5ad", "--out", "p.geojson"),
         ("export", "p.h5ad", "--out", "p.tmap"),
     )
+    embed = ("features", str(tissue), "--out", "store2", "--views", "1", "--workers", "2")
     code = (
         "import sys\nfrom genar import cli\n"
-        f"for words in {(*once, *once[1:])!r}:\n"  # the second time over what lies there
+        f"for words in {(*once, *once[1:], embed)!r}:\n"  # the second time over what lies there
         "    sys.argv = ['genar', *words]\n"
         "    try: cli.main()\n"
         "    except SystemExit as stop: assert not stop.code, words"
     )
     as_on_windows(start=("-c", code))
-    as_on_windows("features", tissue, "--out", "store2", "--views", 1, "--workers", 2)
     assert not list(trained.rglob(".*"))
 
 

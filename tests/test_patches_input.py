@@ -39,7 +39,7 @@ class Tiny(torch.nn.Sequential):
 
 @pytest.fixture(scope="module")
 def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=5, n_cols=5, n_genes=80)
+    config = TissueConfig(n_rows=5, n_cols=5, n_genes=80, counts_per_nucleus=20)
     return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
 
 

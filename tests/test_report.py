@@ -29,7 +29,7 @@ def trained(tissue, tmp_path_factory):
     """A training run with one held-out section."""
     out = tmp_path_factory.mktemp("report") / "run"
     settings = Settings(model=dict(TINY), train=dict(EPOCHS), decoding={"samples": 2})
-    plan = TrainPlan(tissue, ("SIM2",), out, n_genes=20, views=1, features=out.parent / "store", settings=settings)
+    plan = TrainPlan(tissue, ("SIM2",), out, n_genes=20, views=1, settings=settings)
     train_run(plan, say=lambda line: None)
     return out
 

@@ -79,10 +79,8 @@ def plan(tissue, tmp_path):
     """Of a run on a tissue of its own that is stopped after its second epoch."""
     own = shutil.copytree(tissue, tmp_path / "own")
     (tmp_path / "panel.txt").write_text("\n".join(list(anndata.read_h5ad(own / "st" / "SIM1.h5ad").var_names)[:12]))
-    return runs.TrainPlan(
-        own, ("SIM2",), tmp_path / "run", panel=str(tmp_path / "panel.txt"), views=1, features=tmp_path / "store",
-        settings=sort_settings(TINY), maps=False,
-    )  # fmt: skip
+    panel, settings = str(tmp_path / "panel.txt"), sort_settings(TINY)
+    return runs.TrainPlan(own, ("SIM2",), tmp_path / "run", panel=panel, views=1, settings=settings, maps=False)
 
 
 def stop_after_two(plan, monkeypatch):
@@ -125,7 +123,7 @@ def test_a_run_does_not_go_on_with_another_encoders_features(plan, tmp_path, mon
     own = tmp_path / "own.pth"
     state = encoders.load_encoder()._network.state_dict()
     torch.save(state, own)
-    plan = replace(plan, weights=own)
+    plan = replace(plan, weights=own, features=tmp_path / "store")
     stop_after_two(plan, monkeypatch)
     torch.save({name: tensor * 2 if "weight" in name else tensor for name, tensor in state.items()}, own)
     with pytest.raises(InputError, match="holds an unfinished run with other features; repeat it as it was"):

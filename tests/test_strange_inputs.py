@@ -142,7 +142,9 @@ def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
 def trained(tmp_path_factory):
     """Two sections of one patient, and a model of the first."""
     folder = tmp_path_factory.mktemp("trained")
-    write_tissue(folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80))
+    write_tissue(
+        folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20)
+    )
     with pytest.MonkeyPatch.context() as patch:
         words = ("--test", "B", "--model", "ridge", "--n-genes", "20", "--views", "1", "--out", folder / "run")
         assert run(patch, "train", folder / "tissue", *words) == 0
@@ -180,7 +182,7 @@ def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeyp
 
 
 def test_patches_of_bare_glass_are_told(tmp_path):
-    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80))
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20))
     path = tmp_path / "st" / "A.h5ad"
     adata = anndata.read_h5ad(path)
     adata.obsm[contract.SPATIAL] = adata.obsm[contract.SPATIAL] / 40
@@ -199,6 +201,6 @@ def test_counts_beside_logarithms_are_no_logarithms(recwarn):
 
 
 def test_a_pixel_coarser_than_any_scan_is_told(tmp_path):
-    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0))
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0, counts_per_nucleus=20))
     with pytest.warns(UserWarning, match="section A: a pixel of 13.8 um is coarser than H&E is scanned at"):
         read_section(tmp_path / "st" / "A.h5ad", mpp=13.8)

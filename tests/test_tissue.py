@@ -25,7 +25,7 @@ INKS = {
 @pytest.fixture(scope="module")
 def drawn():
     """A simulated section on a wide glass, and where its tissue truly is."""
-    section, image = simulate_section("T", 1, TissueConfig(n_rows=14, n_cols=14, n_genes=120))
+    section, image = simulate_section("T", 1, TissueConfig(n_rows=14, n_cols=14, n_genes=120, counts_per_nucleus=20))
     small = np.asarray(Image.fromarray(image).reduce(11))
     view = np.full((440, 440, 3), (246, 245, 247), np.uint8)
     view[AT : AT + small.shape[0], AT : AT + small.shape[1]] = small

@@ -35,7 +35,11 @@ TINY = {"width": 16, "depth": 1, "heads": 2, "max_count": 31, "components": 4, "
 def home(tmp_path_factory):
     """Two sections, a GenAR and a ridge trained on one of them, features."""
     folder = tmp_path_factory.mktemp("home")
-    write_tissue(folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0))
+    write_tissue(
+        folder / "tissue",
+        ("A", "B"),
+        config=TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0, counts_per_nucleus=20),
+    )
     more = {"test": "B", "n_genes": 20, "views": 1, "features": folder / "store", "progress": False}
     settings = {**TINY, "context_spots": [2]}
     genar.train(folder / "tissue", folder / "run", settings=settings, samples=2, seed=3, accumulate=2, **more)
@@ -267,7 +271,7 @@ def test_no_result_takes_the_place_of_a_section(home, words, says, tmp_path, mon
 
 @pytest.mark.parametrize("mine", ["st/A.h5ad", "wsis/A.tif"])
 def test_simulated_tissue_takes_the_place_of_no_measured_one(mine, section, tmp_path):
-    config = TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0)
+    config = TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0, counts_per_nucleus=20)
     for _ in range(2):  # its own it may write again
         write_tissue(tmp_path, ("A",), config=config)
     shutil.rmtree(tmp_path / ("wsis" if mine.startswith("st") else "st"))

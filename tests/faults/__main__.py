@@ -80,7 +80,11 @@ def _serve(base: Path, side: int) -> int:
     """Simulate the tissue and serve it from a process of its own, as threads and forks do not go together."""
     from genar.data.simulate import TissueConfig, write_tissue
 
-    write_tissue(base / "tissue", ("SIM1", "SIM2"), config=TissueConfig(n_rows=side, n_cols=side, n_genes=120))
+    write_tissue(
+        base / "tissue",
+        ("SIM1", "SIM2"),
+        config=TissueConfig(n_rows=side, n_cols=side, n_genes=120, counts_per_nucleus=20),
+    )
     server = source.make_server(source.files(base / "tissue"))
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
     pid = os.fork()

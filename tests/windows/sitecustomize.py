@@ -11,16 +11,14 @@ _REFUSED = {"os.remove", "os.rename", "os.rmdir"}
 
 
 def _held():
-    """Real paths of what this process has open or mapped."""
-    held = set()
+    """Lines that end in the real paths of what this process has open or mapped."""
+    held = []
     for link in Path("/proc/self/fd").iterdir():
         try:
-            held.add(os.readlink(link))
+            held.append(f" {os.readlink(link)}\n")
         except OSError:  # closed meanwhile
             continue
-    with open("/proc/self/maps") as maps:
-        held.update(line.split(None, 5)[5].strip() for line in maps if line.count("/"))
-    return held
+    return "".join(held) + Path("/proc/self/maps").read_text()
 
 
 def _refuse(event, arguments):
@@ -28,8 +26,8 @@ def _refuse(event, arguments):
         return
     for given in arguments[:2]:
         if isinstance(given, str | os.PathLike):
-            path = os.path.realpath(given)
-            if any(one == path or one.startswith(path + os.sep) for one in _held()):
+            path, held = os.path.realpath(given), _held()
+            if f" {path}\n" in held or f" {path}{os.sep}" in held:
                 raise PermissionError(13, "The process cannot access the file because it is being used", str(given))
 
 
