@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -240,7 +241,7 @@ def _save(figure: Figure, path: Path) -> Path:
         engine.execute(figure)
         figure.set_layout_engine(None)  # laid out already: else all is drawn a second time, to find the places
     # a quicker compression than the default, of files a twentieth larger
-    packed = {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
+    packed: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, **packed)
     return path
