@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint audit docs clean
 
-# modules are compiled when they are first imported: of the packages' 20,000 few are
+# modules are compiled when they are first imported: of the packages' 20,000 few are. That must be allowed, then: else
+# each process compiles them anew, and takes twice the time to start
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 $(BIN)/pip:

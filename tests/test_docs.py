@@ -165,12 +165,18 @@ def test_the_commands_of_the_pages_run(source, tmp_path, monkeypatch, request):
     tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
     if source == "simulated":
         write_tissue(tmp_path / "her2st", ("SPA138", "SPA139"), config=tissue)
+        panel = []
     else:
-        whole, names = request.getfixturevalue("shared") / "data" / "her2st", ("SPA138", "SPA139")
-        link_sections(whole, tmp_path / "her2st", dict(zip(names, names, strict=True)))
+        there = request.getfixturevalue("real_sections")
+        link_sections(there, tmp_path / "her2st", {name: name for name in ("SPA138", "SPA139")})
+        # so few spots would not choose the genes that the pages name
+        section = read_h5ad(there / "st" / "SPA139.h5ad")
+        genes = section.var_names[np.argsort(-np.asarray(section.X.sum(axis=0)).ravel())]
+        Path("genes.txt").write_text("\n".join(list(dict.fromkeys(["COL1A1", "CD74", *genes]))[:80]))
+        panel = ["--panel", "genes.txt"]
     write_tissue(tmp_path / "sections", ("ID", "OTHER"), config=tissue)
-    slide = tmp_path / "her2st" / "wsis" / "SPA139.tif"  # without its counts, and of the real one a window
-    write_window(slide, *((0, 0, 2000) if source == "simulated" else (4500, 4500, 1200)), "slide.svs")
+    # a slide without counts
+    write_window(tmp_path / "her2st" / "wsis" / "SPA139.tif", 800 * (source == "her2st"), 0, 1200, "slide.svs")
     ran = []
     for page in RUN:
         for line in lines(page):
@@ -180,7 +186,8 @@ def test_the_commands_of_the_pages_run(source, tmp_path, monkeypatch, request):
             assert words[0] == "genar", line
             if words[1] in ("train", "evaluate"):  # the page before may have made this folder
                 shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-            assert run(monkeypatch, *words[1:], *(SMALL if words[1] == "train" else [])) == 0, line
+            more = [*SMALL, *panel * ("her2st" in words)] if words[1] == "train" else []
+            assert run(monkeypatch, *words[1:], *more) == 0, line
             ran.append(words[1])
             if "pred.h5ad" in words and words[1] == "predict":
                 shutil.copy("pred.h5ad", "rival.h5ad")
