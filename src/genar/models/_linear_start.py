@@ -210,15 +210,13 @@ def fit_curvatures(
         return 1 / got.maximum(variance[groups] / 8) - wanted[groups], means, tilts
 
     ends = torch.stack([torch.full_like(variance, -1.0), 4 * wanted + 4])  # [2, M]: too wide, too narrow
-    values = torch.empty_like(ends)
-    values[0], _, _ = sharpness(every, ends[0])
-    values[1], means, tilts = sharpness(every, ends[1])
-    b, moved = ends[1].clone(), torch.full_like(every, -1)
+    first, last = (sharpness(every, end) for end in ends)
+    values, moved = torch.stack([first[0], last[0]]), torch.full_like(every, -1)
     # where both ends are on one side, the nearer is as good as it gets
-    going = every[(values[0] < 0) & (values[1] > 0)]
-    beyond = every[values[0] >= 0]
-    b[beyond] = ends[0, beyond]
-    _, means[beyond], tilts[beyond] = sharpness(beyond, b[beyond])
+    beyond = values[0] >= 0
+    b = torch.where(beyond, *ends)
+    means, tilts = (torch.where(beyond[:, None], *pair) for pair in zip(first[1:], last[1:], strict=True))
+    going = every[~beyond & (values[1] > 0)]
     for _ in range(_MOST_STEPS):  # false position; an end that stays a second time counts half (Illinois)
         if not len(going):
             break

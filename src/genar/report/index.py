@@ -200,6 +200,7 @@ def _thumbnail(entry: _Entry, kind: str, gene: str, top: float) -> str:
     """A small map as a data URL."""
     figure = Figure(figsize=(3.2, 3.0), layout="constrained")
     maps.draw_map(figure.subplots(), entry.spots, _column(entry, kind, gene), (0, top))
+    maps.lay_out(figure, 110)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

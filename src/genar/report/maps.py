@@ -234,12 +234,17 @@ def _draw_spots(axis, section: AnnData, values: np.ndarray, limits: tuple[float,
     return spots
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.set_dpi(_DPI)
+def lay_out(figure: Figure, dpi: int) -> None:
+    """For good, as it is to be saved: matplotlib would draw all of it a second time, to find the places."""
     engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine(None)  # laid out already: else all is drawn a second time, to find the places
+    assert engine is not None
+    figure.set_dpi(dpi)
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    lay_out(figure, _DPI)
     # a quicker compression than the default, of files a twentieth larger
     packed: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
     with replacing(path) as temporary:
