@@ -161,7 +161,8 @@ def started(*words, **environ):
 
 
 def test_an_interrupt_outside_of_the_training_is_told(tissue, tmp_path):
-    process = started("train", tissue, "--test", "SIM2", "--out", tmp_path / "run", "--features", tmp_path / "store")
+    words = ("train", tissue, "--test", "SIM2", "--out", tmp_path / "run", "--features", tmp_path / "store")
+    process = started(*words, "--n-genes", 20)
     for line in process.stdout:
         if line.startswith("reading"):
             break
@@ -169,6 +170,29 @@ def test_an_interrupt_outside_of_the_training_is_told(tissue, tmp_path):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told.strip().splitlines()[-1] == "interrupted; start the same command again to go on"
+
+
+FORGETTING = """
+import time, weakref
+from genar._console import one_line
+
+def interrupted(_):
+    raise KeyboardInterrupt
+
+class Thing: pass
+
+with one_line():
+    thing = Thing()
+    kept = weakref.ref(thing, interrupted)
+    del thing
+    time.sleep(30)
+"""
+
+
+def test_an_interrupt_while_an_object_is_removed_is_heard():
+    done = subprocess.run([sys.executable, "-c", FORGETTING], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; start the same command again to go on\n"
 
 
 PARENT = """

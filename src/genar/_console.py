@@ -1,10 +1,13 @@
 """What commands print: tables, progress bars, and where the results lie."""
 
+import _thread
 import gc
 import inspect
 import json as json_module
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -27,6 +30,7 @@ from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
 _INTERRUPTED, _WRONG = 130, 2
+_SOON_S = 0.05
 WRONG = "wrong input"
 """status beside exit code 2"""
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -80,11 +84,27 @@ def loading() -> Iterator[None]:
 
 
 def _tell_unless_refused(unraisable) -> None:
-    """Closing a file on a full disk fails again, and again when it is forgotten; that was told already."""
+    """Closing a file on a full disk fails again, and again when it is forgotten; that was told already.
+
+    An interrupt that came while an object was being removed has reached nobody: it comes once more.
+    """
     from genar.data.files import refusal
 
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = threading.Timer(_SOON_S, _interrupt)
+        again.daemon = True
+        again.start()
+        return
     if unraisable.exc_value is None or refusal(unraisable.exc_value, "") is None:
         sys.__unraisablehook__(unraisable)
+
+
+def _interrupt() -> None:
+    """As the user does: a main thread that waits is woken, where the system can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _stop(line: str, exit_code: int = _WRONG) -> NoReturn:
