@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -117,6 +118,23 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(place, tissue, enco
     made = embed_widths(read_sections(tissue), encoder, store, workers=0)
     assert [path.name for path in made.values()] == [path.name for path in whole.values()]
     assert contents(store) == contents(tmp_path / "whole")
+
+
+def test_a_killed_worker_ends_the_command_in_a_line_and_it_goes_on(place, tissue, encoder, tmp_path):
+    store = tmp_path / "store"
+    process = start(place, tissue, store, "--workers", 1, slow="0.05")
+    until(lambda: len(list(store.glob("*.partial/features/c/*"))) >= 2 or process.poll() is not None)
+    worker = next(pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(worker, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = error.splitlines()
+    assert line.startswith("error: a process that reads patches is gone")
+    assert line.endswith("start the same command again to go on")
+    made = embed_widths(read_sections(tissue), encoder, store, workers=0)
+    embed_widths(read_sections(tissue), encoder, tmp_path / "whole", workers=0)
+    assert contents(store) == contents(tmp_path / "whole")
+    assert len(made) == 2
 
 
 def children(pid):

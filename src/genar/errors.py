@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 class LostProcessError(RuntimeError):
-    """One of the processes of a run is gone; the others have stopped, and the run can be gone on with."""
+    """One of the processes of a run is gone; the others have stopped, and what they did can be gone on with."""
 
 
 class StoppedError(RuntimeError):

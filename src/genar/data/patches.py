@@ -11,11 +11,13 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
 from genar.data.slide import Slide, open_slide
+from genar.errors import LostProcessError
 
 CHUNK = 16
 """Patches that are read in one go."""
@@ -44,15 +46,20 @@ class Readers:
         self, slide: Slide, centers: np.ndarray, width_px: float, out_px: int, *, start: int = 0, per_step: int = CHUNK
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, patches uint8 [n, out_px, out_px, 3]) in the order of ``centers`` [N, 2], from row ``start``;
-        ``per_step`` rows at a time, a multiple of 16. Raises ``InputError`` where the image is damaged."""
+        ``per_step`` rows at a time, a multiple of 16.
+
+        Raises ``InputError`` where the image is damaged, ``LostProcessError`` where a worker is gone.
+        """
         ahead = 2 * max(1, self.workers)
         waiting: deque[Future] = deque()
         starts = iter(range(start, len(centers), CHUNK))
         for first in range(start, len(centers), per_step):
             n_chunks = -(-min(per_step, len(centers) - first) // CHUNK)
-            while len(waiting) < n_chunks + ahead and (chunk := next(starts, None)) is not None:
-                waiting.append(self._submit(slide, centers[chunk : chunk + CHUNK], width_px, out_px))
-            yield first, np.concatenate([waiting.popleft().result() for _ in range(n_chunks)])
+            with _workers_live():
+                while len(waiting) < n_chunks + ahead and (chunk := next(starts, None)) is not None:
+                    waiting.append(self._submit(slide, centers[chunk : chunk + CHUNK], width_px, out_px))
+                patches = np.concatenate([waiting.popleft().result() for _ in range(n_chunks)])
+            yield first, patches
 
     def _submit(self, slide: Slide, centers: np.ndarray, width_px: float, out_px: int) -> Future:
         if self.workers == 0 or slide.in_memory:
@@ -62,6 +69,17 @@ class Readers:
             self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
         )
         return self._processes.submit(_read_in_worker, str(slide.path), centers, width_px, out_px)
+
+
+@contextmanager
+def _workers_live() -> Iterator[None]:
+    try:
+        yield
+    except BrokenExecutor:
+        raise LostProcessError(
+            "a process that reads patches is gone (killed, perhaps for want of memory: use fewer --workers; in a "
+            'script of your own, keep its work under `if __name__ == "__main__"`)'
+        ) from None
 
 
 def _read(slide: Slide, centers: np.ndarray, width_px: float, out_px: int) -> np.ndarray:
