@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import genar
 from commands import run
 from genar import machine
 from genar.assess import evaluate_run
 from genar.data import contract, read_section, read_sections
 from genar.errors import InputError
 from genar.export import write_export
-from genar.genes import Panel
+from genar.genes import Panel, selection
 from genar.models import Spots, model_class
 from genar.models.checkpoint import Checkpoint
 from genar.prediction import predict_section, write_prediction
@@ -138,13 +139,14 @@ def test_a_folder_near_is_named(tissue, tmp_path):
         read_section(f"{tissue}x")
 
 
-def test_the_panel_leaves_the_threads_alone(tissue, sections, tmp_path):
-    from genar.runs import TrainPlan, _panel
-
+def test_the_panel_leaves_the_threads_alone(sections, monkeypatch):
+    """What numba does where scanpy calls it."""
+    normalised = selection._normalised
+    monkeypatch.setattr(selection, "_normalised", lambda section: torch.set_num_threads(2) or normalised(section))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        _panel(TrainPlan(tissue, ("SIM2",), tmp_path / "run", panel="moran", n_genes=5), [sections[0]], [], print)
+        genar.select_panel([sections[0]], recipe="moran", n_genes=5)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

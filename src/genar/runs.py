@@ -379,9 +379,7 @@ def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], sa
             say(f"note: {note}")
     else:
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
-        threads = torch.get_num_threads()
         panel = select_panel(training, n_genes=plan.n_genes, recipe=plan.panel)
-        torch.set_num_threads(threads)  # numba takes all for itself, and leaves it so
     return panel
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from genar.data import contract
 from genar.errors import InputError
@@ -49,10 +50,11 @@ def select_panel(
         raise InputError(f"a panel needs at least one gene, {n_genes} asked for")
     sections = [_sound(section) for section in ([sections] if isinstance(sections, AnnData) else sections)]
     names = tuple(contract.name(section) for section in sections)
-    if recipe in _SCORES:
-        return Panel(_best(sections, n_genes, recipe), recipe, names)
-    genes, n_top = _by_both_ranks(sections, n_genes, recipe, n_top)
-    return Panel(genes, recipe, names, n_top)
+    with threadpool_limits():  # numba, under scanpy, takes all cores, and leaves them set, also for torch
+        if recipe in _SCORES:
+            return Panel(_best(sections, n_genes, recipe), recipe, names)
+        genes, n_top = _by_both_ranks(sections, n_genes, recipe, n_top)
+        return Panel(genes, recipe, names, n_top)
 
 
 def _sound(section: AnnData) -> AnnData:
