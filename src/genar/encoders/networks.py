@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from genar.encoders.folding import fold_norms
 from genar.encoders.table import CLASS, CLASS_AND_MEAN, IMPORTED, EncoderRow
 from genar.encoders.towers import VisionTower
 from genar.errors import InputError
@@ -26,7 +27,8 @@ class Encoder:
 
     Called with patches uint8 [B, px, px, 3] it returns features float32 [B, F], the same for any batch size up to
     rounding. ``weights_sha256`` identifies the weights in the feature store. ``precision`` is that of the arithmetic
-    (``fp32``, ``bf16`` or ``fp16`` by autocast); the features come out as float32 in any case.
+    (``fp32``, ``bf16`` or ``fp16`` by autocast); the features come out as float32 in any case. ``fold``: the network is
+    one of timm's, and its batch norms may be folded into the convolutions before them (in float32 alone).
     """
 
     def __init__(
@@ -37,10 +39,13 @@ class Encoder:
         *,
         precision: str = "fp32",
         weights_sha256: str | None = None,
+        fold: bool = False,
     ):
         check_precision(precision)
         self.row, self.precision = row, precision
         self.weights_sha256 = weights_sha256 or hash_state(network.state_dict())
+        if fold and precision == "fp32":
+            network = fold_norms(network, row.input_px)
         self.device = torch.device(device)
         self._network = network.eval().to(self.device, memory_format=torch.channels_last)  # pyright: ignore
         self._mean, self._std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (row.mean, row.std))

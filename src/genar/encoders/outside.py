@@ -56,7 +56,7 @@ def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -
         file, _ = find_weights(row, weights)
         fit_weights(network, read_state(file), f"encoder {name}: {file}")
     row = replace(row, width=_width(network, row, f"encoder {name}"))
-    return Encoder(row, network, device, precision=precision, weights_sha256=_identity(row, network))
+    return Encoder(row, network, device, precision=precision, weights_sha256=_identity(row, network), fold=True)
 
 
 def timm_row(name: str) -> EncoderRow:
