@@ -121,7 +121,7 @@ def test_a_run_does_not_go_on_with_another_panel(plan, monkeypatch):
 
 def test_a_run_does_not_go_on_with_another_encoders_features(plan, tmp_path, monkeypatch):
     own = tmp_path / "own.pth"
-    state = encoders.load_encoder()._network.state_dict()
+    state = encoders.embedded_lite0(encoders.build_network(encoders.encoder_row(encoders.DEFAULT)))
     torch.save(state, own)
     plan = replace(plan, weights=own, features=tmp_path / "store")
     stop_after_two(plan, monkeypatch)

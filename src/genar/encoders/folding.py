@@ -13,6 +13,8 @@ _SMALL_PX = 64  # of the patch that both are tried on, where the network takes o
 def fold_norms(network: nn.Module, input_px: int) -> nn.Module:
     """A copy without the batch norms that stand behind a convolution, ready to predict; the network itself where there
     are none, or where a patch shows that something else stood between."""
+    if not any(isinstance(part, nn.BatchNorm2d) for part in network.modules()):
+        return network
     folded = copy.deepcopy(network.eval())
     if not sum(_fold(parent) for parent in list(folded.modules())):
         return network
