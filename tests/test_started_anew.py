@@ -160,6 +160,15 @@ def started(*words, **environ):
     )  # fmt: skip
 
 
+@pytest.fixture
+def _interrupts_are_heard():
+    """Also by processes of tests that were started in a shell's background, where nobody hears them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_are_heard")
 def test_an_interrupt_outside_of_the_training_is_told(tissue, tmp_path):
     words = ("train", tissue, "--test", "SIM2", "--out", tmp_path / "run", "--features", tmp_path / "store")
     process = started(*words, "--n-genes", 20)
@@ -189,6 +198,7 @@ with one_line():
 """
 
 
+@pytest.mark.usefixtures("_interrupts_are_heard")
 def test_an_interrupt_while_an_object_is_removed_is_heard():
     done = subprocess.run([sys.executable, "-c", FORGETTING], capture_output=True, text=True)
     assert done.returncode == 130
