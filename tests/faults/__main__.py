@@ -1,12 +1,13 @@
-"""``python -m tests.faults [--moments 200] [--seed 0] [--only train,fetch] [--json FILE]``: exit code 1 where an end
-differs."""
+"""``python -m tests.faults [--moments 200] [--seed 0] [--signal KILL] [--only train,fetch] [--json FILE]``: exit code 1
+where an end differs."""
 
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tests.faults import harness, source
@@ -27,6 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=harness.__doc__)
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=[one.name.removeprefix("SIG") for one in harness.ENDS], default="KILL")
     parser.add_argument("--only", default=",".join(command.name for command in harness.COMMANDS))
     parser.add_argument("--side", type=int, default=8, help="spots along a side of the tissue")
     parser.add_argument("--json", type=Path)
@@ -42,6 +44,7 @@ def _check(options: argparse.Namespace, base: Path) -> int:
         _import_all()
         found = {}
         for command, n_moments in _shares(options.moments, options.only.split(",")):
+            command = replace(command, signum=signal.Signals[f"SIG{options.signal}"])
             found[command.name] = harness.check(command, base, n_moments, options.seed, _say)
     finally:
         os.kill(server_pid, 9)
@@ -51,7 +54,8 @@ def _check(options: argparse.Namespace, base: Path) -> int:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     faults = [fault for one in found.values() for fault in one.faults]
     for name, one in found.items():
-        _say(f"{name}: undisturbed {one.seconds:.1f} s, killed {one.moments} times, {one.gone_on} ends within training")
+        times = f"stopped {one.moments} times, {one.gone_on} ends within training"
+        _say(f"{name}: undisturbed {one.seconds:.1f} s, {times}")
     for fault in faults:
         _say(f"FAULT {fault}")
     _say(f"{sum(one.moments for one in found.values())} moments, {len(faults)} faults")

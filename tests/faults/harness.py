@@ -1,5 +1,5 @@
-"""Kill a command with SIGKILL at random moments, start it again until it ends, and compare all it wrote, bit for bit,
-with an undisturbed run.
+"""Kill a command with SIGKILL (or stop it by SIGINT or SIGTERM) at random moments, start it again until it ends, and
+compare all it wrote, bit for bit, with an undisturbed run.
 
 A parent that has imported everything forks the children: each runs the command line's own ``main`` from its start, in a
 folder of its own, and no kill is spent on the seconds that importing torch takes. Moments are uniform over the time
@@ -44,6 +44,8 @@ ENCODER = "genar.bench.toy:narrow_encoder"
 _FINISHED = "holds a finished run already"
 _LONGEST_S = 300.0
 _WORTH_ANOTHER = 4  # moments: to run once more undisturbed, now that everything is imported, times it better
+ENDS = {signal.SIGKILL: (-9,), signal.SIGTERM: (-15, 143), signal.SIGINT: (130,)}
+"""signal -> the codes by which a command ends that it stops"""
 _MEASURED = ("seconds", "peak_rss", "training s", "peak MiB")
 
 
@@ -56,6 +58,8 @@ class Command:
     out: str
     """the folder that it writes"""
     bring: tuple[str, ...] = ()
+    signum: signal.Signals = signal.SIGKILL
+    """by which it is stopped"""
 
 
 COMMANDS = (
@@ -136,17 +140,17 @@ def _one_end(command: Command, folder: Path, expected: dict, n_kills: int, rng: 
     for _ in range(n_kills):
         moment = rng.uniform(0, found.seconds)
         code, log = _run(command, folder, moment)
-        if code != -signal.SIGKILL:
+        if code not in ENDS[command.signum]:
             break  # it ended before
         killed.append(round(moment, 3))
         found.moments += 1
-    code, log = _run(command, folder, None) if code == -signal.SIGKILL else (code, log)
+    code, log = _run(command, folder, None) if code in ENDS[command.signum] else (code, log)
     found.restarts += len(killed)
     found.gone_on += "going on after step" in log
     if code != 0 and not (code == 2 and _FINISHED in log):
-        found.faults.append(f"{command.name} killed at {killed} s: ended with {code}: {log.strip()[-600:]}")
+        found.faults.append(f"{command.name} stopped at {killed} s: ended with {code}: {log.strip()[-600:]}")
     for path, why in differences(expected, contents(folder / command.out)):
-        found.faults.append(f"{command.name} killed at {killed} s: {path} {why}")
+        found.faults.append(f"{command.name} stopped at {killed} s: {path} {why}")
 
 
 def _folder(command: Command, base: Path, folder: Path) -> Path:
@@ -158,18 +162,19 @@ def _folder(command: Command, base: Path, folder: Path) -> Path:
     return folder
 
 
-def _run(command: Command, folder: Path, kill_after_s: float | None) -> tuple[int, str]:
+def _run(command: Command, folder: Path, stop_after_s: float | None) -> tuple[int, str]:
     """Exit code (negative: the signal) and all that the command said."""
     log = folder / "log.txt"
     pid = os.fork()
     if pid == 0:
         _become(command, folder, log)
-    ends = time.monotonic() + (_LONGEST_S if kill_after_s is None else kill_after_s)
+    signals = [(_LONGEST_S, signal.SIGKILL)]
+    if stop_after_s is not None:
+        signals.insert(0, (stop_after_s, command.signum))
+    started = time.monotonic()
     while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() >= ends:
-            os.kill(pid, signal.SIGKILL)
-            done = os.waitpid(pid, 0)
-            break
+        if signals and time.monotonic() >= started + signals[0][0]:
+            os.kill(pid, signals.pop(0)[1])
         time.sleep(0.002)
     said = log.read_text(errors="replace") if log.exists() else ""
     log.unlink(missing_ok=True)
@@ -180,6 +185,7 @@ def _become(command: Command, folder: Path, log: Path) -> None:
     """Of the forked child: be the command, and never return."""
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background hears none
         os.chdir(folder)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
