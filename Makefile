@@ -34,9 +34,10 @@ demo: $(VENV)/.package
 	rm -rf genar-demo/run  # of an earlier demo
 	$(BIN)/genar demo --out genar-demo
 
-# two processes of one thread each: a test's matrices are small, and threads would wait for each other
+# two processes of one thread each: a test's matrices are small, and threads would wait for each other (numba, under
+# scanpy, takes all cores otherwise, and leaves them set for torch)
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
