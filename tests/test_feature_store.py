@@ -124,7 +124,7 @@ def test_a_killed_worker_ends_the_command_in_a_line_and_it_goes_on(place, tissue
     store = tmp_path / "store"
     process = start(place, tissue, store, "--workers", 1, slow="0.05")
     until(lambda: len(list(store.glob("*.partial/features/c/*"))) >= 2 or process.poll() is not None)
-    worker = next(pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
+    worker = next(pid for pid in children(process.pid) if "spawn_main" in told_by_ps(pid, "command"))
     os.kill(worker, signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -143,8 +143,12 @@ def children(pid):
 
 
 def alive(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    state = told_by_ps(pid, "stat")
     return bool(state) and not state.startswith("Z")
+
+
+def told_by_ps(pid, what):
+    return subprocess.run(["ps", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
 
 
 def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):

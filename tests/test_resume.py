@@ -93,7 +93,7 @@ def test_a_run_that_was_out_of_patience_when_killed_does_not_train_on(spots, tmp
     config = TrainConfig(**{**QUICK, "max_epochs": 40, "lr": 0.2, "validate_every": 1, "patience": 1})
     undisturbed = new_model(spots)
     expected = fit(undisturbed, spots, config)
-    assert len(expected.history) < 40
+    assert len(expected.history) < config.max_epochs
     fit(new_model(spots), spots, config, folder=tmp_path)  # as if killed after its last resume file
     resumed = killed_before(new_model(spots), 0)
     assert fit(resumed, spots, config, folder=tmp_path) == expected

@@ -88,13 +88,13 @@ def _tell_unless_refused(unraisable) -> None:
 
     An interrupt that came while an object was being removed has reached nobody: it comes once more.
     """
-    from genar.data.files import refusal
-
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         again = threading.Timer(_SOON_S, _interrupt)
         again.daemon = True
         again.start()
         return
+    from genar.data.files import refusal
+
     if unraisable.exc_value is None or refusal(unraisable.exc_value, "") is None:
         sys.__unraisablehook__(unraisable)
 
