@@ -138,8 +138,7 @@ def test_a_killed_worker_ends_the_command_in_a_line_and_it_goes_on(place, tissue
 
 
 def children(pid):
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(word) for word in listed.split()]
+    return [int(word) for word in ps("pid", "--ppid", pid).split()]
 
 
 def alive(pid):
@@ -148,7 +147,12 @@ def alive(pid):
 
 
 def told_by_ps(pid, what):
-    return subprocess.run(["ps", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return ps(what, "-p", pid).strip()
+
+
+def ps(what, *which):
+    """What `ps` says, however long: by itself it may cut a command line at 80 characters."""
+    return subprocess.run(["ps", "-ww", "-o", f"{what}=", *map(str, which)], capture_output=True, text=True).stdout
 
 
 def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
