@@ -188,14 +188,16 @@ def _model(name: str) -> float:
 
 @contextmanager
 def _far_trainer():
-    """Within, Lightning trains on ``far:0``."""
+    """Within, Lightning trains on ``far:0``; a thread reads patches, as processes take longer to start than this."""
     from genar import training, training_loop
+    from genar.features import sections
 
     trainer = pl.Trainer
     there = {"accelerator": "auto", "devices": "auto", "strategy": SingleDeviceStrategy(FAR, FarAccelerator())}
     with (
         patch.object(training.machine, "device", lambda name: name),
         patch.object(training_loop.pl, "Trainer", lambda **options: trainer(**{**options, **there})),
+        patch.object(sections, "default_workers", lambda device: 0),
         far_device(),
     ):
         yield

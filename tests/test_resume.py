@@ -1,12 +1,17 @@
 """Training that is stopped in the middle of an epoch goes on to the same bits."""
 
+import itertools
+import re
 import signal
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from genar import training_loop
 from genar.batches import SectionLoader, SpotLoader, step_seed
 from genar.data import read_sections
 from genar.errors import InputError, StoppedError
@@ -147,6 +152,36 @@ def test_resume_files_are_as_far_apart_as_asked(spots, tmp_path):
     """An hour apart, a run that is killed in its second epoch goes on from the end of its first."""
     config = TrainConfig(**{**QUICK, "checkpoint_every_s": 3600.0})
     assert ends_alike(spots, tmp_path, config, [7]) == [f"going on after step 4 of {N_STEPS}"]
+
+
+def test_a_loss_that_came_to_nothing_does_not_replace_what_can_be_gone_on_from(spots, tmp_path):
+    config = TrainConfig(**QUICK)
+    undisturbed, failing = new_model(spots), new_model(spots)
+    expected = fit(undisturbed, spots, config)
+    inner, calls = failing.loss, []
+
+    def loss(batch):
+        calls.append(1)
+        found = inner(batch)
+        return found if len(calls) < 6 else replace(found, total=found.total * float("nan"))
+
+    failing.loss = loss
+    with pytest.raises(InputError, match="the loss is nan in epoch 2; a lower lr"):
+        fit(failing, spots, config, folder=tmp_path)
+    assert len(calls) == 6  # not at the end of the epoch
+    resumed, said = new_model(spots), []
+    assert fit(resumed, spots, config, folder=tmp_path, log=said.append) == expected
+    assert said[0] == f"going on after step 5 of {N_STEPS}"
+
+
+def test_long_epochs_are_told_of_now_and_then(spots, monkeypatch):
+    clock = itertools.count(step=40)
+    monkeypatch.setattr(training_loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    said = []
+    fit(new_model(spots), spots, TrainConfig(**QUICK), log=said.append)
+    told = [line for line in said if line.startswith("step")]
+    assert [line.partition(":")[0] for line in told] == [f"step {n} of {N_STEPS}" for n in (2, 5, 11)]
+    assert re.fullmatch(r"step 2 of 12: loss \d+\.\d nats, about 7 minutes to go", told[0])
 
 
 @pytest.mark.parametrize("make", [

@@ -132,6 +132,26 @@ def test_a_run_does_not_go_on_with_another_encoders_features(plan, tmp_path, mon
     assert runs.train_run(plan, say=lambda line: None).outputs["run"].is_file()
 
 
+def test_a_run_goes_on_from_another_folder_and_with_a_panel_of_another_name(plan, tmp_path, monkeypatch):
+    stop_after_two(plan, monkeypatch)
+    moved, panel = plan.out.rename(tmp_path / "moved"), shutil.copy(plan.panel, tmp_path / "same.txt")
+    monkeypatch.chdir(tmp_path)
+    there = replace(plan, sections=Path("own"), out=Path("moved"), panel=str(panel))
+    said = []
+    assert runs.train_run(there, say=said.append).outputs["run"].is_file()
+    assert any(line.startswith("going on after step 2") for line in said), said
+    assert (moved / "run.json").is_file()
+
+
+def test_a_run_does_not_go_on_with_other_settings_and_says_which(plan, monkeypatch):
+    stop_after_two(plan, monkeypatch)
+    other = replace(plan, views=8, settings=sort_settings({**TINY, "seed": 7}))
+    with pytest.raises(InputError, match=r"other settings \(train\.seed null there, 7 here; views 1 there, 8 here\)"):
+        runs.train_run(other, say=lambda line: None)
+    with pytest.raises(InputError, match=r"other settings \(model\.depth 1 there, 2 here\); repeat those, or choose"):
+        runs.train_run(replace(plan, settings=sort_settings({**TINY, "depth": 2})), say=lambda line: None)
+
+
 def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
     stop_after_two(plan, monkeypatch)
     (plan.out / "resume" / "plan.json").unlink()

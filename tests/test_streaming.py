@@ -1,5 +1,7 @@
 """Spots that stay in files are the spots that memory would hold, and train what those would train."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import anndata
@@ -10,6 +12,7 @@ import torch
 
 from genar import inference, prediction, runs, streaming
 from genar.data import contract
+from genar.data.progress import no_bar
 from genar.errors import InputError
 from genar.features import FeatureRecipe, Inputs, StoredInputs, import_sections, read_inputs
 from genar.features.store import new_store
@@ -387,8 +390,46 @@ def test_training_keeps_of_a_section_what_it_needs(tissue_sections):
         contract.cut(section, [genes[0], "NOSUCH"])
 
 
+def test_all_genes_of_a_section_are_gone_with_it(tissue_sections):
+    """At once, not when Python next looks for what holds itself: sections are read faster than that."""
+    section = tissue_sections[0].copy()
+    counts, genes = weakref.ref(section.X), list(section.var_names[5:9])
+    gc.disable()
+    try:
+        contract.counts(section, genes), contract.values(section, genes)
+        kept = contract.cut(section, genes)
+        del section
+        assert counts() is None
+        few = weakref.ref(kept.X)
+        assert contract.cut(kept, []).n_obs == kept.n_obs
+        del kept
+        assert few() is None
+    finally:
+        gc.enable()
+
+
+def test_after_its_spots_are_made_a_run_holds_no_counts_of_sections(plan, monkeypatch):
+    held, fit = [], runs.fit
+    read = contract.cut
+
+    def cut(section, genes):
+        made = read(section, genes)
+        held.append(weakref.ref(made.X))
+        return made
+
+    def look(*args, **kwargs):
+        assert any(x() is not None and x().shape[1] for x in held) is False
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(contract, "cut", cut)
+    monkeypatch.setattr(runs, "fit", look)
+    assert runs.train_run(plan("run"), say=lambda line: None).outputs["run"].is_file()
+    assert held
+
+
 def test_a_panel_from_a_file_leaves_nothing_else_in_memory(plan, tissue_sections, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(tissue_sections[0].var_names[:20]))
-    training, held_out, digests = runs._read(replace(plan("run"), panel=str(tmp_path / "list.txt")), lambda line: None)
+    given = replace(plan("run"), panel=str(tmp_path / "list.txt"))
+    training, held_out, digests = runs._read(given, lambda line: None, no_bar)
     assert [section.n_vars for section in (*training, *held_out)] == [20, 120]
     assert digests == {contract.name(section): contract.digest(section) for section in tissue_sections}

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,12 @@ class Saver(Checkpoint):
     """Writes the resume file; ``Checkpoint`` has Lightning call it after all other callbacks.
 
     SIGTERM or SIGINT, of any process, ends the step (or validation) that the run is at, writes the file and raises
-    ``StoppedError``. A second signal does what it does elsewhere.
+    ``StoppedError``. A second signal does what it does elsewhere. ``check`` raises where nothing is worth keeping: the
+    file before stays.
     """
 
-    def __init__(self, folder: Path, every_s: float):
-        self.path, self.every_s = folder / RESUME_FILE, every_s
+    def __init__(self, folder: Path, every_s: float, check: Callable[[], object]):
+        self.path, self.every_s, self._check = folder / RESUME_FILE, every_s, check
         self._asked: int | None = None
         self._last_s = self._took_s = 0.0
 
@@ -104,6 +106,7 @@ class Saver(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         started_s = time.monotonic()
+        self._check()
         trainer.save_checkpoint(self.path)
         self._last_s = time.monotonic()
         self._took_s = self._last_s - started_s

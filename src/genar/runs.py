@@ -25,7 +25,7 @@ from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
-from genar.evaluation.scoring import Aligned
+from genar.evaluation.scoring import Aligned, shown
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -151,26 +151,27 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
-    training, held_out, digests = _read(plan, say)
+    training, held_out, digests = _read(plan, say, bar)
     _check_sources(plan, (*training, *held_out))
     panel = _panel(plan, training, held_out, say)
     training = [contract.cut(section, list(panel.genes)) for section in training]  # nobody looks at other genes now
     if sets is not None:
         model_settings["order"] = order_by_sets(panel.genes, sets)
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
-    sections = (*training, *held_out)
-    for section in sections:
+    for section in (*training, *held_out):
         contract.counts(section, list(panel.genes))  # every section must measure the panel
     resume = _claim_resume(plan, data=digests, panel=panel.sha256)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
-    say(f"{plan.input} of {len(sections)} sections: made where they are not stored")
-    seen = _seen_as_pixels(plan, training, held_out, bar) if plan.input == "patches" else _embedded(plan, sections, bar)
+    say(f"{plan.input} of {len(training) + len(held_out)} sections: made where they are not stored")
+    see = _seen_as_pixels if plan.input == "patches" else _embedded
+    seen = see(plan, training, held_out, bar)
     _claim_resume(plan, data=digests, panel=panel.sha256, features=seen.facts)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)
+    training = [contract.cut(section, []) for section in training]  # their counts are those of the spots now
     streamed = ", streamed from the feature stores" if isinstance(spots, StoredSpots) else ""
     of = "a section" if len(training) == 1 else f"{len(training)} sections"
     say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
@@ -295,8 +296,9 @@ def _encoder(plan: TrainPlan) -> tuple[encoders.Encoder, FeatureRecipe]:
     return encoder, recipe_of(encoder, patch=plan.patch, views=plan.views)
 
 
-def _embedded(plan: TrainPlan, sections: Sequence[AnnData], bar: Bar) -> _Seen:
+def _embedded(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], bar: Bar) -> _Seen:
     encoder, recipe = _encoder(plan)
+    sections = (*training, *held_out)
     inputs, store = plan.inputs, plan.features or default_store()
     stores = [embed_sections(sections, encoder, one, store, bar) for one in inputs.recipes(recipe)]
     named = {contract.name(section): section for section in sections}
@@ -316,11 +318,23 @@ def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[Ann
     return _Seen(recipe.facts, features, [], patches, learned)
 
 
+_PLACES = ("sections", "features", "weights", "image")  # the same from whatever folder the command is started
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What two plans of one run have in common, a value each: not where it lies, nor the name of its panel, whose genes
+    are compared."""
+    parts = plan["settings"].items()
+    settings = {f"{part}.{name}": value for part, values in parts for name, value in values.items()}
+    return {name: value for name, value in plan.items() if name not in ("out", "panel", "settings")} | settings
+
+
 def _claim_resume(plan: TrainPlan, **found) -> Path:
     """Folder of the resume file. The plan and what it ``found`` so far are left there, so that no other goes on from
     it."""
     folder = plan.out / "resume"
-    mine, found = json.loads(json.dumps(json_ready([asdict(plan), found])))
+    facts = asdict(plan) | {name: path.resolve() for name in _PLACES if (path := getattr(plan, name))}
+    mine, found = json.loads(json.dumps(json_ready([facts, found])))
     mark, kept = folder / "plan.json", {}
     if (folder / RESUME_FILE).exists():
         theirs = read_json(mark, "record of the unfinished run", "delete its folder, or choose another --out")
@@ -330,15 +344,20 @@ def _claim_resume(plan: TrainPlan, **found) -> Path:
                 f"{plan.out}: holds an unfinished run with other {' and '.join(other)}; repeat it as it was, or choose "
                 "another --out"
             )
-        if theirs != mine:
+        there, here = _flat(theirs), _flat(mine)
+        if other := [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]:
+            told = "; ".join(
+                f"{name} {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here" for name in other[:3]
+            )
             raise InputError(
-                f"{plan.out}: holds an unfinished run with other settings; repeat those, or choose another --out"
+                f"{plan.out}: holds an unfinished run with other settings ({told}{'; …' if len(other) > 3 else ''}); "
+                "repeat those, or choose another --out"
             )
     write_text(mark, json.dumps({**mine, "found": {**kept, **found}}, sort_keys=True, indent=1) + "\n")
     return folder
 
 
-def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData], dict[str, str]]:
+def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData], dict[str, str]]:
     """Training and held-out sections, and the digest of each; of a training section the genes of the panel alone where
     that is known already, so that memory never holds all genes of all."""
     refs = find_sections(plan.sections)
@@ -347,29 +366,36 @@ def _read(plan: TrainPlan, say) -> tuple[list[AnnData], list[AnnData], dict[str,
     kept = [ref for ref in refs if ref not in held]
     if not kept:
         raise InputError(f"{plan.sections}: all {len(refs)} sections are held out; leave at least one for training")
-    train_ids, held_ids = (", ".join(ref.id for ref in part) or "none" for part in (kept, held))
+    train_ids, held_ids = (_named([ref.id for ref in part]) for part in (kept, held))
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
     options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
     genes = list(read_panel(plan.panel).genes) if Path(plan.panel).is_file() else None
     training, held_out, digests = [], [], {}
-    for ref in (*kept, *held):
-        section = ref.read(options)
-        if section.n_vars == 0:
-            raise InputError(
-                f"section {contract.name(section)}: a slide without counts; train on sections that have them, and give "
-                "slides to `genar predict`"
-            )
-        digests[contract.name(section)] = contract.digest(section)
-        if ref in held:
-            held_out.append(section)
-        else:
-            training.append(section if genes is None else contract.cut(section, genes))
+    with bar("reading sections", len(refs)) as tick:
+        for number, ref in enumerate((*kept, *held), 1):
+            section = ref.read(options)
+            if section.n_vars == 0:
+                raise InputError(
+                    f"section {contract.name(section)}: a slide without counts; train on sections that have them, and "
+                    "give slides to `genar predict`"
+                )
+            digests[contract.name(section)] = contract.digest(section)
+            if ref in held:
+                held_out.append(section)
+            else:
+                training.append(section if genes is None else contract.cut(section, genes))
+            tick(number, len(refs))
     patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
     shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
     if shared:
         who = ", ".join(shared)
         say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
     return training, held_out, digests
+
+
+def _named(ids: Sequence[str]) -> str:
+    """All of them; of many the first and their number."""
+    return (", ".join(ids) or "none") if len(ids) <= 12 else f"{len(ids)} ({shown(ids)})"
 
 
 def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from genar.batches import Loader, SectionLoader, Share, SpotLoader, epoch_seed, section_turns, step_seed
 from genar.errors import InputError, LostProcessError
 from genar.models import Batch, Decoding, Model, Spots
-from genar.models._base import LN2, log2p1
+from genar.models._base import LN2, duration, log2p1
 from genar.processes import Group, srun_environment
 from genar.resume import Averages, Saver, WholeFiles, check_whole
 from genar.streaming import AnySpots, StoredSpots, StreamedLoader
@@ -82,7 +83,7 @@ def _trainer(
         enable_model_summary=False,
         enable_progress_bar=progress,
         num_sanity_val_steps=0,
-        callbacks=_callbacks(config, config.max_epochs * module.n_batches, folder, progress),
+        callbacks=_callbacks(config, module, folder, progress),
         default_root_dir=folder,
     )
 
@@ -176,10 +177,10 @@ class _Module(pl.LightningModule):
         self.log("loss", loss, prog_bar=True, batch_size=n_spots)
         return loss * weight
 
-    def _mean_loss(self) -> float:
-        """Of the spots since the last call, over all processes."""
+    def loss_so_far(self) -> float:
+        """Of the spots since the last line of an epoch, over all processes, which ask together. ``InputError`` where it
+        is no finite number."""
         total = torch.stack(self._losses).sum(dim=0) if self._losses else torch.zeros(2, device=self.device)
-        self._losses = []
         loss, n_spots = self._summed(total).tolist()
         if not math.isfinite(loss):
             raise InputError(
@@ -187,6 +188,19 @@ class _Module(pl.LightningModule):
                 "or other settings of the model may help"
             )
         return loss / max(n_spots, 1)
+
+    def _mean_loss(self) -> float:
+        """The same, counted anew from here."""
+        loss = self.loss_so_far()
+        self._losses = []
+        return loss
+
+    def tell_step(self, seconds_a_step: float) -> None:
+        """Where the training is; the loss is this process's own."""
+        loss, n_spots = torch.stack(self._losses).sum(dim=0).tolist()
+        step, n_steps = self.trainer.global_step, self.config.max_epochs * self.n_batches
+        left = duration(seconds_a_step * (n_steps - step))
+        self._say(f"step {step} of {n_steps}: loss {loss / n_spots:.1f} nats, about {left} to go")
 
     def _summed(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -300,12 +314,33 @@ def _log2_scores(predicted: Tensor, counts: Tensor | None) -> tuple[float, float
     return float((predicted - truth).square().mean()), float(pcc.mean())
 
 
-def _callbacks(config: TrainConfig, n_steps: int, folder: Path | None, progress: bool) -> list[Callback]:
-    callbacks: list[Callback] = [RichProgressBar(leave=False)] if progress else []
+class Lines(Callback):
+    """Tells of long epochs where no bar does: after a minute, two, four and eight, then every ten."""
+
+    def __init__(self, tell: Callable[[float], None]):
+        """``tell`` is given the seconds of a step."""
+        self._tell = tell
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Time counts from here."""
+        self._first, self._wait_s = trainer.global_step, 60.0
+        self._start_s = self._last_s = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        """After the last batch the epoch's own line follows."""
+        now, n_steps = time.monotonic(), trainer.global_step - self._first
+        if now - self._last_s >= self._wait_s and n_steps and batch_idx + 1 < trainer.num_training_batches:
+            self._tell((now - self._start_s) / n_steps)
+            self._last_s, self._wait_s = now, min(600, 2 * self._wait_s)
+
+
+def _callbacks(config: TrainConfig, module: _Module, folder: Path | None, progress: bool) -> list[Callback]:
+    callbacks: list[Callback] = [RichProgressBar(leave=False) if progress else Lines(module.tell_step)]
     if config.ema_decay:  # of a short training the warm-up may be all
+        n_steps = config.max_epochs * module.n_batches
         callbacks.append(Averages(config.ema_decay, min(config.warmup_steps, 2 * n_steps // 3)))
     if folder is not None:
-        callbacks.append(Saver(folder, config.checkpoint_every_s))
+        callbacks.append(Saver(folder, config.checkpoint_every_s, module.loss_so_far))
     return callbacks
 
 

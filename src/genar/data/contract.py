@@ -194,8 +194,7 @@ def counts(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
 
     Raises ``InputError`` naming the genes the section lacks.
     """
-    adata = adata if genes is None else _of_genes(adata, genes)
-    return np.rint(dense(adata.X)).astype(np.int32)
+    return np.rint(dense(adata.X if genes is None else _of_genes(adata, genes))).astype(np.int32)
 
 
 def dense(values) -> np.ndarray:
@@ -216,11 +215,11 @@ def layer(adata: AnnData, name: str) -> np.ndarray:
 
 def values(adata: AnnData, genes: list[str]) -> np.ndarray:
     """X of a prediction as it is scored, float64 [N, G]: other methods' may be fractional. Raises as :func:`counts`."""
-    x = _of_genes(adata, genes).X
-    return np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float64)  # pyright: ignore
+    return np.asarray(dense(_of_genes(adata, genes)), dtype=np.float64)
 
 
-def _of_genes(adata: AnnData, genes: list[str]) -> AnnData:
+def _of_genes(adata: AnnData, genes: list[str]):
+    """The columns of X."""
     missing = [gene for gene in genes if gene not in adata.var_names]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -228,7 +227,10 @@ def _of_genes(adata: AnnData, genes: list[str]) -> AnnData:
             f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({shown}); "
             "use a panel of genes that every section measures, or select it again with `genar panel`"
         )
-    return adata[:, genes]
+    if not isinstance(adata.X, np.ndarray) and not sparse.issparse(adata.X):
+        return adata[:, genes].X  # of an open file
+    # not by a view of the AnnData: a view and its parts hold each other, and so all genes, until Python looks for such
+    return adata.X[:, adata.var_names.get_indexer(genes)]  # pyright: ignore
 
 
 def cut(adata: AnnData, genes: list[str]) -> AnnData:
@@ -238,8 +240,7 @@ def cut(adata: AnnData, genes: list[str]) -> AnnData:
     """
     if list(adata.var_names) == genes and SPATIAL not in adata.uns:
         return adata
-    of_genes = _of_genes(adata, genes)
-    kept = AnnData(sparse.csr_matrix(of_genes.X), obs=adata.obs.copy())  # pyright: ignore
+    kept = AnnData(sparse.csr_matrix(_of_genes(adata, genes)), obs=adata.obs.copy())
     kept.var_names, kept.obsm[SPATIAL] = genes, adata.obsm[SPATIAL]
     kept.uns[GENAR] = adata.uns[GENAR]
     return kept

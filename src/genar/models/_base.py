@@ -408,6 +408,17 @@ def log2p1(counts: Tensor) -> Tensor:
     return torch.log2(1 + counts.float())
 
 
+def duration(seconds: float) -> str:
+    """For a line that tells how long something takes.
+
+    >>> duration(80), duration(600), duration(9000)
+    ('80 seconds', '10 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def uniforms(spot_ids: Tensor, seed: int, samples: int, n: int) -> Tensor:
     """float32 [B, S, n] in (0, 1), from seed and spot alone, so that a batch's make-up changes no draw.
 

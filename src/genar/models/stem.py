@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from genar.errors import InputError
-from genar.models._base import Batch, Card, Counts, LossOutput, Spots, log2p1
+from genar.models._base import Batch, Card, Counts, LossOutput, Spots, duration, log2p1
 from genar.models._decoding import Decoding
 from genar.models._diffusion import Diffusion, SpotNoise
 from genar.models._spot import SpotRival
@@ -273,7 +273,7 @@ class STEM(SpotRival):
         n = math.ceil(n_spots / self.block) * self.block * samples * steps  # in whole blocks, as they are evaluated
         return (
             f"stem draws {samples} samples of {n_spots} spots in {steps} steps: {n:,} evaluations of its denoiser, "
-            f"about {_duration(self._seconds(self.block) / self.block * n)} here (fewer steps or samples take less)"
+            f"about {duration(self._seconds(self.block) / self.block * n)} here (fewer steps or samples take less)"
         )
 
     @torch.no_grad()
@@ -287,12 +287,6 @@ class STEM(SpotRival):
             self.denoiser(x, step, image)
             taken.append(time.perf_counter() - started)
         return min(taken)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _refuse_steps(steps: int, most: int) -> None:
