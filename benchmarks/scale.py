@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py train --out docs/img/scale.png [--spots 10000 100000 1000000] [--seconds 60]
     python benchmarks/scale.py predict [--spots 500000]
+    python benchmarks/scale.py data --folder FOLDER [--spots 1000000]
 
 A generator writes sections of simulated tissue straight to feature stores and to the file of counts, one section after
 the other (3 GB for 10^6 spots, in a temporary folder). Every measurement runs in a process of its own; rates are by the
@@ -9,6 +10,7 @@ time that its one core was busy. ``train`` reads a whole epoch through the loade
 left on disk, and trains ``small`` at batch 256 on its batches for ``--seconds``; the model's time for an epoch is
 extrapolated from those steps. ``predict`` writes the counts of one section by ``ridge`` and, of its first spots, by
 ``small``. With ``--lines FILE`` what was found is added to those lines of JSON, and the picture is of all of them.
+``data`` leaves sections, stores and panel in ``FOLDER`` and says the command that trains a whole epoch on them.
 """
 
 import argparse
@@ -59,45 +61,42 @@ def simulated(number, n_spots):
 
 
 def write_section(folder, number, n_spots):
+    """``sections/SIM<number>.h5ad`` and its store, as `genar features --import` would leave it."""
     from genar.data import contract
     from genar.features.store import new_store
 
     section, features = simulated(number, n_spots)
-    path = folder / f"{contract.name(section)}.zarr"
+    (folder / "sections").mkdir(exist_ok=True)
+    section.write_h5ad(folder / "sections" / f"{contract.name(section)}.h5ad")
+    path = store_of(folder, section)
     group = new_store(path, section, RECIPE(), N_FEATURES, dtype="float16", rows_per_chunk=16)  # as `genar features`
     for first in range(0, n_spots, 4096):
         group["features"][first : first + 4096] = features[first : first + 4096]
-    return section, path
+    return section
 
 
 def RECIPE():  # noqa: N802
-    from genar.features import FeatureRecipe
+    from genar.features.imports import import_recipe
 
-    return FeatureRecipe("simulated", "", views=1)
+    return import_recipe("simulated")
+
+
+def store_of(folder, section):
+    from genar.features.recipe import store_path
+
+    return store_path(section, RECIPE(), folder / "features")
 
 
 def write_training(folder, n_spots):
-    """Stores and counts of all sections, and what is known of each spot besides (in memory: 32 bytes a spot)."""
-    import pickle
-
-    import numpy as np
-
-    from genar.models import Spots
+    """All sections with their stores, the panel, and the counts of all in one file."""
+    from genar.genes import Panel
     from genar.streaming import CountFile
-    from genar.training import make_spots
 
-    places = []
-
-    def sections():
-        for number in range(-(-n_spots // SECTION)):
-            size = min(SECTION, n_spots - number * SECTION)
-            section, _ = write_section(folder, number, size)
-            places.append(make_spots(section, np.zeros((size, 1, 0), np.float32)))
-            (folder / f"SIM{number}.names").write_bytes(pickle.dumps(section[:, :0].copy()))
-            yield section
-
-    CountFile.write(folder / "counts.i32", sections(), GENES)
-    (folder / "places.pkl").write_bytes(pickle.dumps(Spots.join(places)))
+    (folder / "features").mkdir(exist_ok=True)
+    sizes = [min(SECTION, n_spots - first) for first in range(0, n_spots, SECTION)]
+    sections = (write_section(folder, number, size) for number, size in enumerate(sizes))
+    CountFile.write(folder / "counts.i32", sections, GENES)
+    Panel(tuple(GENES), "given").write(folder / "panel.json")
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------
@@ -139,17 +138,20 @@ def new_small(max_count):
 
 
 def stored_spots(folder):
-    import pickle
+    import numpy as np
 
+    from genar.data import read_section
     from genar.features import Inputs, StoredInputs
+    from genar.models import Spots
     from genar.streaming import CountFile, StoredSpots
+    from genar.training import make_spots
 
-    places = pickle.loads((folder / "places.pkl").read_bytes())
-    features = []
-    for number in range(len(list(folder.glob("SIM*.zarr")))):
-        section = pickle.loads((folder / f"SIM{number}.names").read_bytes())
-        features.append(StoredInputs([folder / f"SIM{number}.zarr"], section, Inputs()))
-    return StoredSpots(places, features, CountFile(folder / "counts.i32", N_GENES))
+    places, features = [], []
+    for number in range(len(list((folder / "sections").glob("*.h5ad")))):  # the order of the file of counts
+        section = read_section(folder / "sections" / f"SIM{number}.h5ad")[:, :0].copy()
+        places.append(make_spots(section, np.zeros((section.n_obs, 1, 0), np.float32)))
+        features.append(StoredInputs([store_of(folder, section)], section, Inputs()))
+    return StoredSpots(Spots.join(places), features, CountFile(folder / "counts.i32", N_GENES))
 
 
 def loader(folder, kind):
@@ -218,10 +220,9 @@ def steps(folder, seconds):
 
 def prediction(folder, name, n_spots, n_first):
     """Counts of a section's first ``n_first`` spots, written in blocks: seconds, memory, size of the file."""
-    import pickle
-
     import torch
 
+    from genar.data import read_section
     from genar.features import Inputs, StoredInputs
     from genar.genes import Panel
     from genar.models.checkpoint import Checkpoint
@@ -229,14 +230,14 @@ def prediction(folder, name, n_spots, n_first):
     from genar.prediction import decoding, predict_to_file
 
     torch.set_num_threads(1)
-    section = pickle.loads((folder / "SIM0.names").read_bytes())
-    store = StoredInputs([folder / "SIM0.zarr"], section, Inputs())
+    section = read_section(folder / "SIM0.h5ad")
+    store = StoredInputs([store_of(folder, section)], section, Inputs())
 
     class First:
         shape = (n_first, 1, N_FEATURES)
 
         def __getitem__(self, rows):
-            return store[rows]
+            return store[rows.start : min(rows.stop, n_first)]
 
     torch.manual_seed(0)
     model = Ridge(N_FEATURES, N_GENES) if name == "ridge" else new_small(255)
@@ -259,8 +260,6 @@ def prediction(folder, name, n_spots, n_first):
 
 def write_one(folder, n_spots):
     """One section of ``n_spots``, its features written in pieces."""
-    import pickle
-
     import numpy as np
     from anndata import AnnData
 
@@ -273,11 +272,12 @@ def write_one(folder, n_spots):
     section.obs_names = [f"{r}x{c}" for r, c in zip(row, col, strict=True)]
     section.obsm["spatial"] = np.stack([col, row], axis=1) * 200.0 + 100
     contract.new_section(section, section="SIM0", mpp=0.5, spot_diameter_um=55, source="simulated")
-    group = new_store(folder / "SIM0.zarr", section, RECIPE(), N_FEATURES, dtype="float16", rows_per_chunk=16)
+    section.write_h5ad(folder / "SIM0.h5ad")
+    (folder / "features").mkdir()
+    group = new_store(store_of(folder, section), section, RECIPE(), N_FEATURES, dtype="float16", rows_per_chunk=16)
     for first in range(0, n_spots, SECTION):
         size = min(SECTION, n_spots - first)
         group["features"][first : first + size] = simulated(first, size)[1]
-    (folder / "SIM0.names").write_bytes(pickle.dumps(section))
 
 
 # -- the runs -------------------------------------------------------------------------------------------------------
@@ -350,6 +350,20 @@ def draw(found, path):
     figure.savefig(path, dpi=80)
 
 
+def data(options):
+    """Sections, stores and panel for an epoch by `genar train`; one section more, of 400 spots, is held out."""
+    from genar.data import contract
+
+    folder, (n_spots,) = Path(options.folder), options.spots
+    folder.mkdir(parents=True)
+    write_training(folder, n_spots)
+    held_out = contract.name(write_section(folder, -(-n_spots // SECTION), 400))
+    print(
+        f"genar train {folder}/sections --test {held_out} --panel {folder}/panel.json --encoder {RECIPE().encoder} "
+        f"--features {folder}/features --set batch_size={BATCH} --set max_epochs=1 --out {folder}/run"
+    )
+
+
 def predict(options):
     for n_spots in options.spots:
         with tempfile.TemporaryDirectory(prefix="genar-scale-", dir=options.folder) as scratch:
@@ -362,12 +376,12 @@ def predict(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "predict"), nargs="?", default="train")
+    parser.add_argument("what", choices=("train", "predict", "data"), nargs="?", default="train")
     parser.add_argument("--spots", type=int, nargs="*")
     parser.add_argument("--seconds", type=float, default=60, help="of real training steps")
     parser.add_argument("--most-held", type=int, default=200_000, help="spots held in memory for comparison, at most")
     parser.add_argument("--first", type=int, default=512, help="spots that `small` predicts")
-    parser.add_argument("--folder", help="where the temporary data lie")
+    parser.add_argument("--folder", help="where the temporary data lie; of `data`, what is written")
     parser.add_argument("--out", type=Path, help="PNG of the curves")
     parser.add_argument("--lines", type=Path, help="file of earlier measurements, which these join")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -379,9 +393,9 @@ def main():
     options.spots = (
         options.spots
         if options.spots is not None
-        else ([10**4, 10**5, 10**6] if options.what == "train" else [500_000])
+        else {"train": [10**4, 10**5, 10**6], "predict": [500_000], "data": [10**6]}[options.what]
     )
-    (train if options.what == "train" else predict)(options)
+    {"train": train, "predict": predict, "data": data}[options.what](options)
 
 
 if __name__ == "__main__":
