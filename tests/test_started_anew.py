@@ -157,6 +157,10 @@ def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
     (plan.out / "resume" / "plan.json").unlink()
     with pytest.raises(InputError, match=r"plan\.json: no such file; expected a record of the unfinished run"):
         runs.train_run(plan, say=lambda line: None)
+    for damaged in ('{"settings": [3]}', '{"settings": {"model": 3}}', '{"found": 3}', "{}"):
+        (plan.out / "resume" / "plan.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"plan\.json: not a readable record of the unfinished run"):
+            runs.train_run(plan, say=lambda line: None)
 
 
 def test_a_run_does_not_go_on_in_steps_of_another_size(tmp_path):

@@ -20,7 +20,7 @@ import genar
 from genar import defaults, encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick, reading
-from genar.data.door import read_json
+from genar.data.door import door, read_json
 from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
@@ -329,6 +329,14 @@ def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plan.items() if name not in ("out", "panel", "settings")} | settings
 
 
+def _unfinished(mark: Path) -> tuple[dict, dict[str, Any]]:
+    """What a run found so far, and its plan."""
+    what = ("record of the unfinished run", "delete its folder, or choose another --out")
+    facts = read_json(mark, *what)
+    with door(mark, *what):
+        return dict(facts.pop("found", {})), _flat(facts)
+
+
 def _claim_resume(plan: TrainPlan, **found) -> Path:
     """Folder of the resume file. The plan and what it ``found`` so far are left there, so that no other goes on from
     it."""
@@ -337,14 +345,13 @@ def _claim_resume(plan: TrainPlan, **found) -> Path:
     mine, found = json.loads(json.dumps(json_ready([facts, found])))
     mark, kept = folder / "plan.json", {}
     if (folder / RESUME_FILE).exists():
-        theirs = read_json(mark, "record of the unfinished run", "delete its folder, or choose another --out")
-        kept = theirs.pop("found", {})
+        kept, there = _unfinished(mark)
         if other := [name for name in found if found[name] != kept.get(name)]:
             raise InputError(
                 f"{plan.out}: holds an unfinished run with other {' and '.join(other)}; repeat it as it was, or choose "
                 "another --out"
             )
-        there, here = _flat(theirs), _flat(mine)
+        here = _flat(mine)
         if other := [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]:
             told = "; ".join(
                 f"{name} {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here" for name in other[:3]
