@@ -240,7 +240,7 @@ def cut(adata: AnnData, genes: list[str]) -> AnnData:
     """
     if list(adata.var_names) == genes and SPATIAL not in adata.uns:
         return adata
-    kept = AnnData(sparse.csr_matrix(_of_genes(adata, genes)), obs=adata.obs.copy())
+    kept = AnnData(sparse.csr_matrix(_of_genes(adata, genes)), obs=adata.obs.copy())  # pyright: ignore
     kept.var_names, kept.obsm[SPATIAL] = genes, adata.obsm[SPATIAL]
     kept.uns[GENAR] = adata.uns[GENAR]
     return kept
