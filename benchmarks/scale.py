@@ -140,7 +140,7 @@ def new_small(max_count):
 def stored_spots(folder):
     import numpy as np
 
-    from genar.data import read_section
+    from genar.data import contract, read_section
     from genar.features import Inputs, StoredInputs
     from genar.models import Spots
     from genar.streaming import CountFile, StoredSpots
@@ -148,7 +148,7 @@ def stored_spots(folder):
 
     places, features = [], []
     for number in range(len(list((folder / "sections").glob("*.h5ad")))):  # the order of the file of counts
-        section = read_section(folder / "sections" / f"SIM{number}.h5ad")[:, :0].copy()
+        section = contract.cut(read_section(folder / "sections" / f"SIM{number}.h5ad"), [])
         places.append(make_spots(section, np.zeros((section.n_obs, 1, 0), np.float32)))
         features.append(StoredInputs([store_of(folder, section)], section, Inputs()))
     return StoredSpots(Spots.join(places), features, CountFile(folder / "counts.i32", N_GENES))
