@@ -1,5 +1,9 @@
 """Panel recipes beyond the paper's, lists of the user, groups and what they are enriched in."""
 
+import gc
+import weakref
+from contextlib import contextmanager
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -8,8 +12,10 @@ import scanpy as sc
 from scipy.spatial import cKDTree
 from scipy.stats import fisher_exact
 
+from genar.data import ReadOptions, SectionRef, Sections, contract, find_sections, read_places
 from genar.errors import InputError
 from genar.genes import (
+    RECIPES,
     Panel,
     Scales,
     group_names,
@@ -196,3 +202,74 @@ def test_over_representation_is_fishers_test_and_benjamini_hochbergs_correction(
 def test_sets_of_other_names_are_refused():
     with pytest.raises(InputError, match="same kind of name"):
         over_representation([["A"]], {"s": ["ENSG1"]}, ["A", "B"])
+
+
+# -- sections that memory does not hold ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(sections, tmp_path):
+    for section in sections:
+        section.write_h5ad(tmp_path / f"{contract.name(section)}.h5ad")
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sections_that_are_read_again_select_the_same(folder, sections, recipe):
+    of_files = Sections(find_sections(folder), ReadOptions(mpp=0.5), held=0)
+    assert len(of_files) == 3
+    assert select_panel(of_files, n_genes=9, recipe=recipe) == select_panel(sections, n_genes=9, recipe=recipe)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """How many sections' counts there are after each reading; Python does not look for what holds itself."""
+    read, counts, numbers = SectionRef.read, [], []
+
+    def watched(ref, *args, **kwargs):
+        section = read(ref, *args, **kwargs)
+        counts.append(weakref.ref(section.X))
+        numbers.append(sum(x() is not None for x in counts))
+        return section
+
+    monkeypatch.setattr(SectionRef, "read", watched)
+    gc.disable()
+    yield numbers
+    gc.enable()
+
+
+@pytest.mark.parametrize("recipe", [one for one in RECIPES if one != "hvg"])
+def test_selection_holds_one_section_at_a_time(folder, alive, recipe):
+    select_panel(Sections(find_sections(folder), ReadOptions(mpp=0.5), held=0), n_genes=9, recipe=recipe)
+    assert len(alive) == 6
+    assert max(alive) <= 2  # the one that was dealt with goes when the next is there
+
+
+def test_places_are_read_one_section_at_a_time(folder, sections, alive):
+    read = read_places(folder, mpp=0.5)
+    assert len(alive) == 3
+    assert max(alive) <= 2
+    for one, whole in zip(read, sections, strict=True):
+        assert (contract.name(one), one.n_vars) == (contract.name(whole), 0)
+        np.testing.assert_array_equal(contract.coords_px(one), contract.coords_px(whole))
+
+
+def test_sections_are_held_as_far_as_they_fit(folder, sections):
+    x = sections[0].X
+    of_files = Sections(find_sections(folder), ReadOptions(mpp=0.5), held=x.data.nbytes + x.indices.nbytes + 1000)
+    first = list(of_files)
+    again = list(of_files)
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True, False, False]
+    for one, other in zip(first, again, strict=True):
+        assert contract.digest(one) == contract.digest(other)
+
+
+def test_a_bar_is_told_of_every_section_in_both_rounds(sections):
+    told = []
+
+    @contextmanager
+    def bar(label, total):
+        yield lambda done, total: told.append((label, done, total))
+
+    select_panel(sections, n_genes=9, bar=bar)
+    assert told == [("selecting genes", done, 6) for done in range(1, 7)]

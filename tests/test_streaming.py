@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import anndata
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from genar import inference, prediction, runs, streaming
-from genar.data import contract
+from genar.data import SectionRef, contract
 from genar.data.progress import no_bar
 from genar.errors import InputError
 from genar.features import FeatureRecipe, Inputs, StoredInputs, import_sections, read_inputs
@@ -386,6 +387,7 @@ def test_training_keeps_of_a_section_what_it_needs(tissue_sections):
     assert "spatial" in section.uns
     assert list(cut.uns) == ["genar"]
     assert contract.cut(cut, genes) is cut
+    assert set(contract.cut(section, genes, images=True).uns) == {"genar", "spatial"}
     with pytest.raises(InputError, match="1 of 2 panel genes missing"):
         contract.cut(section, [genes[0], "NOSUCH"])
 
@@ -412,9 +414,10 @@ def test_after_its_spots_are_made_a_run_holds_no_counts_of_sections(plan, monkey
     held, fit = [], runs.fit
     read = contract.cut
 
-    def cut(section, genes):
-        made = read(section, genes)
-        held.append(weakref.ref(made.X))
+    def cut(section, genes, **more):
+        made = read(section, genes, **more)
+        if not more:  # of training
+            held.append(weakref.ref(made.X))
         return made
 
     def look(*args, **kwargs):
@@ -430,6 +433,22 @@ def test_after_its_spots_are_made_a_run_holds_no_counts_of_sections(plan, monkey
 def test_a_panel_from_a_file_leaves_nothing_else_in_memory(plan, tissue_sections, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(tissue_sections[0].var_names[:20]))
     given = replace(plan("run"), panel=str(tmp_path / "list.txt"))
-    training, held_out, digests = runs._read(given, lambda line: None, no_bar)
-    assert [section.n_vars for section in (*training, *held_out)] == [20, 120]
+    training, held_out, _, digests = runs._read(given, lambda line: None, no_bar)
+    assert [section.n_vars for section in (*training, *held_out)] == [20, 20]
     assert digests == {contract.name(section): contract.digest(section) for section in tissue_sections}
+
+
+def test_a_panel_is_selected_by_a_run_that_holds_no_section_as_by_one_that_holds_all(plan, monkeypatch):
+    whole = runs.train_run(plan("whole"), say=lambda line: None)
+    monkeypatch.setattr(runs, "HELD_BYTES", 0)
+    read, n_read = SectionRef.read, Counter()
+
+    def counted(ref, *args, **kwargs):
+        n_read[ref.id] += 1
+        return read(ref, *args, **kwargs)
+
+    monkeypatch.setattr(SectionRef, "read", counted)
+    again = runs.train_run(plan("again"), say=lambda line: None)
+    assert n_read == {"SIM1": 4, "SIM2": 2}  # the check, two rounds of the selection, the cut; the check, the cut
+    assert whole.outputs["panel"].read_bytes() == again.outputs["panel"].read_bytes()
+    assert contents(whole.outputs["prediction SIM2"]) == contents(again.outputs["prediction SIM2"])

@@ -196,6 +196,9 @@ def group_tables(found) -> Iterator[Table]:
         yield table
 
 
+_COUNTED = {"reading sections": "sections", "selecting genes": "sections", "writing pages": "pages"}  # not spots
+
+
 def bar(quiet: bool, unit: str = "spots"):
     """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
     rate = TextColumn("{task.fields[rate]}")
@@ -206,13 +209,14 @@ def bar(quiet: bool, unit: str = "spots"):
         if quiet or not console.is_terminal:
             yield lambda done, total: None
             return
+        counts = _COUNTED.get(label, unit)
         columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=total, rate="")
 
             def tick(done: int, total: int) -> None:
                 speed = progress.tasks[task].speed
-                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {unit}/s" if speed else "")
+                progress.update(task, completed=done, total=total, rate=f"{speed:.1f} {counts}/s" if speed else "")
 
             yield tick
 

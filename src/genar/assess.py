@@ -12,11 +12,11 @@ from anndata import AnnData
 
 from genar.data import contract, reading
 from genar.data.files import json_ready, write_text
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
 from genar.evaluation.calibration import zero_reliability
 from genar.evaluation.intervals import Interval
-from genar.evaluation.scoring import Aligned, shown
+from genar.evaluation.scoring import Aligned
 from genar.report import maps
 
 GENES = ("same", "common")
@@ -117,7 +117,7 @@ def _same_genes(
         chosen = [g for g in first if g in truth.var_names and all(g in theirs for theirs in sets.values())]
         if not chosen:
             every = {**sets, "the truth": truth.var_names}
-            found = "; ".join(f"{whose} has {len(theirs)} ({shown(theirs)})" for whose, theirs in every.items())
+            found = "; ".join(f"{whose} has {len(theirs)} ({first_names(theirs)})" for whose, theirs in every.items())
             raise InputError(f"no gene is common to all: {found}; do they name genes in the same way?")
     notes = []
     if len(chosen) < truth.n_vars:
@@ -125,7 +125,7 @@ def _same_genes(
     for whose, theirs in sets.items():
         left = [gene for gene in theirs if gene not in chosen]
         if left:
-            notes.append(f"{len(left)} of {len(theirs)} genes of {whose} are left out ({shown(left)})")
+            notes.append(f"{len(left)} of {len(theirs)} genes of {whose} are left out ({first_names(left)})")
     return {kind: adata[:, chosen] for kind, adata in named.items()}, notes
 
 
@@ -133,7 +133,7 @@ def _refuse_other_genes(ours: pd.Index, theirs: pd.Index, who: str, *, both: boo
     missing = ours[~ours.isin(theirs)]
     more = theirs[~theirs.isin(ours)] if both else theirs[:0]
     parts = [
-        f"{len(part)} {text} ({shown(part)})"
+        f"{len(part)} {text} ({first_names(part)})"
         for part, text in ((missing, f"not in {who}"), (more, f"of {who} not predicted"))
         if len(part)
     ]
@@ -164,7 +164,7 @@ def _undefined(method: str, scores: Scores) -> list[str]:
     elif (constant := table.index[table["pcc"].isna()]).size:
         lines.append(
             f"{method}: PCC of {len(constant)} of {len(table)} genes is undefined, prediction or truth being constant "
-            f"({shown(constant)}); pcc_fixed counts them 0"
+            f"({first_names(constant)}); pcc_fixed counts them 0"
         )
     undefined = [name for name, value in scores.summary.items() if np.isnan(value) and "_mean_" not in name]
     if undefined:

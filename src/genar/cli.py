@@ -32,6 +32,7 @@ from genar._options import (
     ids,
     numbers,
 )
+from genar.errors import named
 
 app = typer.Typer(
     name="genar",
@@ -173,10 +174,10 @@ def features(
     with _console.loading():
         from genar import encoders
         from genar import features as embedding
-        from genar.data import read_sections
+        from genar.data import read_places
 
     out = out or embedding.default_store()
-    read = read_sections(sections, mpp=mpp, image=image, bin_um=bin_um)
+    read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, bar=_console.bar(json))
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = numbers(widths_um, "--widths-um")
@@ -209,23 +210,23 @@ def panel(
 ) -> None:
     """Select the gene panel, or check a list of genes against the sections."""
     with _console.loading():
-        from genar.data import find_sections, pick
+        from genar.data import ReadOptions, Sections, find_sections, pick
         from genar.genes import check_place, listed_panel, read_aliases, read_panel, select_panel
 
     check_place(out)
     refs = find_sections(sections)
     left_out = pick(refs, ids(exclude))
-    chosen = [ref.read(**given(mpp=mpp, bin_um=bin_um)) for ref in refs if ref not in left_out]
+    chosen = Sections([ref for ref in refs if ref not in left_out], ReadOptions(**given(mpp=mpp, bin_um=bin_um)))
     if Path(recipe).is_file():
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
         n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
-        selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top)
+        selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top, bar=_console.bar(json))
     selected.write(out)
     say = _console.speaker(json)
     say(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
     if not Path(recipe).is_file():
-        say(f"note: the choice has seen {', '.join(selected.sections)}: hold none of them out with this panel")
+        say(f"note: the choice has seen {named(selected.sections)}: hold none of them out with this panel")
     _console.finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
 
 
@@ -425,7 +426,7 @@ def report(
     with _console.loading():
         from genar.report.index import write_report
 
-    say, bar = _console.speaker(json), _console.bar(json, "pages")
+    say, bar = _console.speaker(json), _console.bar(json)
     read = given(image=image, bin_um=bin_um, mpp=mpp)
     _console.finish(json, write_report(source, out, truth=truth, gene=gene, read=read, say=say, bar=bar))
 

@@ -1,6 +1,7 @@
 """What a command tells its user in one line."""
 
 import signal
+from collections.abc import Collection
 
 
 class InputError(ValueError):
@@ -24,3 +25,21 @@ class StoppedError(RuntimeError):
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}; start the same command again to go on")
         self.exit_code = 128 + signum
+
+
+def first_names(names: Collection, n: int = 3) -> str:
+    """The first ``n`` names, for a message.
+
+    >>> first_names(["A", "B", "C", "D"])
+    'A, B, C, …'
+    """
+    return ", ".join(str(name) for name in list(names)[:n]) + (", …" if len(names) > n else "")
+
+
+def named(names: Collection) -> str:
+    """All names; of many their number and the first.
+
+    >>> named(["A", "B"]), named([]), named(range(200))
+    ('A, B', 'none', '200 (0, 1, 2, …)')
+    """
+    return f"{len(names)} ({first_names(names)})" if len(names) > 12 else first_names(names, 12) or "none"

@@ -63,7 +63,7 @@ def _of_sections(source: str, file: Path, exclude: Sequence[str]) -> tuple[Panel
     panel = read_panel(file)
     refs = find_sections(source)
     left_out = pick(refs, exclude)
-    kept = [ref.read() for ref in refs if ref not in left_out]
+    kept = [ref for ref in refs if ref not in left_out]
     if not kept:
         raise InputError(f"{source}: every section is excluded; leave at least one to group the genes by")
-    return panel, fit_scales(np.concatenate([contract.counts(section, list(panel.genes)) for section in kept]))
+    return panel, fit_scales(np.concatenate([contract.counts(ref.read(), list(panel.genes)) for ref in kept]))

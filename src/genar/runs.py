@@ -22,10 +22,11 @@ from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick, reading
 from genar.data.door import door, read_json
 from genar.data.files import LOCK, alone, json_ready, write_text
-from genar.data.progress import Bar, no_bar
-from genar.errors import InputError
+from genar.data.progress import Bar, counted, no_bar
+from genar.data.sections import HELD_BYTES, Sections
+from genar.errors import InputError, named
 from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
-from genar.evaluation.scoring import Aligned, shown
+from genar.evaluation.scoring import Aligned
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -151,15 +152,10 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
-    training, held_out, digests = _read(plan, say, bar)
-    _check_sources(plan, (*training, *held_out))
-    panel = _panel(plan, training, held_out, say)
-    training = [contract.cut(section, list(panel.genes)) for section in training]  # nobody looks at other genes now
+    training, held_out, panel, digests = _read(plan, say, bar)
     if sets is not None:
         model_settings["order"] = order_by_sets(panel.genes, sets)
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
-    for section in (*training, *held_out):
-        contract.counts(section, list(panel.genes))  # every section must measure the panel
     resume = _claim_resume(plan, data=digests, panel=panel.sha256)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
@@ -364,56 +360,63 @@ def _claim_resume(plan: TrainPlan, **found) -> Path:
     return folder
 
 
-def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData], dict[str, str]]:
-    """Training and held-out sections, and the digest of each; of a training section the genes of the panel alone where
-    that is known already, so that memory never holds all genes of all."""
+def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData], Panel, dict[str, str]]:
+    """Training and held-out sections with the genes of the panel alone, the panel, and each section's digest.
+
+    Memory never holds all genes of all: where the panel is to be selected, sections beyond the first are read again.
+    """
     refs = find_sections(plan.sections)
     refs = pick(refs, plan.only) if plan.only else refs
-    held = pick(refs, plan.test)
-    kept = [ref for ref in refs if ref not in held]
-    if not kept:
+    test = pick(refs, plan.test)
+    train = [ref for ref in refs if ref not in test]
+    if not train:
         raise InputError(f"{plan.sections}: all {len(refs)} sections are held out; leave at least one for training")
-    train_ids, held_ids = (_named([ref.id for ref in part]) for part in (kept, held))
+    train_ids, held_ids = (named([ref.id for ref in part]) for part in (train, test))
     say(f"reading {len(refs)} sections: {train_ids} to train, {held_ids} held out")
     options = options_for(refs, mpp=plan.mpp, image=plan.image, bin_um=plan.bin_um)
-    genes = list(read_panel(plan.panel).genes) if Path(plan.panel).is_file() else None
-    training, held_out, digests = [], [], {}
-    with bar("reading sections", len(refs)) as tick:
-        for number, ref in enumerate((*kept, *held), 1):
-            section = ref.read(options)
-            if section.n_vars == 0:
-                raise InputError(
-                    f"section {contract.name(section)}: a slide without counts; train on sections that have them, and "
-                    "give slides to `genar predict`"
-                )
-            digests[contract.name(section)] = contract.digest(section)
-            if ref in held:
-                held_out.append(section)
-            else:
-                training.append(section if genes is None else contract.cut(section, genes))
-            tick(number, len(refs))
-    patients = {str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}
-    shared = sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in held_out} & patients)
-    if shared:
+    panel = read_panel(plan.panel) if Path(plan.panel).is_file() else None
+    kept, held = (Sections(part, options, 0 if panel else HELD_BYTES) for part in (train, test))
+    digests: dict[str, str] = {}
+
+    def sound(section: AnnData) -> AnnData:
+        if section.n_vars == 0:
+            raise InputError(
+                f"section {contract.name(section)}: a slide without counts; train on sections that have them, and "
+                "give slides to `genar predict`"
+            )
+        digests[contract.name(section)] = contract.digest(section)
+        return section
+
+    training, held_out = _cut(kept, held, list(panel.genes) if panel else [], bar, sound)
+    _say_shared_patients(training, held_out, say)
+    _check_sources(plan, (*training, *held_out))
+    if panel is None:
+        say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
+        panel = select_panel(kept, n_genes=plan.n_genes, recipe=plan.panel, bar=bar)
+        training, held_out = _cut(kept, held, list(panel.genes), bar)
+    elif note := leak(panel, plan.panel, (contract.name(section) for section in held_out)):
+        say(f"note: {note}")
+    return training, held_out, panel, digests
+
+
+def _cut(
+    kept: Sections, held: Sections, genes: list[str], bar: Bar, look: Callable[[AnnData], AnnData] = lambda read: read
+) -> tuple[list[AnnData], list[AnnData]]:
+    """Training and held-out sections with ``genes`` alone, once ``look`` has seen each with all."""
+    total = len(kept) + len(held)
+    with bar("reading sections", total) as tick:
+        training = [contract.cut(look(one), genes) for one in counted(kept, tick, total)]
+        asked = counted(held, tick, total, len(kept))
+        return training, [contract.cut(look(one), genes, images=True) for one in asked]
+
+
+def _say_shared_patients(training: list[AnnData], held_out: list[AnnData], say) -> None:
+    ours, theirs = (
+        {str(s.uns[contract.GENAR][contract.PATIENT]) for s in part} - {""} for part in (training, held_out)
+    )
+    if shared := sorted(ours & theirs):
         who = ", ".join(shared)
         say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
-    return training, held_out, digests
-
-
-def _named(ids: Sequence[str]) -> str:
-    """All of them; of many the first and their number."""
-    return (", ".join(ids) or "none") if len(ids) <= 12 else f"{len(ids)} ({shown(ids)})"
-
-
-def _panel(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], say) -> Panel:
-    if Path(plan.panel).is_file():
-        panel = read_panel(plan.panel)
-        if note := leak(panel, plan.panel, (contract.name(section) for section in held_out)):
-            say(f"note: {note}")
-    else:
-        say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
-        panel = select_panel(training, n_genes=plan.n_genes, recipe=plan.panel)
-    return panel
 
 
 def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:

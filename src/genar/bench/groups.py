@@ -1,7 +1,7 @@
 """The paper's appendix C: the panel of each data set and the groups of its genes, beside the printed ones."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 
 from genar.bench.plan import Plan, folds
 from genar.bench.recipe import Cohort, find_beside
-from genar.data import contract
+from genar.data import Sections, contract
 from genar.data.files import write_text
 from genar.errors import InputError
 from genar.genes import cluster_order, read_panel, select_panel
@@ -37,14 +37,17 @@ def write_groups(plan: Plan, home: Path) -> dict[str, Path]:
 
 def _panel_and_groups(plan: Plan, cohort: Cohort) -> tuple[tuple[str, ...], dict[str, list[str]]]:
     """The panel as it would be printed, and group -> genes of the modelled ones on the training sections."""
-    sections = {s: plan.section(cohort.name, s) for s in cohort.sections}
+
+    def read(names: Iterable[str]) -> Sections:
+        return Sections([plan.refs[cohort.name][name] for name in names], plan.options)
+
     paper = (cohort.paper,) if cohort.paper else ()
     held = folds(plan.recipe.protocol, cohort.sections, held_out=plan.recipe.held_out, paper=paper, k=plan.recipe.k)[0]
-    training = [section for name, section in sections.items() if name not in held.test]
+    training = read(name for name in cohort.sections if name not in held.test)
     if Path(cohort.panel).is_file():
         listed = read_panel(cohort.panel).genes
     elif cohort.panel == "paper":  # over all sections, as the paper did
-        listed = select_panel(list(sections.values()), n_genes=None, recipe="paper").genes
+        listed = select_panel(read(cohort.sections), n_genes=None, recipe="paper").genes
     else:
         listed = select_panel(training, n_genes=plan.recipe.n_genes, recipe=cohort.panel).genes
     genes = listed[: plan.recipe.n_genes]

@@ -16,7 +16,7 @@ from genar.bench.recipe import Cohort, Method, Recipe
 from genar.data import ReadOptions, SectionRef, find_sections, options_for
 from genar.data.files import json_ready
 from genar.data.reading import named_image
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 from genar.evaluation.protocol import Fold, folds
 from genar.features import Inputs, default_store
 from genar.genes import ORDERS
@@ -156,7 +156,7 @@ def figure_section(recipe: Recipe, cohort: Cohort, runs: Sequence[Run]) -> str:
     shared = [section for section in held[names[0]] if all(section in sections for sections in held.values())]
     if not shared or (asked and asked not in shared):
         what = f"section {asked!r} is not" if asked else "no section is"
-        of_all = f"; held out for all of them: {_few(list(dict.fromkeys(shared)))}" if shared else ""
+        of_all = f"; held out for all of them: {first_names(list(dict.fromkeys(shared)))}" if shared else ""
         raise InputError(f"figure: {what} held out for each of {', '.join(names)}, which it draws{of_all}")
     return asked or shared[0]
 
@@ -227,7 +227,7 @@ def _missing_sections(cohort: Cohort, refs: Mapping[str, SectionRef], data: Path
         how = (
             f"`genar fetch {cohort.name} --out DIR/{cohort.name}` fetches them" if cohort.name else "name their folder"
         )
-        found = f"{len(absent)} of {len(cohort.sections)} sections ({_few(absent)}), {where}; {how}"
+        found = f"{len(absent)} of {len(cohort.sections)} sections ({first_names(absent)}), {where}; {how}"
         lines.append(f"{cohort.name}: {found}" if cohort.name else found)
     return lines
 
@@ -239,7 +239,7 @@ def _missing_features(encoder: str, refs: Sequence[SectionRef], store: Path, opt
         if not (absent := [ref.id for ref in refs if not _has_features(store, ref.id, encoder)]):
             return []
         how = f"`genar features DIR --import FOLDER --encoder {name} --out {store}` brings them in"
-        return [f"features {encoder} of {len(absent)} sections ({_few(absent)}) in {store}; {how}"]
+        return [f"features {encoder} of {len(absent)} sections ({first_names(absent)}) in {store}; {how}"]
     lines = _missing_images(refs, options)
     state = encoders.weights_state(encoder)
     if state in ("gated", "offline"):
@@ -266,13 +266,9 @@ def _missing_images(refs: Iterable[SectionRef], options: ReadOptions) -> list[st
     if bare:
         where = options.image or (bare[0].root / "wsis" if bare[0].format == "hest" else None)
         how = f" in {where}" if where else "; pass --image FOLDER that holds <id>.tif of each"
-        lines.insert(0, f"images of {len(bare)} sections ({_few([ref.id for ref in bare])}){how}")
+        lines.insert(0, f"images of {len(bare)} sections ({first_names([ref.id for ref in bare])}){how}")
     return lines
 
 
 def _has_features(store: Path, section: str, encoder: str) -> bool:
     return any(f'"{encoder}"' in path.read_text(encoding="utf-8") for path in store.glob(f"{section}-*.zarr/zarr.json"))
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -12,6 +12,7 @@ import pandas as pd
 from genar.bench.recipe import Cohort, Recipe, TableOfRecipe, shipped
 from genar.bench.scores import BenchScores
 from genar.data.files import write_text
+from genar.errors import first_names
 from genar.evaluation import intervals
 from genar.evaluation.intervals import Interval
 
@@ -262,7 +263,7 @@ def _runs_grid(runs: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             _join(v for v in dict.fromkeys(part["seed"]) if v != "") or _NONE,
             _join(dict.fromkeys(part["encoder"])), str(len(part)), _number(float(np.mean(part["seconds_training"]))),
             _number(float(np.max(part["peak_rss_mib"]))), *short.values(),
-            _join(checkpoints[:4]) + (", …" if len(checkpoints) > 4 else ""),
+            first_names(checkpoints, 4),
         ])  # fmt: skip
     if not any(row[0] for row in rows):
         head, rows = head[1:], [row[1:] for row in rows]

@@ -3,17 +3,20 @@
 from genar.data import contract
 from genar.data.formats import SectionRef, find_sections, options_for, pick, read_section, read_sections
 from genar.data.reading import ReadOptions
+from genar.data.sections import Sections, read_places
 from genar.data.slide import Slide, open_slide
 
 __all__ = [
     "ReadOptions",
     "SectionRef",
+    "Sections",
     "Slide",
     "contract",
     "find_sections",
     "open_slide",
     "options_for",
     "pick",
+    "read_places",
     "read_section",
     "read_sections",
 ]

@@ -23,7 +23,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 
 SPATIAL = "spatial"
 LIBRARY_SIZE = "library_size"
@@ -220,29 +220,29 @@ def values(adata: AnnData, genes: list[str]) -> np.ndarray:
 
 def _of_genes(adata: AnnData, genes: list[str]):
     """The columns of X."""
-    missing = [gene for gene in genes if gene not in adata.var_names]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+    place = adata.var_names.get_indexer(genes)
+    if missing := [gene for gene, found in zip(genes, place, strict=True) if found < 0]:
         raise InputError(
-            f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({shown}); "
+            f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({first_names(missing, 5)}); "
             "use a panel of genes that every section measures, or select it again with `genar panel`"
         )
     if not isinstance(adata.X, np.ndarray) and not sparse.issparse(adata.X):
         return adata[:, genes].X  # of an open file
     # not by a view of the AnnData: a view and its parts hold each other, and so all genes, until Python looks for such
-    return adata.X[:, adata.var_names.get_indexer(genes)]  # pyright: ignore
+    return adata.X[:, place]  # pyright: ignore
 
 
-def cut(adata: AnnData, genes: list[str]) -> AnnData:
-    """The section with those genes alone and without its images, as training keeps it; itself where it is that already.
+def cut(adata: AnnData, genes: list[str], *, images: bool = False) -> AnnData:
+    """The section with those genes alone and, unless asked for, without its images, as training keeps it; itself where
+    it is that already.
 
     Raises ``InputError`` naming the genes the section lacks.
     """
-    if list(adata.var_names) == genes and SPATIAL not in adata.uns:
+    if list(adata.var_names) == genes and (images or SPATIAL not in adata.uns):
         return adata
     kept = AnnData(sparse.csr_matrix(_of_genes(adata, genes)), obs=adata.obs.copy())  # pyright: ignore
     kept.var_names, kept.obsm[SPATIAL] = genes, adata.obsm[SPATIAL]
-    kept.uns[GENAR] = adata.uns[GENAR]
+    kept.uns = {name: adata.uns[name] for name in ((GENAR, SPATIAL) if images else (GENAR,)) if name in adata.uns}
     return kept
 
 

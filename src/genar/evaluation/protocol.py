@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from genar.data.contract import section_key
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 
 PROTOCOLS = ("section", "paper", "patient", "kfold")
 
@@ -81,7 +81,8 @@ def _fold(name: str, test: Sequence[str], note: str, sections: Mapping[str, str]
 def _known(names: Collection[str], sections: Mapping[str, str], which: str = "to hold out") -> tuple[str, ...]:
     unknown = [name for name in names if name not in sections]
     if unknown:
-        raise InputError(f"section {which} {', '.join(unknown)} is not among the {len(sections)}: {_some(sections)}")
+        known = f"among the {len(sections)}: {first_names(sections, 5)}"
+        raise InputError(f"section {which} {', '.join(unknown)} is not {known}")
     return tuple(names)
 
 
@@ -97,13 +98,13 @@ def _patients(sections: Mapping[str, str], held_out: Collection[str]) -> list[tu
         named = {name: sections.get(name, name) for name in held_out}
         for name, patient in named.items():
             if patient not in chosen:
-                known = f"patients are {_some(chosen)}" if chosen else "no section's patient is"
+                known = f"patients are {first_names(chosen, 5)}" if chosen else "no section's patient is"
                 raise InputError(f"protocol patient: the patient of {name!r} is not known; known {known}")
         chosen = dict.fromkeys(named.values())
     elif nameless:
         raise InputError(
             f"protocol patient: the patient of {len(nameless)} of {len(sections)} sections is not known "
-            f"({_some(nameless)}); add it to their metadata, name who is held out, or use kfold"
+            f"({first_names(nameless, 5)}); add it to their metadata, name who is held out, or use kfold"
         )
     note = f"the patient of {len(nameless)} sections in training is not known" if nameless else ""
     return [(who, tuple(s for s, patient in sections.items() if patient == who), note) for who in chosen]
@@ -123,7 +124,3 @@ def _kfold(sections: Mapping[str, str], k: int) -> list[tuple[str, tuple[str, ..
     for group in sorted(groups.values(), key=len, reverse=True):  # stable: equals stay in natural order
         min(parts, key=len).extend(group)
     return [(f"fold {number}", tuple(part), note) for number, part in enumerate(parts, 1)]
-
-
-def _some(names: Collection[str], n: int = 5) -> str:
-    return ", ".join(list(names)[:n]) + (", …" if len(names) > n else "")

@@ -1,7 +1,6 @@
 """Two AnnData, aligned by spot and gene name, to scores: one number a metric and a row a gene."""
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from anndata import AnnData
 
 from genar.data import contract
 from genar.data.files import json_ready, write_text
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 from genar.evaluation import metrics
 from genar.evaluation.calibration import calibration
 from genar.evaluation.structure import structure
@@ -136,15 +135,6 @@ def write_scores(folder: Path, scores: dict[str, dict[str, Scores]]) -> dict[str
     return {"metrics": folder / "metrics.json", "per_gene": folder / "metrics.csv"}
 
 
-def shown(names: Collection, n: int = 3) -> str:
-    """The first ``n`` names, for a message.
-
-    >>> shown(["A", "B", "C", "D"])
-    'A, B, C, …'
-    """
-    return ", ".join(str(name) for name in list(names)[:n]) + (", …" if len(names) > n else "")
-
-
 def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:
     """The prediction with its spots in the truth's order."""
     for kind, whose, names in (
@@ -165,8 +155,8 @@ def _ordered(predicted: AnnData, truth: AnnData) -> AnnData:
         if len(missing):
             advice = "are both of the same section?" if kind == "spots" else "cut both to the genes that they share"
             raise InputError(
-                f"{len(missing)} of the prediction's {len(theirs)} {kind} are not in the truth ({shown(missing)}), "
-                f"whose {len(ours)} are {shown(ours)}; {advice}"
+                f"{len(missing)} of the prediction's {len(theirs)} {kind} are not in the truth "
+                f"({first_names(missing)}), whose {len(ours)} are {first_names(ours)}; {advice}"
             )
     unpredicted = truth.obs_names[~truth.obs_names.isin(predicted.obs_names)]
     if len(unpredicted):

@@ -8,7 +8,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from genar.data import contract
-from genar.errors import InputError
+from genar.errors import InputError, first_names
 
 IMAGE_PX = 4000
 """Longest side of the tissue's image in an export."""
@@ -22,8 +22,8 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         raise InputError("the prediction has no spots; expected at least one")
     if missing := [gene for gene in genes if gene not in predicted.var_names]:
         raise InputError(
-            f"genes: {len(missing)} of {len(genes)} are not in the prediction ({', '.join(missing[:3])}); "
-            f"it has {', '.join(map(str, predicted.var_names[:3]))}, …"
+            f"genes: {len(missing)} of {len(genes)} are not in the prediction ({first_names(missing)}); "
+            f"it has {first_names(predicted.var_names)}"
         )
     if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
         raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")

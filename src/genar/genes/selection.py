@@ -10,18 +10,25 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from genar.data import contract
-from genar.errors import InputError
+from genar.data.progress import Bar, counted, no_bar
+from genar.errors import InputError, first_names
 from genar.genes.panel import Panel
 
 # Mitochondrial and ribosomal genes; case-sensitive, so that mouse Rps genes stay, as in the paper's lists.
 DROPPED_PREFIXES = ("MT", "mt", "RPS", "RPL")
 PAPER_N_TOP = 241  # gives the 208 genes of the paper's HER2ST list
+_BY_BOTH_RANKS = ("clean", "paper")
 _N_HVG = 2000
 _N_NEIGHBOURS = 6
 
 
 def select_panel(
-    sections: Sequence[AnnData], *, n_genes: int | None = 200, recipe: str = "clean", n_top: int = PAPER_N_TOP
+    sections: Sequence[AnnData],
+    *,
+    n_genes: int | None = 200,
+    recipe: str = "clean",
+    n_top: int = PAPER_N_TOP,
+    bar: Bar = no_bar,
 ) -> Panel:
     """Select a panel from ``sections``: give it the training sections only, unless the recipe is meant to see all.
 
@@ -36,6 +43,9 @@ def select_panel(
     counts over the six nearest spots, the mean over sections); all three of the genes common to all sections but
     mitochondrial and ribosomal ones. Ties go by name. Genes come in alphabetical order.
 
+    ``sections`` are gone through twice, one at a time, so that they may be read as they are asked for; ``hvg`` alone
+    holds the counts of all.
+
     Raises ``InputError`` where the recipe is unknown, a section holds other things than raw counts or names a gene
     twice, or fewer genes are left than asked for.
 
@@ -48,24 +58,47 @@ def select_panel(
         raise InputError(f"panel recipe {recipe!r} is not known; expected one of {', '.join(RECIPES)}, or a file")
     if n_genes is not None and n_genes < 1:
         raise InputError(f"a panel needs at least one gene, {n_genes} asked for")
-    sections = [_sound(section) for section in ([sections] if isinstance(sections, AnnData) else sections)]
-    names = tuple(contract.name(section) for section in sections)
-    with threadpool_limits():  # numba, under scanpy, takes all cores, and leaves them set, also for torch
+    if not isinstance(sections, Sequence):
+        sections = [sections] if isinstance(sections, AnnData) else list(sections)
+    total = 2 * len(sections)
+    # numba, under scanpy, would take all cores, and leave them set, also for torch
+    with threadpool_limits(), bar("selecting genes", total) as tick:
+        names, common = _names_and_common(counted(sections, tick, total))
+        genes = common if recipe in _BY_BOTH_RANKS else [g for g in common if not g.startswith(DROPPED_PREFIXES)]
+        parts = (_of_genes(section, genes) for section in counted(sections, tick, total, len(sections)))
         if recipe in _SCORES:
-            return Panel(_best(sections, n_genes, recipe), recipe, names)
-        genes, n_top = _by_both_ranks(sections, n_genes, recipe, n_top)
-        return Panel(genes, recipe, names, n_top)
+            return Panel(_best(parts, genes, n_genes, recipe), recipe, names)
+        chosen, n_top = _by_both_ranks(parts, genes, n_genes, recipe, n_top)
+        return Panel(chosen, recipe, names, n_top)
 
 
-def _sound(section: AnnData) -> AnnData:
-    """The section with its counts in memory, csr, once they are known to be raw and each gene to have its own name."""
-    where = f"section {contract.name(section)}"
-    contract.check_names(section, where)
-    contract.check_counts(section, where)
-    if isinstance(section.X, sparse.csr_matrix) and section.X.dtype.kind == "f":
-        return section
-    x = sparse.csr_matrix(contract.in_memory(section.X), dtype=np.float32)
-    made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=section.var_names))
+def _names_and_common(sections: Iterable[AnnData]) -> tuple[tuple[str, ...], list[str]]:
+    """Name of each section, and the sorted names of the genes that all of them measure.
+
+    Raises ``InputError`` where one holds other things than raw counts, a gene twice, or where no gene is in all.
+    """
+    names: list[str] = []
+    common: set[str] | None = None
+    for section in sections:
+        name = contract.name(section)
+        contract.check_names(section, f"section {name}")
+        contract.check_counts(section, f"section {name}")
+        names.append(name)
+        common = set(section.var_names) if common is None else common.intersection(section.var_names)
+    if common is None:
+        raise InputError("panel: no section to select from; name at least one training section")
+    if not common:
+        raise InputError("panel: the sections have no gene in common; do their gene names use the same kind of id?")
+    return tuple(names), sorted(common)
+
+
+def _of_genes(section: AnnData, genes: list[str]) -> AnnData:
+    """The counts of ``genes`` alone, csr, in memory, with what else a recipe looks at."""
+    x = contract.in_memory(section.X)
+    if not isinstance(x, sparse.csr_matrix) or x.dtype.kind != "f":
+        x = sparse.csr_matrix(x, dtype=np.float32)
+    x = x[:, section.var_names.get_indexer(genes)]
+    made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=pd.Index(genes)))
     made.obsm.update({contract.SPATIAL: section.obsm[contract.SPATIAL]} if contract.SPATIAL in section.obsm else {})
     made.uns[contract.GENAR] = section.uns[contract.GENAR]
     return made
@@ -77,32 +110,37 @@ def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str
     A name that some section lacks is replaced by its entry in ``aliases`` where that is given and measured by all.
     Raises ``InputError`` naming the genes that are missing.
     """
-    common = set(_common_genes(sections))
-    aliases = aliases or {}
+    names, found = _names_and_common(sections)
+    common, aliases = set(found), aliases or {}
     genes = tuple(g if g in common or aliases.get(g) not in common else aliases[g] for g in panel.genes)
     if missing := [gene for gene in genes if gene not in common]:
-        where = f"the {len(sections)} sections" if len(sections) > 1 else f"section {contract.name(sections[0])}"
+        where = f"the {len(names)} sections" if len(names) > 1 else f"section {''.join(names)}"
         raise InputError(
             f"panel {panel.recipe}: {len(missing)} of {len(genes)} genes are not measured in {where} "
-            f"({', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}); take them out of the list, or give their "
+            f"({first_names(missing, 5)}); take them out of the list, or give their "
             "other names with --aliases"
         )
-    names = tuple(contract.name(section) for section in sections)
     return Panel(genes, panel.recipe, panel.sections if panel.recipe in RECIPES else names)  # who chose is kept
 
 
 def _by_both_ranks(
-    sections: Sequence[AnnData], n_genes: int | None, recipe: str, n_top: int
+    sections: Iterable[AnnData], common: list[str], n_genes: int | None, recipe: str, n_top: int
 ) -> tuple[tuple[str, ...], int]:
     """Genes in the top of both mean and standard deviation, and the cut."""
-    names = _candidates(sections)
-    mean, variance = _moments(sections, names)
+    variable, moments = set(), _Moments(len(common))
+    for section in sections:
+        variable |= _highly_variable(section)
+        moments.add(section)
+    place = [i for i, gene in enumerate(common) if gene in variable and not gene.startswith(DROPPED_PREFIXES)]
+    if not place:
+        raise InputError("panel: no variable gene is left after mitochondrial and ribosomal genes are dropped")
+    names, mean, variance = [common[i] for i in place], moments.mean[place], moments.variance[place]
     by_mean = _ranks(mean)
     worst = np.maximum(by_mean, _ranks(variance))  # in both tops of n where below n
     n_available = len(names)
     if n_genes is not None and n_genes > n_available:
         raise InputError(
-            f"panel: {n_genes} genes asked for, only {n_available} are variable and common to the {len(sections)} "
+            f"panel: {n_genes} genes asked for, only {n_available} are variable and common to all "
             f"sections; ask for --n-genes {n_available} or fewer"
         )
     if recipe == "paper":
@@ -119,35 +157,25 @@ def _by_both_ranks(
     return tuple(names[i] for i in chosen), n_top
 
 
-def _candidates(sections: Sequence[AnnData]) -> list[str]:
-    """Sorted names of the variable genes that every section measures."""
-    common = _common_genes(sections)
-    variable = set().union(*(_highly_variable(section[:, common].copy()) for section in sections))
-    names = sorted(gene for gene in variable if not gene.startswith(DROPPED_PREFIXES))
-    if not names:
-        raise InputError("panel: no variable gene is left after mitochondrial and ribosomal genes are dropped")
-    return names
-
-
-def _moments(sections: Sequence[AnnData], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+class _Moments:
     """Mean and variance of the counts of each gene over the spots of all sections, from sums of whole numbers."""
-    n, total, squares = 0, np.zeros(len(names)), np.zeros(len(names))
-    for section in sections:
-        x = sparse.csr_matrix(section[:, names].X, dtype=np.float64)
-        n += section.n_obs
-        total += np.asarray(x.sum(axis=0)).ravel()
-        squares += np.asarray(x.power(2).sum(axis=0)).ravel()
-    return total / n, (n * squares - total**2) / (n * max(n - 1, 1))
 
+    def __init__(self, n_genes: int):
+        self._n, self._total, self._squares = 0, np.zeros(n_genes), np.zeros(n_genes)
 
-def _common_genes(sections: Sequence[AnnData]) -> list[str]:
-    """Sorted names of the genes that every section measures."""
-    if not sections:
-        raise InputError("panel: no section to select from; name at least one training section")
-    common = sorted(set.intersection(*(set(section.var_names) for section in sections)))
-    if not common:
-        raise InputError("panel: the sections have no gene in common; do their gene names use the same kind of id?")
-    return common
+    def add(self, section: AnnData) -> None:
+        x = sparse.csr_matrix(section.X, dtype=np.float64)
+        self._n += section.n_obs
+        self._total += np.asarray(x.sum(axis=0)).ravel()
+        self._squares += np.asarray(x.power(2).sum(axis=0)).ravel()
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._total / self._n
+
+    @property
+    def variance(self) -> np.ndarray:
+        return (self._n * self._squares - self._total**2) / (self._n * max(self._n - 1, 1))
 
 
 def _normalised(section: AnnData) -> AnnData:
@@ -188,35 +216,34 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _best(sections: Sequence[AnnData], n_genes: int | None, recipe: str) -> tuple[str, ...]:
+def _best(sections: Iterable[AnnData], genes: list[str], n_genes: int | None, recipe: str) -> tuple[str, ...]:
     """The ``n_genes`` of the highest score, by alphabet; all where ``None``."""
-    genes = [gene for gene in _common_genes(sections) if not gene.startswith(DROPPED_PREFIXES)]
     n_genes = len(genes) if n_genes is None else n_genes
-    score = _SCORES[recipe]([section[:, genes] for section in sections])
+    score = _SCORES[recipe](sections, genes)
     defined = np.isfinite(score).sum()
     if not defined:
         raise InputError(f"panel: recipe {recipe} can rank no gene of these sections; do they hold counts?")
     if n_genes > defined:
         raise InputError(
-            f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to the "
-            f"{len(sections)} sections; ask for --n-genes {defined} or fewer"
+            f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to all "
+            f"sections; ask for --n-genes {defined} or fewer"
         )
     first = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")[:n_genes]
     return tuple(sorted(genes[i] for i in first))
 
 
-def _mean_counts(sections: Sequence[AnnData]) -> np.ndarray:
-    totals = [np.asarray(section.X.sum(axis=0), dtype=np.float64).ravel() for section in sections]  # pyright: ignore
-    mean = np.sum(totals, axis=0) / sum(section.n_obs for section in sections)
-    return np.where(mean > 0, mean, np.nan)
+def _mean_counts(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
+    moments = _Moments(len(genes))
+    for section in sections:
+        moments.add(section)
+    return np.where(moments.mean > 0, moments.mean, np.nan)
 
 
-def _variability(sections: Sequence[AnnData]) -> np.ndarray:
+def _variability(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
     """Falling with scanpy's rank: by the number of sections in which a gene is variable, then by its dispersion."""
     import anndata
     import scanpy as sc
 
-    genes = sections[0].var_names
     parts = [_normalised(section) for section in sections]
     parts = [part for part in parts if part.n_obs > 1 and part.X.nnz and _varies(part).any()]  # pyright: ignore
     if not parts:
@@ -233,30 +260,29 @@ def _variability(sections: Sequence[AnnData]) -> np.ndarray:
     return np.array([score.get(gene, np.nan) for gene in genes], dtype=np.float64)
 
 
-def _autocorrelation(sections: Sequence[AnnData]) -> np.ndarray:
+def _autocorrelation(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
     """Moran's I, the mean over the sections in which the gene varies; NaN where it varies in none."""
     import scanpy as sc
     from sklearn.neighbors import kneighbors_graph
 
-    genes, total = sections[0].var_names, np.zeros(sections[0].n_vars)
-    seen = np.zeros(len(genes))
+    total, seen = np.zeros(len(genes)), np.zeros(len(genes))
     for section in map(_normalised, sections):
         if section.n_obs < 2:
             continue
         graph = kneighbors_graph(contract.coords_px(section), min(_N_NEIGHBOURS, section.n_obs - 1))
         values, varies = section.X.T.tocsr(), _varies(section)  # pyright: ignore
-        place = genes.get_indexer(section.var_names[varies])
+        place = pd.Index(genes).get_indexer(section.var_names[varies])
         total[place] += sc.metrics.morans_i(graph, values[varies])
         seen[place] += 1
     return np.divide(total, seen, out=np.full(len(genes), np.nan), where=seen > 0)
 
 
-_SCORES: dict[str, Callable[[Sequence[AnnData]], np.ndarray]] = {
+_SCORES: dict[str, Callable[[Iterable[AnnData], list[str]], np.ndarray]] = {
     "hvg": _variability,
     "highest_mean": _mean_counts,
     "moran": _autocorrelation,
 }
-RECIPES = ("clean", "paper", *_SCORES)
+RECIPES = (*_BY_BOTH_RANKS, *_SCORES)
 
 
 def leak(panel: Panel, where: str | Path, held_out: Iterable[str]) -> str:
