@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
@@ -12,12 +13,12 @@ from genar.data.progress import Bar, counted, no_bar
 from genar.data.reading import ReadOptions
 
 HELD_BYTES = 2**30
-"""counts of more than this are not held at once"""
+"""counts and images of more than this are not held at once"""
 
 
 class Sections(Sequence[AnnData]):
-    """The sections at ``refs`` with all their genes, one read at a time: the first whose counts fit into ``held``
-    bytes together stay in memory."""
+    """The sections at ``refs`` with all their genes, one read at a time: the first whose counts and images fit
+    into ``held`` bytes together stay in memory."""
 
     def __init__(self, refs: Sequence[SectionRef], options: ReadOptions, held: int = HELD_BYTES):
         self._refs, self._options, self._room = refs, options, held
@@ -30,16 +31,19 @@ class Sections(Sequence[AnnData]):
         if place in self._held:
             return self._held[place]
         section = self._refs[place].read(self._options)
-        size = _n_bytes(section.X)
+        size = _n_bytes(section)
         if size <= self._room:
             self._room -= size
             self._held[place] = section
         return section
 
 
-def _n_bytes(x) -> int:
-    parts = (x.data, x.indices, x.indptr) if sparse.issparse(x) else (x,)
-    return sum(part.nbytes for part in parts)
+def _n_bytes(section: AnnData) -> int:
+    """Of counts and images."""
+    images = [image for library in contract.libraries(section) for image in library.get("images", {}).values()]
+    x = section.X
+    parts = [x.data, x.indices, x.indptr] if sparse.issparse(x) else [x]  # pyright: ignore
+    return sum(np.asarray(part).nbytes for part in (*parts, *images))
 
 
 def read_places(path: str | Path, *, bar: Bar = no_bar, **options) -> list[AnnData]:
