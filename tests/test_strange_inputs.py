@@ -15,7 +15,7 @@ from genar.errors import InputError
 from genar.features import Inputs
 from genar.genes import read_gene_sets, read_panel, select_panel
 from genar.genes.panel import read_aliases
-from genar.genes.selection import RECIPES, _moments
+from genar.genes.selection import RECIPES, _Moments
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2
 from genar.training import TrainConfig, fit
@@ -49,10 +49,12 @@ def test_genes_that_do_not_vary_are_no_traceback(recipe, counts):
 def test_moments_are_those_of_all_spots():
     random = np.random.default_rng(0)
     parts = [random.poisson(random.gamma(1, 4, 40), (n, 40)) for n in (90, 7, 1)]
-    mean, variance = _moments([section(part) for part in parts], [f"G{i}" for i in range(40)])
+    moments = _Moments(40)
+    for part in parts:
+        moments.add(section(part))
     whole = np.concatenate(parts)
-    np.testing.assert_allclose(mean, whole.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(variance, whole.var(axis=0, ddof=1), rtol=1e-9)
+    np.testing.assert_allclose(moments.mean, whole.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, whole.var(axis=0, ddof=1), rtol=1e-9)
 
 
 def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
