@@ -175,7 +175,7 @@ def test_prefixes_are_dropped_case_sensitively():
 
 @pytest.mark.parametrize("recipe", ["clean", "paper"])
 def test_more_genes_than_there_are(sections, recipe):
-    with pytest.raises(InputError, match="200 genes asked for, only 70 are variable and common to all sections"):
+    with pytest.raises(InputError, match="200 genes asked for, only 70 are variable and common to the 2 sections"):
         select_panel(sections, n_genes=200, recipe=recipe)
 
 

@@ -67,8 +67,8 @@ def select_panel(
         genes = common if recipe in _BY_BOTH_RANKS else [g for g in common if not g.startswith(DROPPED_PREFIXES)]
         parts = (_of_genes(section, genes) for section in counted(sections, tick, total, len(sections)))
         if recipe in _SCORES:
-            return Panel(_best(parts, genes, n_genes, recipe), recipe, names)
-        chosen, n_top = _by_both_ranks(parts, genes, n_genes, recipe, n_top)
+            return Panel(_best(parts, genes, n_genes, recipe, len(sections)), recipe, names)
+        chosen, n_top = _by_both_ranks(parts, genes, n_genes, recipe, n_top, len(sections))
         return Panel(chosen, recipe, names, n_top)
 
 
@@ -124,7 +124,7 @@ def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str
 
 
 def _by_both_ranks(
-    sections: Iterable[AnnData], common: list[str], n_genes: int | None, recipe: str, n_top: int
+    sections: Iterable[AnnData], common: list[str], n_genes: int | None, recipe: str, n_top: int, n_sections: int
 ) -> tuple[tuple[str, ...], int]:
     """Genes in the top of both mean and standard deviation, and the cut."""
     variable, moments = set(), _Moments(len(common))
@@ -140,7 +140,7 @@ def _by_both_ranks(
     n_available = len(names)
     if n_genes is not None and n_genes > n_available:
         raise InputError(
-            f"panel: {n_genes} genes asked for, only {n_available} are variable and common to all "
+            f"panel: {n_genes} genes asked for, only {n_available} are variable and common to the {n_sections} "
             f"sections; ask for --n-genes {n_available} or fewer"
         )
     if recipe == "paper":
@@ -216,7 +216,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _best(sections: Iterable[AnnData], genes: list[str], n_genes: int | None, recipe: str) -> tuple[str, ...]:
+def _best(
+    sections: Iterable[AnnData], genes: list[str], n_genes: int | None, recipe: str, n_sections: int
+) -> tuple[str, ...]:
     """The ``n_genes`` of the highest score, by alphabet; all where ``None``."""
     n_genes = len(genes) if n_genes is None else n_genes
     score = _SCORES[recipe](sections, genes)
@@ -225,8 +227,8 @@ def _best(sections: Iterable[AnnData], genes: list[str], n_genes: int | None, re
         raise InputError(f"panel: recipe {recipe} can rank no gene of these sections; do they hold counts?")
     if n_genes > defined:
         raise InputError(
-            f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to all "
-            f"sections; ask for --n-genes {defined} or fewer"
+            f"panel: {n_genes} genes asked for, recipe {recipe} can rank {defined} of those common to the "
+            f"{n_sections} sections; ask for --n-genes {defined} or fewer"
         )
     first = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")[:n_genes]
     return tuple(sorted(genes[i] for i in first))
