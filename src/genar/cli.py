@@ -32,7 +32,7 @@ from genar._options import (
     ids,
     numbers,
 )
-from genar.errors import named
+from genar.errors import first_names, named
 
 app = typer.Typer(
     name="genar",
@@ -224,7 +224,7 @@ def panel(
         selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top, bar=_console.bar(json))
     selected.write(out)
     say = _console.speaker(json)
-    say(f"{len(selected.genes)} genes: {', '.join(selected.genes[:8])}, …")
+    say(f"{len(selected.genes)} genes: {first_names(selected.genes, 8)}")
     if not Path(recipe).is_file():
         say(f"note: the choice has seen {named(selected.sections)}: hold none of them out with this panel")
     _console.finish(json, {"panel": out}, n_genes=len(selected.genes), n_top=selected.n_top, sha256=selected.sha256)
