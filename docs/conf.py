@@ -8,7 +8,7 @@ import genar
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
-from generated import write_commands, write_settings  # noqa: E402
+from generated import command_tables, renew, setting_tables  # noqa: E402
 
 project = "GenAR"
 author = "The GenAR founders"
@@ -25,5 +25,5 @@ autodoc_preserve_defaults = True
 nitpicky = False
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository beside docs/
 
-write_commands(DOCS / "_build" / "commands.txt")
-write_settings(DOCS / "_build" / "settings.txt")
+renew(DOCS / "commands.md", command_tables())
+renew(DOCS / "settings.md", setting_tables())

@@ -1,4 +1,4 @@
-"""What pages include and the code alone knows: every command's options, every setting with its default."""
+"""What pages end with and the code alone knows: every command's options, every setting with its default."""
 
 import ast
 import inspect
@@ -28,17 +28,27 @@ STRUCTURE = {
 # Of the published methods, where their configuration says no more than the name does.
 USUAL = {
     "width": "D of a token, or of the layer within", "depth": "blocks", "depths": "blocks of each of the three views",
-    "heads": "attention heads of a block", "head_width": "width of an attention head", "mlp_width": "of an MLP",
-    "mlp_ratio": "width of the layer within an MLP, in `width`", "mlp_ratios": "the same of each view",
+    "heads": "attention heads of a block (several: of each view)", "head_width": "width of an attention head",
+    "mlp_width": "of an MLP", "mlp_ratio": "width of the layer within an MLP, in `width`",
+    "mlp_ratios": "width of the layer within an MLP, in `width`, of each view",
     "bridge_heads": "attention heads of a bridge", "dropout": "share hidden in each training step",
     "graph_layers": "layers of the graph network", "zinb_weight": "of the zero-inflated negative binomial in the loss",
     "distil_weight": "of the self-distillation in the loss",
 }  # fmt: skip
 BY_DATA = ("n_features", "n_blocks")
 """fields of ``GenARConfig`` that no user sets"""
+MARK = "<!-- what follows is made of the code by `make docs` -->"
 
 
-def write_commands(path: Path) -> None:
+def renew(page: Path, tables: str) -> None:
+    """Write ``tables`` below the mark of a page, unless they stand there."""
+    text = page.read_text(encoding="utf-8")
+    own, _, there = text.partition(MARK)
+    if there.strip() != tables.strip():
+        page.write_text(f"{own}{MARK}\n\n{tables.strip()}\n", encoding="utf-8")
+
+
+def command_tables() -> str:
     """The options of every command, from the command line itself, as Markdown."""
     lines = []
     for name, command in typer.main.get_command(app).commands.items():  # pyright: ignore
@@ -48,15 +58,14 @@ def write_commands(path: Path) -> None:
                 continue
             written = ", ".join(one.opts) if one.param_type_name == "option" else one.name.upper()
             told = (getattr(one, "help", None) or "").replace("|", "\\|").replace("<", "&lt;")
-            default = (
-                "" if one.default in (None, "", False, ...) or "[default" in told else f" [default: {one.default}]"
-            )
+            said = one.default in (None, "", ...) or one.default is False or "[default" in told
+            default = "" if said else f" [default: {one.default}]"
             lines.append(f"| `{written}` | {told}{default} |")
         lines.append("")
-    _write(path, lines)
+    return "\n".join(lines)
 
 
-def write_settings(path: Path) -> None:
+def setting_tables() -> str:
     """The settings of GenAR, the training, the decoding, the inputs and the other models, as Markdown."""
     network = {name: asdict(preset()) for name, preset in PRESETS.items()}
     small = {"small (default)": network.pop("small"), **network}
@@ -73,7 +82,7 @@ def write_settings(path: Path) -> None:
         if config := getattr(model_class(name), "config", None):
             presets = {preset: asdict(model_class(name).configure(preset, {})) for preset in model_class(name).presets}
             lines += ["", f"### {name}", "", *_head(presets), *_rows(_settings(config, presets))]
-    _write(path, lines)
+    return "\n".join(lines)
 
 
 def field_docs(config: type) -> dict[str, str]:
@@ -120,8 +129,3 @@ def _plain(value) -> str:
 
 def _markdown(text: str) -> str:
     return re.sub("``(.+?)``", r"`\1`", text).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -447,7 +447,12 @@ def test_panel_and_features_commands(tissue, tmp_path, monkeypatch, capsys):
     assert len(json.loads(panel.read_text())["genes"]) == 15
     for _ in range(2):  # the second reads what the first stored
         assert run(monkeypatch, "features", tissue, "--out", tmp_path / "features", "--views", "1") == 0
-    assert len(list((tmp_path / "features").glob("*.zarr"))) == 2
+    assert len(list((tmp_path / "features").glob("*.zarr"))) == 4  # two widths
+    toy = ("width=16", "depth=1", "heads=2", "max_epochs=1", "max_count=63")
+    words = ["train", tissue, "--features", tmp_path / "features", "--views", "1", "--panel", panel]
+    words += [word for one in toy for word in ("--set", one)]
+    assert run(monkeypatch, *words, "--out", tmp_path / "run") == 0
+    assert len(list((tmp_path / "features").glob("*.zarr"))) == 4  # all that the default model reads was there
 
 
 def test_version(monkeypatch, capsys):
@@ -478,7 +483,8 @@ def test_real_sections_pass_the_check(shared, tmp_path, monkeypatch, capsys):
 
 def test_train_reads_features_of_another_precision_and_predict_the_same(tissue, tmp_path, monkeypatch, capsys):
     store, encoder = tmp_path / "store", ("--encoder", "genar.bench.toy:narrow_encoder", "--views", 1)
-    assert run(monkeypatch, "features", tissue, "--out", store, *encoder, "--precision", "bf16") == 0
+    words = ["--out", store, *encoder, "--precision", "bf16", "--widths-um", 112]
+    assert run(monkeypatch, "features", tissue, *words) == 0
     stores = sorted(path.name for path in store.glob("*.zarr"))
     words = ["--model", "ridge", "--features", store, *encoder, "--n-genes", 20, "--encoder-precision", "bf16"]
     assert run(monkeypatch, "train", tissue, "--test", "B", "--out", tmp_path / "run", *words) == 0

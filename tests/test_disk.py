@@ -165,7 +165,8 @@ def test_training_on_a_full_disk_stops_and_goes_on_when_there_is_room(undisturbe
 def test_features_on_a_full_disk_go_on_when_there_is_room(tissue, small_disk, monkeypatch, capsys):
     folder, mount = small_disk
     filler = folder / "filler"
-    words = ("features", tissue, "--encoder", "genar.bench.toy:wide_encoder", "--views", "8", "--workers", 0, "--out")
+    encoder = ("--encoder", "genar.bench.toy:wide_encoder", "--views", "8", "--widths-um", 112)
+    words = ("features", tissue, *encoder, "--workers", 0, "--out")
     assert run(monkeypatch, *words, folder.parent / "whole") == 0
     filler.write_bytes(b"x" * (226 << 10))
     capsys.readouterr()

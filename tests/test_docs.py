@@ -228,12 +228,23 @@ def test_every_page_is_in_the_contents():
             assert re.search(rf"^{re.escape(name)}$", contents, re.MULTILINE), f"{name} is not in docs/index.md"
 
 
-def test_every_setting_is_on_its_page(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "tables"), [("settings", "setting_tables"), ("commands", "command_tables")])
+def test_the_tables_of_a_page_are_those_of_the_code(page, tables, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import generated
 
-    generated.write_settings(tmp_path / "settings.txt")
-    page = (tmp_path / "settings.txt").read_text()
+    there = (DOCS / f"{page}.md").read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(there)
+    generated.renew(copy, getattr(generated, tables)())
+    assert copy.read_text() == there, f"docs/{page}.md is not of this code; `make docs` writes it anew"
+
+
+def test_every_setting_is_on_its_page(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import generated
+
+    page = (DOCS / "settings.md").read_text()
     rows = [[cell.strip() for cell in line.split(" | ")] for line in page.splitlines() if line.startswith("| `")]
     told = {row[0].strip("| `"): row for row in rows}
     for owner in (TrainConfig, Decoding, Inputs):

@@ -77,10 +77,10 @@ def section(tissue):
 
 def start(place, tissue, store, *more, slow="0"):
     """`genar features` in a process of its own."""
-    words = ["features", tissue, "--encoder", "own_store_encoder:tiny", "--out", store, "--json", *more]
+    words = ["features", tissue, "--encoder", "own_store_encoder:tiny", "--widths-um", 112, "--out", store, "--json"]
     env = {**os.environ, "SLOW": slow, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "genar.cli", *map(str, words)],
+        [sys.executable, "-m", "genar.cli", *map(str, (*words, *more))],
         cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -133,7 +133,7 @@ def fetch(
     extras: Annotated[str, typer.Option("--with", help="Further files of the hub: tissue_seg, patches.")] = "",
     json: Json = False,
 ) -> None:
-    """Download a data set of the paper in HEST-1k layout; what is there is kept, what broke off is gone on with."""
+    """Download a data set of the paper in HEST-1k layout; what is there is kept, broken downloads are resumed."""
     with _console.loading():
         from genar.fetch import fetch_dataset
 
@@ -157,7 +157,12 @@ def features(
     weights: Weights = None,
     patch: Patch = defaults.PATCH,
     views: Views = defaults.VIEWS,
-    widths_um: Annotated[str, typer.Option(help="Patch widths in um, such as 112,309; each is embedded.")] = "",
+    widths_um: Annotated[
+        str,
+        typer.Option(
+            help="Patch widths in um, each embedded (default: 112,309, for model genar; one with other --patch)."
+        ),
+    ] = "",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = defaults.PRECISION,
     batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = 16,
     workers: Annotated[int | None, typer.Option(help="Processes that read patches (default: by the machine).")] = None,
@@ -180,7 +185,7 @@ def features(
     read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, bar=_console.bar(json))
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
-    widths = numbers(widths_um, "--widths-um")
+    widths = numbers(widths_um, "--widths-um") or (defaults.WIDTHS_UM if patch == defaults.PATCH else ())
     loaded = encoders.load_encoder(encoder, weights=weights, device=machine.device(device), precision=precision)
     stores = embedding.embed_widths(
         read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_console.bar(json),

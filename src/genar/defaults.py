@@ -7,5 +7,7 @@ ENCODER = "efficientnet_lite0"
 """embedded: works offline"""
 PATCH, INPUT, PRECISION = "hest", "features", "fp32"
 """patch convention, what a model sees, and the encoder's arithmetic"""
+WIDTHS_UM = (112.0, 309.0)
+"""of the patches of model ``genar``"""
 VIEWS = 0
 """as many as the encoder's row says"""

@@ -111,10 +111,13 @@ def predict(
     ``section`` is what ``genar.read_section`` gave, or a path (a slide, a section's file or folder, ``FOLDER:ID``),
     read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um); ``model`` a training run, a checkpoint
     (loaded, or its folder) or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in
-    ``features`` (default: the user's cache) or made, with ``weights`` where the encoder's are a file; an encoder that
-    is a function runs where ``encoder`` names it. ``decoding`` are fields of ``genar.models.Decoding``: ``decode``,
-    ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given. Returns AnnData [N, G]: integer counts in
-    ``X``, ``layers["mean"]`` and others. Raises ``InputError`` as the command does.
+    ``features`` (default: ``$GENAR_FEATURES``, else the user's cache) or made, with ``weights`` where the encoder's are
+    a file; an encoder that is a function runs where ``encoder`` names it. ``decoding`` are fields of
+    ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given.
+
+    Returns AnnData [N, G]: integer counts in ``X``, and the layers that the model has (``genar``: ``mean``,
+    ``log1p_mean``, ``p_zero``, ``sd`` and quantiles; ``ridge``: ``log1p_mean`` alone). One of more than 0.5 GiB is left
+    in the file ``out`` (anndata's backed mode). Raises ``InputError`` as the command does.
 
     >>> counts = genar.predict("tissue/wsis/SIM2.tif", "run", mpp=2.0, progress=False)
     >>> counts.n_vars, sorted(counts.layers)

@@ -97,7 +97,8 @@ def predict_to_file(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """What :func:`predict_section` gives, written to an ``.h5ad`` block by block, whole or not at all: memory holds
-    ``_BLOCK`` spots of it. A model that takes a whole section at a time still needs its features and counts at once.
+    4,096 spots of it. A model that takes a whole section at a time still needs its features and counts at once. Returns
+    ``path``; raises as that does.
     """
     rows, how = _checked(checkpoint, section, features, patches, how)
     blocks = (_as_written(*b) for b in _blocks(checkpoint, section, rows, how, patches, batch_size, progress))

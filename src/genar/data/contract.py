@@ -348,4 +348,4 @@ def check_inside(adata: AnnData, size_px: tuple[int, int]) -> None:
 
 def section_key(text: str) -> list[int | str]:
     """Sort key that puts SPA9 before SPA10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]

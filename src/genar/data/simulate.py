@@ -50,7 +50,7 @@ Outline = Callable[[np.ndarray], np.ndarray]  # angle -> distance from the centr
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """What to simulate: a square array of spots over one piece of tissue."""
+    """What to simulate: a square array of spots over one piece of tissue. ``ValueError`` where a number cannot be."""
 
     n_rows: int = 22
     """Rows of the array of spots; the spots that miss the tissue are dropped."""

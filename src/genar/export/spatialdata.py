@@ -18,7 +18,7 @@ _PYRAMID = (2, 2)
 
 
 def write_spatialdata(predicted: AnnData, path: str | Path, *, genes: Sequence[str] = ()) -> Path:
-    """Write a store that spatialdata, napari-spatialdata, squidpy and GenAR read, whole or not at all.
+    """Write a store that spatialdata, napari-spatialdata and squidpy read, whole or not at all.
 
     ``images/he`` is the slide at up to 4,000 px, ``shapes/spots`` are the circles in full-resolution px,
     ``tables/table`` holds X and layers. Coordinate system ``global`` is full-resolution px, ``um`` micrometres. Without

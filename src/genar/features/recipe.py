@@ -85,7 +85,8 @@ class Inputs:
 
 
 def recipe_of(encoder: Encoder, *, patch: str = "hest", width_um: float = 112.0, views: int = 0) -> FeatureRecipe:
-    """The recipe with this encoder; ``views=0`` takes the encoder's own default.
+    """The recipe with this encoder: patches of ``width_um`` um, 1 or 8 ``views`` (0: the encoder's own default). Raises
+    ``InputError`` where the ``patch`` is not hest, genar or stem, or one of the numbers cannot be.
 
     >>> recipe = genar.recipe_of(genar.load_encoder(), width_um=309.0)
     >>> recipe.width_um, recipe.views

@@ -33,6 +33,7 @@ def read_inputs(paths: Sequence[Path], section: AnnData, inputs: Inputs) -> np.n
     """Features float32 [N, views, blocks F]: each patch width's, then the neighbours' means of the last width.
 
     The neighbours' mean is taken view by view. A section of fewer spots takes those there are; a lone spot itself.
+    Raises ``InputError`` where a store is damaged or of other spots.
     """
     return StoredInputs(paths, section, inputs)[:]
 

@@ -26,7 +26,7 @@ class Panel:
     sections: tuple[str, ...] = ()
     """Sections the selection has seen."""
     n_top: int = 0
-    """Rank cut by mean and by standard deviation; 0 for a given list."""
+    """Rank cut by mean and by standard deviation (recipes ``paper`` and ``clean``); else 0."""
 
     def __post_init__(self):
         if not self.genes:

@@ -94,7 +94,7 @@ def fit_scales(
     ``None``.
 
     ``counts`` may be sparse. ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in
-    their order.
+    their order. Raises ``InputError`` where ``counts`` are empty, or ``sizes`` or ``order`` do not fit the genes.
 
     >>> section = genar.read_section("tissue:SIM1")
     >>> scales = genar.fit_scales(section.X[:, :20], (1, 4, 20))

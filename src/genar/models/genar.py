@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 from torch.utils.checkpoint import checkpoint
 
+from genar import defaults
 from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Card, Counts, LossOutput, Model, Spots, uniforms
@@ -86,7 +87,7 @@ class GenAR(Model):
 
     decodings = DECODINGS
     decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
-    input_defaults: ClassVar = {"small": {"widths_um": (112.0, 309.0), "context_spots": (6,)}}
+    input_defaults: ClassVar = {"small": {"widths_um": defaults.WIDTHS_UM, "context_spots": (6,)}}
     sampled = True
     card = Card(
         title="GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression Prediction",

@@ -62,7 +62,7 @@ def write_gene_map(predicted: AnnData, truth: AnnData, gene: str, path: Path, *,
 
 
 def write_gene_maps(predicted: AnnData, truth: AnnData, genes: Sequence[tuple[str, str]], path: Path) -> Path:
-    """A row per (gene, title), measured beside predicted."""
+    """A row per (gene, title), measured beside predicted; PNG or PDF by suffix. Returns ``path``."""
     return write_method_maps(truth, {"predicted": predicted}, genes, path)
 
 

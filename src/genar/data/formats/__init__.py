@@ -134,6 +134,7 @@ def read_sections(
     path: str | Path, ids: Iterable[str] | None = None, *, format: str | None = None, **options
 ) -> list[AnnData]:
     """Read every section that ``path`` names, or those with the given ids; ``options`` as in :func:`read_section`.
+    Raises ``InputError`` as that does, and where an id is not there.
 
     >>> [section.n_obs for section in genar.read_sections("tissue")]
     [35, 35]
