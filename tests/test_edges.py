@@ -277,3 +277,11 @@ def test_recipes_that_make_no_sense(four, tmp_path, protocol, more, says):
 def test_methods_that_make_no_sense(four, tmp_path, entry, says):
     with pytest.raises(InputError, match=says):
         bench_of(four, tmp_path, "patient", old="model: ridge}", new=f"model: ridge, {entry}}}")
+
+
+def test_patients_of_sections_named_by_numbers_are_known(tmp_path):
+    text = RECIPE.replace("PROTOCOL", "kfold").replace("[A, B, C, D]", "[1, 2, 3, 4]") + "k: 2\n"
+    text = text.replace("{A: Ann, B: Ann, C: Bea, D: Bea}", "{1: Ann, 2: Ann, 3: Bea, 4: Bea}")
+    (tmp_path / "toy.yaml").write_text(text)
+    (cohort,) = bench.read_recipe(tmp_path / "toy.yaml").cohorts
+    assert cohort.sections == {"1": "Ann", "2": "Ann", "3": "Bea", "4": "Bea"}

@@ -1,5 +1,6 @@
 import json
 
+import anndata
 import numpy as np
 import pytest
 
@@ -61,3 +62,11 @@ def test_the_command_writes_it_and_refuses_in_one_line(prediction, tmp_path, mon
     assert (tmp_path / "spots.geojson").exists()
     assert run(monkeypatch, *words, "--genes", "NOSUCH") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_prediction_that_is_left_in_its_file_is_exported(prediction, tmp_path):
+    backed = anndata.read_h5ad(prediction, backed="r")
+    whole = read_prediction(prediction)
+    for genes in ((), list(whole.var_names[:2])):
+        first = write_geojson(backed, tmp_path / "backed.geojson", genes=genes).read_bytes()
+        assert first == write_geojson(whole, tmp_path / "whole.geojson", genes=genes).read_bytes()

@@ -48,6 +48,12 @@ def test_each_process_of_a_machine_gets_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert machine.device("auto") == machine.device("cuda") == "cuda:1"
     assert machine.device("cuda:0") == "cuda:0"
+    monkeypatch.delenv("LOCAL_RANK")
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert machine.device("auto") == "cuda:2"  # srun numbers its tasks, too
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # an interactive shell is one task, whatever the job has
+    assert machine.device("auto") == "cuda"
 
 
 def test_models_stay_on_the_cpu_where_a_gpu_has_no_float64():

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import io, sparse
 
 from genar.data import contract, find_sections, open_slide, read_section, read_sections
+from genar.data.reading import visium_pitch_px
 from genar.errors import InputError
 from genar.genes import select_panel
 
@@ -76,6 +77,7 @@ def edit_text(path, old, new):
         ("X1_selection.tsv", "pixel_x", "px", "no pixel_x"),
         ("X1_selection.tsv", "12\t12\t", "10\t10\t", "selected more than once"),
         ("X1_selection.tsv", "11\t10\t", "11.5\tten\t", "whole numbers"),
+        ("X1_selection.tsv", "11\t10\t", "10.97\t10\t", "whole numbers"),
     ],
 )
 def test_legacy_st_refuses_what_is_not_as_described(tmp_path, file, old, new, says):
@@ -94,6 +96,18 @@ def test_legacy_st_refuses_broken_files_and_sections_without_spots(tmp_path):
     (folder / "X1.tsv.gz").write_bytes(gzip.compress(b"\tG\n" + b"1x1\t1\n" * 99)[:-20])
     with pytest.raises(InputError, match="not a readable table"):
         read_section(folder)
+
+
+def test_legacy_st_takes_the_counts_beside_the_selection_and_no_section_twice(tmp_path):
+    write_legacy(tmp_path / "p1")
+    shutil.copytree(tmp_path / "p1", tmp_path / "p2")
+    edit_text(tmp_path / "p2" / "X1.tsv.gz", "10x10\t5\t7", "10x10\t6\t8")
+    with pytest.raises(InputError, match=r"section X1: two selections \(.*p1.*p2.*\); name one folder of them"):
+        read_sections(tmp_path)
+    for name in ("X1_selection.tsv", "X1.jpg"):
+        (tmp_path / "p1" / name).unlink()
+    section = read_section(tmp_path)  # p1 still has counts of that name
+    np.testing.assert_array_equal(contract.counts(section)[1], [6, 8])
 
 
 def test_two_images_of_one_legacy_section_are_not_guessed_between(tmp_path):
@@ -421,6 +435,16 @@ def write_spatialdata(path, n=12, *, channels=3):
     return pixels, (xy + np.array([10, -5]))[::-1], table
 
 
+def test_a_picture_goes_into_the_px_of_the_image_with_the_spots():
+    from genar.data.formats.spatialdata import _rescale
+
+    factors = {"spot_diameter_fullres": 50.0, "microns_per_pixel": 1.0, "tissue_hires_scalef": 0.1}
+    section = AnnData(np.ones((2, 2), np.float32), uns={"spatial": {"lib": {"images": {}, "scalefactors": factors}}})
+    _rescale(section, 2.0)  # two px of the image to one of the frame that the table speaks of
+    found = section.uns["spatial"]["lib"]["scalefactors"]
+    assert found == {"spot_diameter_fullres": 100.0, "microns_per_pixel": 0.5, "tissue_hires_scalef": 0.05}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_spatialdata_gives_counts_positions_in_px_of_its_image_and_patches(tmp_path):
     pixels, xy, table = write_spatialdata(tmp_path / "S1.zarr")
@@ -551,3 +575,21 @@ def test_format_can_be_forced_and_must_be_known(tissue, tmp_path):
 def test_a_panel_is_selected_without_images(tissue, tmp_path):
     folder = shutil.copytree(tissue, tmp_path / "hest", ignore=shutil.ignore_patterns("wsis"))
     assert len(select_panel(read_sections(folder), n_genes=20).genes) == 20
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_pitch_is_right_where_rows_and_columns_are_exchanged(swapped):
+    row, column = np.divmod(np.arange(12 * 20), 20)
+    kept = (row + column) % 2 == 0
+    array = np.column_stack([row, column])[kept].astype(float)
+    xy = array[:, ::-1] * [50, 50 * 3**0.5] / 0.5  # um over um per px
+    found = visium_pitch_px(array[:, ::-1] if swapped else array, xy)
+    assert found == pytest.approx(200)
+
+
+def test_array_positions_of_another_array_do_not_decide_the_pitch():
+    rng = np.random.default_rng(0)
+    row, column = np.divmod(np.arange(12 * 20), 20)
+    xy = np.column_stack([column * 100.0, row * 100.0])
+    array = rng.permutation(np.column_stack([row, column]))
+    assert visium_pitch_px(array, xy) == pytest.approx(100)

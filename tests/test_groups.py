@@ -55,6 +55,19 @@ def test_groups_of_sections_with_gene_sets(tissue, genes, tmp_path, told):
     assert "gene set" in told(*words, "--out", tmp_path / "g")[1]
 
 
+def test_groups_of_sections_without_a_pixel_size(tissue, genes, tmp_path, told):
+    section = read_sections(tissue)[0]
+    del section.uns[contract.GENAR]
+    section.uns.pop("spatial", None)
+    (tmp_path / "own").mkdir()
+    section.write_h5ad(tmp_path / "own" / "A.h5ad")
+    (tmp_path / "panel.txt").write_text("\n".join(genes))
+    words = ["groups", tmp_path / "own", "--panel", tmp_path / "panel.txt", "--out", tmp_path / "g"]
+    code, _, error = told(*words)
+    assert (code, "--mpp" in error) == (2, True)
+    assert told(*words, "--mpp", 0.7)[0] == 0
+
+
 def test_groups_of_a_model_and_of_one_scale(checkpoints, genes, tmp_path, told):
     code, out, _ = told("groups", checkpoints / "genar", "--scale", 1, "--out", tmp_path, "--json")
     assert code == 0

@@ -286,6 +286,8 @@ def test_weights_with_two_classifiers_fit_the_encoder(name):
 
 def test_a_dense_matrix_of_real_counts_has_room():
     assert room(6_900_000) > 1000 * 36_601 * 4  # a shallow section, packed
+    assert room(6_500_000) > 1000 * 33_000 * 8  # the same as int64
+    assert room(3_400_000) > 60_000 * 200 * 12  # what model mean predicts, the same at every spot
     assert room(9_999_999) < 1 << 30
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.stats import fisher_exact
 
@@ -24,6 +25,7 @@ from genar.genes import (
     read_aliases,
     select_panel,
 )
+from genar.genes.selection import _Moments, _of_genes
 from test_genes import make_section, random_section
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")
@@ -273,3 +275,32 @@ def test_a_bar_is_told_of_every_section_in_both_rounds(sections):
 
     select_panel(sections, n_genes=9, bar=bar)
     assert told == [("selecting genes", done, 6) for done in range(1, 7)]
+
+
+def test_entries_of_one_place_are_one_count(sections):
+    """A csr matrix may hold a count in parts, which squared one by one would give another variance."""
+    whole = sparse.csr_matrix(sections[0].X)
+    indptr, indices = 2 * whole.indptr, np.repeat(whole.indices, 2)
+    data = np.column_stack([np.floor(whole.data / 2), np.ceil(whole.data / 2)]).ravel()
+    parts = sparse.csr_matrix((data, indices, indptr), shape=whole.shape)
+    assert not parts.has_canonical_format
+    in_parts = sections[0].copy()
+    in_parts.X = parts
+    moments = []
+    for section in (sections[0], in_parts):
+        moments.append(_Moments(section.n_vars))
+        moments[-1].add(_of_genes(section, list(section.var_names)))
+    np.testing.assert_allclose(moments[0].variance, moments[1].variance)
+    assert in_parts.X.nnz == 2 * whole.nnz  # the user's matrix stays
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [(lambda genes: [genes[0].lower(), "NOWHERE"], "perhaps {0}"), (lambda genes: ["ENSG00000141736"], "Ensembl ids")],
+)
+def test_missing_genes_are_named_with_what_they_may_be(sections, names, hint):
+    genes = list(sections[0].var_names)
+    panel = Panel(tuple(names(genes)), "list")
+    for look in (lambda: listed_panel(panel, sections), lambda: contract.counts(sections[0], list(panel.genes))):
+        with pytest.raises(InputError, match=hint.format(genes[0])):
+            look()

@@ -1,5 +1,6 @@
 """Runs that are started again, or by others: SLURM's steps, machines, other data, other numbers of processes."""
 
+import json
 import os
 import shutil
 import signal
@@ -141,6 +142,15 @@ def test_a_run_goes_on_from_another_folder_and_with_a_panel_of_another_name(plan
     assert runs.train_run(there, say=said.append).outputs["run"].is_file()
     assert any(line.startswith("going on after step 2") for line in said), said
     assert (moved / "run.json").is_file()
+
+
+def test_a_run_goes_on_whichever_of_its_gpus_a_process_has(plan, monkeypatch):
+    """Of several processes each writes what it was told; the last to write is not always the same."""
+    stop_after_two(plan, monkeypatch)
+    mark = plan.out / "resume" / "plan.json"
+    facts = json.loads(mark.read_text())
+    mark.write_text(json.dumps({**facts, "device": "cpu:1"}))
+    assert runs.train_run(plan, say=lambda line: None).outputs["run"].is_file()
 
 
 def test_a_run_does_not_go_on_with_other_settings_and_says_which(plan, monkeypatch):

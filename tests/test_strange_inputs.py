@@ -1,5 +1,7 @@
 """What users' lists, counts and own code may hold: each is taken, or refused in a line."""
 
+from dataclasses import replace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -16,8 +18,10 @@ from genar.features import Inputs
 from genar.genes import read_gene_sets, read_panel, select_panel
 from genar.genes.panel import read_aliases
 from genar.genes.selection import RECIPES, _Moments
+from genar.inference import _other_pitch
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2
+from genar.models.checkpoint import load_checkpoint
 from genar.training import TrainConfig, fit
 
 BOM = "﻿"
@@ -166,6 +170,30 @@ def test_scores_on_a_section_of_the_training_say_so(section, told, trained, tmp_
     for one in said:
         assert (note in " ".join((one.out + one.err).split())) == told
     assert (note in (tmp_path / "report.html").read_text()) == told
+
+
+def test_what_a_model_of_simulated_tissue_says_of_a_slide_is_marked(trained, tmp_path, monkeypatch, capsys):
+    out, slide = tmp_path / "p.h5ad", trained / "tissue" / "wsis" / "B.tif"
+    assert run(monkeypatch, "predict", slide, "--model", trained / "run", "--out", out, "--mpp", 0.7) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: the model was trained on SIMULATED tissue" in said
+    assert "features of" in said  # what takes long is told of before
+    assert contract.simulated(anndata.read_h5ad(out))
+    assert run(monkeypatch, "report", out, "--out", tmp_path / "report.html") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "no measured counts, by a model of SIMULATED tissue" in page
+    assert "the model was trained on SIMULATED tissue" in page
+
+
+@pytest.mark.parametrize(("spacing", "told"), [(110, False), (220, True)])
+def test_neighbours_at_another_distance_than_in_training_are_told(trained, tmp_path, spacing, told):
+    checkpoint = load_checkpoint(trained / "run")
+    slide = read_section(trained / "tissue" / "wsis" / "B.tif", spacing_um=spacing, mpp=0.7)
+    assert checkpoint.training["pitch_um"] == pytest.approx(110)
+    assert not _other_pitch(checkpoint, slide)  # this one looks at no neighbours
+    looking = replace(checkpoint, features={**checkpoint.features, "context_spots": [6]})
+    note = "neighbours 110 um away, as in its training; here are 220 um; --spacing-um 110 lays them so"
+    assert (note in _other_pitch(looking, slide)) == told
 
 
 def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeypatch, capsys):

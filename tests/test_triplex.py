@@ -90,9 +90,10 @@ def test_present_neighbours_reach_the_own_surroundings_alone():
     def of_spot(place):
         x = batch.features.clone()
         x[place] += 1
-        return made.views(replace(batch, features=x), rows, whole, lattice)["around"][own]
+        changed = replace(batch, features=x)
+        return made.views(changed, rows, whole, made._around(changed, lattice))["around"][own]
 
-    base = made.views(batch, rows, whole, lattice)["around"][own]
+    base = made.views(batch, rows, whole, made._around(batch, lattice))["around"][own]
     torch.testing.assert_close(of_spot(far), base)
     torch.testing.assert_close(of_spot(near), base)
     assert (of_spot(11) - base).abs().max() > 1e-4

@@ -4,16 +4,19 @@ import _thread
 import gc
 import inspect
 import json as json_module
+import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import NoReturn
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -29,11 +32,13 @@ from genar import processes
 from genar.errors import InputError, LostProcessError, StoppedError
 
 _N_SETS = 20
+_TOLD_EVERY_S = 60
+_WIDEST = 10_000  # characters of a table
 _INTERRUPTED, _WRONG = 130, 2
 _SOON_S = 0.05
 WRONG = "wrong input"
 """status beside exit code 2"""
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 240)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
 
@@ -164,7 +169,7 @@ def check_table(result) -> Table:
         if row.size_px:
             size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
         else:
-            size, off = "no image", "-"
+            size, off = "no image" if "no image" in row.note else "-", "-"
         table.add_row(
             row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
             f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,
@@ -200,16 +205,16 @@ _COUNTED = {"reading sections": "sections", "selecting genes": "sections", "writ
 
 
 def bar(quiet: bool, unit: str = "spots"):
-    """Progress bars with rate and remaining time; plain lines where no terminal looks on."""
+    """Progress bars with rate and remaining time; where no terminal looks on, a line a minute of what takes longer."""
     rate = TextColumn("{task.fields[rate]}")
     counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), rate)
 
     @contextmanager
     def one(label: str, total: int):
-        if quiet or not console.is_terminal:
-            yield lambda done, total: None
-            return
         counts = _COUNTED.get(label, unit)
+        if quiet or not console.is_terminal:
+            yield _told(label, counts) if not quiet and not processes.rank() else lambda done, total: None
+            return
         columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=total, rate="")
@@ -221,6 +226,19 @@ def bar(quiet: bool, unit: str = "spots"):
             yield tick
 
     return one
+
+
+def _told(label: str, counts: str) -> Callable[[int, int], None]:
+    """Prints how far a stage is, once a minute."""
+    last = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TOLD_EVERY_S and done < total:
+            last = time.monotonic()
+            console.print(f"{label}: {done:,} of {total:,} {counts}", markup=False)
+
+    return tick
 
 
 def speaker(json: bool):
@@ -277,7 +295,7 @@ def print_rows(json: bool, name: str, rows: list[dict], columns: tuple[str, ...]
     table = Table(*columns)
     for row in rows:
         table.add_row(*(", ".join(row[c]) if isinstance(row[c], list) else str(row[c]) for c in columns))
-    console.print(table)
+    show(table)
 
 
 def is_watched(json: bool) -> bool:
@@ -286,5 +304,18 @@ def is_watched(json: bool) -> bool:
 
 
 def show(table: Table) -> None:
-    """Print a table."""
-    console.print(table)
+    """Print a table; where not even its words find room in the terminal, each row as a table of its own: nothing is
+    cut."""
+    for column in table.columns:
+        column.overflow = "fold"
+    if Measurement.get(console, console.options.update(width=_WIDEST), table).minimum <= console.width:
+        return console.print(table)
+    if table.title:
+        console.print(str(table.title), markup=False)
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        rows.add_column(no_wrap=True)
+        rows.add_column(overflow="fold")
+        for column, cell in zip(table.columns, cells, strict=True):
+            rows.add_row(str(column.header), str(cell))
+        console.print(rows, "")

@@ -32,7 +32,7 @@ from genar._options import (
     ids,
     numbers,
 )
-from genar.errors import first_names, named
+from genar.errors import InputError, first_names, named
 
 app = typer.Typer(
     name="genar",
@@ -106,7 +106,8 @@ def check(
         spacing_um=spacing_um, mpp=mpp,
     )  # fmt: skip
     if not json:
-        _console.show(_console.check_table(result))
+        if result.sections:
+            _console.show(_console.check_table(result))
         for row in result.sections:
             if row.note or row.counts_from not in ("", "X"):
                 print(f"{row.section}: " + "; ".join(filter(None, (row.note, f"counts are in {row.counts_from}"))))
@@ -223,6 +224,8 @@ def panel(
     left_out = pick(refs, ids(exclude))
     chosen = Sections([ref for ref in refs if ref not in left_out], ReadOptions(**given(mpp=mpp, bin_um=bin_um)))
     if Path(recipe).is_file():
+        if n_genes is not None:
+            raise InputError(f"--n-genes {n_genes}: the list {recipe} is taken whole; shorten it, or leave that out")
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
         n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
@@ -243,13 +246,15 @@ def groups(
     scale: Annotated[int | None, typer.Option(help="Groups of one scale, 0 the coarsest (default: clusters).")] = None,
     gmt: Annotated[Path | None, typer.Option(help="Gene sets; tells which groups are enriched in which.")] = None,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
+    bin_um: BinUm = None,
+    mpp: Mpp = None,
     json: Json = False,
 ) -> None:
     """Print the groups of genes, and with gene sets what each is enriched in."""
     with _console.loading():
         from genar.groups import groups_run
 
-    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=ids(exclude))
+    found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=ids(exclude), bin_um=bin_um, mpp=mpp)
     for table in () if json else _console.group_tables(found):
         _console.show(table)
     sets = [] if found.sets is None else found.sets.to_dict(orient="records")

@@ -1,13 +1,13 @@
 """The groups of genes of a trained model, or of a panel on given sections, and the gene sets they are enriched in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from genar.data import contract, find_sections, pick
+from genar.data import contract, find_sections, options_for, pick
 from genar.data.files import write_text
 from genar.errors import InputError
 from genar.genes import Panel, Scales, fit_scales, group_names, over_representation, read_gene_sets, read_panel
@@ -32,14 +32,16 @@ def groups_run(
     scale: int | None = None,
     gmt: Path | None = None,
     exclude: Sequence[str] = (),
+    **options,
 ) -> Groups:
     """Write the group table of a training run (or its checkpoint), or of ``panel`` on the sections in ``source``.
 
     The groups are the clusters that the order was made of, or those of one ``scale`` (0 the coarsest). ``groups.csv``
     has a row a group; with a GMT file, ``sets.csv`` a row for each pair of a group and a gene set that share a gene.
-    Raises ``InputError`` where the source holds neither, or the model has no groups.
+    ``options`` tell how sections are read (``mpp``, ``bin_um``). Raises ``InputError`` where the source holds neither,
+    or the model has no groups.
     """
-    model_panel, scales = _of_sections(source, panel, exclude) if panel else _of_model(source)
+    model_panel, scales = _of_sections(source, panel, exclude, options) if panel else _of_model(source)
     groups = group_names(scales, model_panel.genes, scale)
     rows = [{"group": i, "n_genes": len(genes), "genes": " ".join(sorted(genes))} for i, genes in enumerate(groups)]
     outputs = {"groups": out / "groups.csv"}
@@ -59,11 +61,12 @@ def _of_model(source: str) -> tuple[Panel, Scales]:
     return checkpoint.panel, scales
 
 
-def _of_sections(source: str, file: Path, exclude: Sequence[str]) -> tuple[Panel, Scales]:
+def _of_sections(source: str, file: Path, exclude: Sequence[str], options: Mapping) -> tuple[Panel, Scales]:
     panel = read_panel(file)
     refs = find_sections(source)
     left_out = pick(refs, exclude)
     kept = [ref for ref in refs if ref not in left_out]
     if not kept:
         raise InputError(f"{source}: every section is excluded; leave at least one to group the genes by")
-    return panel, fit_scales(np.concatenate([contract.counts(ref.read(), list(panel.genes)) for ref in kept]))
+    how, genes = options_for(refs, **options), list(panel.genes)
+    return panel, fit_scales(np.concatenate([contract.counts(ref.read(how), genes) for ref in kept]))

@@ -23,6 +23,7 @@ from genar.prediction import decoding, held_bytes, predict_section, predict_to_f
 from genar.report import maps
 
 STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
+_PITCH = 0.2  # spots may lie so much nearer or farther than in training, as a share
 
 
 def predict_run(
@@ -69,7 +70,9 @@ def predict_run(
             values = pixels.no_features(section.n_obs)
         else:
             store = features or default_store()
+            say(f"features of {section.n_obs} spots: made where they are not stored")
             values, patches = _features_for(checkpoint, section, store, encoder, weights, device, bar), None
+        say(f"predicting {section.n_obs} spots, {len(checkpoint.panel.genes)} genes")
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
             if out is not None and kind == "h5ad" and held_bytes(checkpoint, section, decode) > STREAMED_BYTES:
                 predict_to_file(checkpoint, section, values, out, decode, patches=patches, progress=tick)
@@ -79,7 +82,7 @@ def predict_run(
         del patches  # it may lie in the folder that goes now
     if note := unused(checkpoint.model, how or {}, predicted.layers):
         say(note)
-    if note := contract.trained_on(predicted):
+    for note in filter(None, (contract.trained_on(predicted), _other_pitch(checkpoint, section))):
         say(f"note: {note}")
     if out is None or predicted.isbacked:
         return predicted
@@ -88,6 +91,16 @@ def predict_run(
     else:
         write_export(predicted, out, kind)
     return predicted
+
+
+def _other_pitch(checkpoint: Checkpoint, section: AnnData) -> str:
+    """What to say where a model that looks at neighbouring spots is given spots that lie at another distance than those
+    it was trained on; else nothing."""
+    here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.training.get(contract.PITCH_UM, 0)
+    if not (checkpoint.features.get("context_spots") and here > 0 and there > 0) or abs(here / there - 1) <= _PITCH:
+        return ""
+    remedy = f"; --spacing-um {there:.4g} lays them so" if section.n_vars == 0 else ""
+    return f"the model looks at neighbours {there:.4g} um away, as in its training; here are {here:.4g} um{remedy}"
 
 
 def _kind(out: Path, asked: str | None) -> str:

@@ -183,6 +183,7 @@ def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding, lay
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     seen = {contract.TRAINING_SECTIONS: "sections", contract.TRAINING_PATIENTS: "patients"}
     made |= {name: list(checkpoint.training[key]) for name, key in seen.items() if checkpoint.training.get(key)}
+    made |= {contract.TRAINED_ON_SIMULATED: True} if checkpoint.training.get(contract.SIMULATED) else {}
     made |= {"encoder": str(checkpoint.features.get("encoder", "")), "genar_version": genar.__version__}
     var = pd.DataFrame(index=pd.Index(list(checkpoint.panel.genes)))
     places = {name: section.obs[name].to_numpy() for name in ("array_row", "array_col") if name in section.obs}

@@ -41,6 +41,12 @@ def rank() -> int:
     return 0
 
 
+def local_rank() -> int | None:
+    """Number of this process among those of its machine; ``None`` where nobody numbered it."""
+    number = os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID") if _srun() else None)
+    return int(number) if number else None
+
+
 def end_with_parent() -> None:
     """Have a process that Lightning started end when the first one does, also before they have met: until then it would
     wait for half an hour."""

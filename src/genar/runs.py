@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -318,8 +319,9 @@ _PLACES = ("sections", "features", "weights", "image")  # the same from whatever
 
 
 def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What two plans of one run have in common, a value each: not where it lies, nor the name of its panel, whose genes
-    are compared."""
+    """What two plans of one run have in common, a value each: not where it lies, which of the GPUs a process has, nor
+    the name of its panel, whose genes are compared."""
+    plan = {**plan, "device": str(plan.get("device", "")).partition(":")[0]}
     parts = plan["settings"].items()
     settings = {f"{part}.{name}": value for part, values in parts for name, value in values.items()}
     return {name: value for name, value in plan.items() if name not in ("out", "panel", "settings")} | settings
@@ -459,6 +461,8 @@ def _training_facts(
         "sections": [contract.name(s) for s in training],
         "held_out": [contract.name(s) for s in held_out],
         "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
+        contract.PITCH_UM: median([float(s.uns[contract.GENAR].get(contract.PITCH_UM, 0)) for s in training]),
+        contract.SIMULATED: any(map(contract.simulated, training)),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: mean.tolist(),
         contract.TRAINING_VARIANCE: variance.tolist(),

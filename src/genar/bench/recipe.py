@@ -249,14 +249,15 @@ def _views(value) -> int:
 
 
 def _cohorts(path: Path, facts: Mapping) -> tuple[Cohort, ...]:
-    panel, patients = str(facts.get("panel", "clean")), facts.get("patients", {})
+    panel = str(facts.get("panel", "clean"))
+    patients = {str(section): str(patient) for section, patient in facts.get("patients", {}).items()}
     if "sections" in facts:
         if "datasets" in facts:
             raise InputError(f"{path}: expected sections or datasets, found both")
         ids = list(map(str, facts["sections"]))
-        if unknown := sorted(set(map(str, patients)) - set(ids)):
+        if unknown := sorted(set(patients) - set(ids)):
             raise InputError(f"{path}: patients names {unknown[0]!r}, which is none of the sections {', '.join(ids)}")
-        sections = {section: str(patients.get(section, "")) for section in ids}
+        sections = {section: patients.get(section, "") for section in ids}
         return (Cohort("", sections, _panel(path, panel, "")),)
     return tuple(_of_dataset(path, str(name), panel) for name in facts["datasets"])
 

@@ -17,6 +17,7 @@ No other file spells a slot name. A section is an AnnData of N spots by all meas
 import hashlib
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,12 @@ MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
 TRAINING_MEAN, TRAINING_VARIANCE = "training_mean", "training_variance"
 # In uns["genar"]["prediction"]: whom the model was trained on.
 TRAINING_SECTIONS, TRAINING_PATIENTS = "training_sections", "training_patients"
+TRAINED_ON_SIMULATED = "trained_on_simulated_tissue"
+# Where a section comes from if it is nobody's; of a checkpoint's training, whether one was such.
+SIMULATED = "simulated"
 _COARSEST_UM = 4.0
 _NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:")
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
 _DENSE_AT_ONCE = 1 << 22  # values
 
 
@@ -92,10 +97,18 @@ def new_section(
 def _as_csr(x) -> sparse.csr_matrix:
     """Counts as csr float32. A dense matrix goes some rows at a time: its indices take four times its own memory."""
     if sparse.issparse(x):
-        return sparse.csr_matrix(x, dtype=np.float32)
+        return summed(sparse.csr_matrix(x, dtype=np.float32))
     rows = max(1, _DENSE_AT_ONCE // max(1, x.shape[1]))
     blocks = [sparse.csr_matrix(x[i : i + rows], dtype=np.float32) for i in range(0, x.shape[0], rows)]
     return sparse.csr_matrix(sparse.vstack(blocks, "csr")) if blocks else sparse.csr_matrix(x.shape, dtype=np.float32)
+
+
+def summed(x: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The matrix with one entry a place: squares of its entries are those of its values."""
+    if not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
+    return x
 
 
 def check_name(section: object) -> None:
@@ -223,13 +236,26 @@ def _of_genes(adata: AnnData, genes: list[str]):
     place = adata.var_names.get_indexer(genes)
     if missing := [gene for gene, found in zip(genes, place, strict=True) if found < 0]:
         raise InputError(
-            f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({first_names(missing, 5)}); "
-            "use a panel of genes that every section measures, or select it again with `genar panel`"
+            f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({first_names(missing, 5)}"
+            f"{like(missing, adata.var_names)}); use a panel of genes that every section measures: `genar panel` "
+            "selects one, or makes one of a list, by other names with --aliases"
         )
     if not isinstance(adata.X, np.ndarray) and not sparse.issparse(adata.X):
         return adata[:, genes].X  # of an open file
     # not by a view of the AnnData: a view and its parts hold each other, and so all genes, until Python looks for such
     return adata.X[:, place]  # pyright: ignore
+
+
+def like(missing: Iterable[str], measured: Iterable[str]) -> str:
+    """What to say of names that are ``missing`` where they are ``measured`` under another spelling or kind of id; else
+    nothing."""
+    spelled = {gene.casefold(): gene for gene in measured}
+    other = [spelled[gene.casefold()] for gene in missing if gene.casefold() in spelled]
+    if other:
+        return f"; perhaps {first_names(other, 5)}"
+    if any(map(_ENSEMBL.match, missing)) and not any(map(_ENSEMBL.match, spelled.values())):
+        return "; these are Ensembl ids, the section has symbols"
+    return ""
 
 
 def cut(adata: AnnData, genes: list[str], *, images: bool = False) -> AnnData:
@@ -293,11 +319,19 @@ def trained_on(prediction: AnnData) -> str:
     section = str(facts.get(SECTION, ""))
     made = facts.get("prediction", {})
     sections, patients = (set(map(str, made.get(name, ()))) for name in (TRAINING_SECTIONS, TRAINING_PATIENTS))
+    if made.get(TRAINED_ON_SIMULATED) and facts.get(SOURCE) != SIMULATED:
+        return "the model was trained on SIMULATED tissue: what it predicts says nothing of real tissue"
     if section in sections:
         return f"the model was trained on section {section}: its scores there say nothing of other tissue"
     if (patient := str(facts.get(PATIENT, ""))) in patients:
         return f"the model was trained on sections of {patient}, too: generalisation between patients is not tested"
     return ""
+
+
+def simulated(adata: AnnData) -> bool:
+    """Whether a section, or what a prediction's model was trained on, is simulated tissue."""
+    told = adata.uns.get(GENAR, {})
+    return told.get(SOURCE) == SIMULATED or bool(told.get("prediction", {}).get(TRAINED_ON_SIMULATED, False))
 
 
 def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:
@@ -328,7 +362,10 @@ def check_counts(adata: AnnData, where: str) -> None:
         found = f"fractional values such as {values[fractional].flat[0]:g}"
         if values.max() < 25:  # ln(1 + count) of any real spot stays below 20
             found += f" and a maximum of {values.max():.2f}, so it looks log-transformed"
-        raise InputError(f"{where}: X holds {found}; expected raw counts (perhaps in layers['counts'] or .raw)")
+        place = "perhaps in layers['counts'] or .raw"
+        if adata.raw is not None:
+            place = ".raw is not read: where it holds them, adata.layers['counts'] = adata.raw[:, adata.var_names].X"
+        raise InputError(f"{where}: X holds {found}; expected raw counts ({place})")
     if values.size and values.max() >= 2**31:
         raise InputError(f"{where}: X holds {values.max():g}; expected raw counts below 2^31")
 

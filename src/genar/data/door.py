@@ -1,7 +1,7 @@
 """The door through which every file of a user comes in: what a library makes of a bad one becomes one line, and a small
 file is not let grow large in memory.
 
-Numbers: a file below 10 MB may unpack to 40 times its size and to 128 MiB in any case, a larger one to 200 times its
+Numbers: a file below 10 MB may unpack to 40 times its size and to 384 MiB in any case, a larger one to 200 times its
 size. Real counts lie inside (sparse counts grow 3 to 10 times, a dense matrix of them up to 20, or 60 where it is
 large); a bomb of zeros grows a thousand times.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from genar.errors import InputError
 
 SMALL_BYTES = 10_000_000
-_ROOM, _RATIO, _RATIO_SMALL = 128 << 20, 200, 40
+_ROOM, _RATIO, _RATIO_SMALL = 384 << 20, 200, 40
 _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _MOST_PARTS = 100_000  # of an HDF5 file
 _MOST_COLUMNS = 1000  # of a table of spots

@@ -129,21 +129,31 @@ def array_pitch_px(array: np.ndarray, xy: np.ndarray) -> float:
 
     NaN where the spots lie on one line or there are fewer than three.
     """
+    return float(_steps_px(array, xy).mean())
+
+
+def _steps_px(array: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Pixels [2] for one step along either axis of the array; NaN as :func:`array_pitch_px`."""
     if len(array) < 3 or not np.isfinite(xy).all():
-        return float("nan")
+        return np.full(2, np.nan)
     design = np.column_stack([array - array.mean(axis=0), np.ones(len(array))])
     slopes, _, rank, _ = np.linalg.lstsq(design, xy, rcond=None)
-    return float(np.linalg.norm(slopes[:2], axis=1).mean()) if rank == 3 else float("nan")
+    return np.linalg.norm(slopes[:2], axis=1) if rank == 3 else np.full(2, np.nan)
 
 
 def visium_pitch_px(array: np.ndarray, xy) -> float:
     """Distance of neighbouring Visium spots, px, from array positions (row, column) [N, 2] and px [N, 2]: right also
     where most spots are left out. From the neighbours' distances where the array tells nothing.
 
-    Neighbours in a row are two columns apart, so a column is 50 um, and a row is the square root of 3 times that.
+    Neighbours in a row are two columns apart, so a column is 50 um, and a row is the square root of 3 times that. Where
+    both do not give the same pitch, rows and columns are exchanged, or the positions are not of this array.
     """
-    step = array_pitch_px(np.asarray(array, dtype=float) * [math.sqrt(3), 1], np.asarray(xy, dtype=float))
-    return 2 * step if step > 0 else pitch_px(xy)
+    array, xy = np.asarray(array, dtype=float), np.asarray(xy, dtype=float)
+    for places in (array, array[:, ::-1]):
+        one, other = _steps_px(places * [math.sqrt(3), 1], xy)
+        if one > 0 and other > 0 and _alike(one, other):
+            return float(one + other)
+    return pitch_px(xy)
 
 
 def spot_pitch_px(adata) -> float:

@@ -62,14 +62,16 @@ def _in_folder(folder: Path) -> Path:
 def _download(row: EncoderRow) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    lost = None
     for name in _FILES:
         try:
-            return _fetch(row, name)
-        except LocalEntryNotFoundError as error:  # offline: the next name may be in the cache
-            if name == _FILES[-1]:
-                raise unreachable(row, error) from error
+            return _fetch(row, name, cached=lost is not None)
+        except LocalEntryNotFoundError as error:  # no network, asked for once: the next name may be in the cache
+            lost = lost or error
         except EntryNotFoundError:
             continue
+    if lost is not None:
+        raise unreachable(row, lost) from lost
     raise InputError(f"encoder {row.name}: {row.hub_id} holds none of {', '.join(_FILES)}; pass --weights FILE")
 
 
@@ -82,13 +84,17 @@ def _download_config(row: EncoderRow) -> Path | None:
         return None
 
 
-def _fetch(row: EncoderRow, name: str) -> Path:
+def _fetch(row: EncoderRow, name: str, *, cached: bool = False) -> Path:
+    """A file of the hub, or of its cache; what the hub's client says of its attempts is not shown."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub import logging as of_hub
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
+    shown = of_hub.get_verbosity()
+    of_hub.set_verbosity_error()
     try:
         hub_endpoint()
-        return verified(Path(hf_hub_download(row.hub_id, name)))
+        return verified(Path(hf_hub_download(row.hub_id, name, local_files_only=cached)))
     except GatedRepoError as error:
         raise _refused(row) from error
     except (EntryNotFoundError, LocalEntryNotFoundError):
@@ -99,6 +105,8 @@ def _fetch(row: EncoderRow, name: str) -> Path:
         raise unreachable(row, error) from error
     except OSError as error:
         raise unreachable(row, error) from error
+    finally:
+        of_hub.set_verbosity(shown)
 
 
 def _refused(row: EncoderRow) -> InputError:

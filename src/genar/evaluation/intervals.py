@@ -29,8 +29,11 @@ def seed_of(section: str) -> int:
 def resample_weights(n_spots: int, n_resamples: int = 1000, *, seed: int = 0) -> np.ndarray:
     """float32 [1 + R, N]: how often each spot is drawn, over N; a row sums to one. Row 0 is the spots themselves."""
     random = np.random.default_rng(seed)
-    drawn = random.multinomial(n_spots, np.full(n_spots, 1 / n_spots), size=n_resamples)
-    return np.concatenate([np.ones((1, n_spots)), drawn]).astype(np.float32) / np.float32(n_spots)
+    weights = np.ones((1 + n_resamples, n_spots), dtype=np.float32)
+    for first in range(1, 1 + n_resamples, _RESAMPLES_AT_ONCE):  # counted as int64
+        part = weights[first : first + _RESAMPLES_AT_ONCE]
+        part[:] = random.multinomial(n_spots, np.full(n_spots, 1 / n_spots), size=len(part))
+    return weights / np.float32(n_spots)
 
 
 def resampled_scores(predicted: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

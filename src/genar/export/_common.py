@@ -29,7 +29,8 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         raise InputError("no positions: expected obsm['spatial'] and uns['genar'], as `genar predict` writes them")
     if predicted.X is None:
         raise InputError("no X: expected predicted counts there, as `genar predict` writes them")
-    predicted = predicted[:, genes].copy() if genes else predicted.copy()
+    predicted = predicted[:, genes] if genes else predicted
+    predicted = predicted.to_memory() if predicted.isbacked else predicted.copy()
     for where, values in {"X": predicted.X, **{f"layers['{n}']": v for n, v in predicted.layers.items()}}.items():
         if not np.isfinite(values.data if sparse.issparse(values) else values).all():  # pyright: ignore
             raise InputError(f"{where} holds NaN or infinite values; expected counts: predict again, or leave it out")

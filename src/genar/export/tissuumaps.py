@@ -37,7 +37,8 @@ def write_tissuumaps(predicted: AnnData, path: str | Path, *, genes: Sequence[st
         with replacing(picture) as temporary:
             tifffile.imwrite(temporary, image, photometric="rgb", compression="jpeg", tile=(256, 256))
         layers = [{"name": "H&E", "tileSource": f"{picture.name}.dzi"}]
-    table = pd.DataFrame({"x": xy[:, 0], "y": xy[:, 1], "spot": list(chosen.obs_names)})
+    places = {axis: [f"{value:.2f}" for value in xy[:, i]] for i, axis in enumerate("xy")}  # the format is for counts
+    table = pd.DataFrame({**places, "spot": list(chosen.obs_names)})
     table = pd.concat(
         [table, pd.DataFrame(expected(chosen), columns=pd.Index([f"gene {name}" for name in names]))], axis=1
     )

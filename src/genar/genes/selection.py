@@ -97,7 +97,7 @@ def _of_genes(section: AnnData, genes: list[str]) -> AnnData:
     x = contract.in_memory(section.X)
     if not isinstance(x, sparse.csr_matrix) or x.dtype.kind != "f":
         x = sparse.csr_matrix(x, dtype=np.float32)
-    x = x[:, section.var_names.get_indexer(genes)]
+    x = contract.summed(x)[:, section.var_names.get_indexer(genes)]
     made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=pd.Index(genes)))
     made.obsm.update({contract.SPATIAL: section.obsm[contract.SPATIAL]} if contract.SPATIAL in section.obsm else {})
     made.uns[contract.GENAR] = section.uns[contract.GENAR]
@@ -117,7 +117,7 @@ def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str
         where = f"the {len(names)} sections" if len(names) > 1 else f"section {''.join(names)}"
         raise InputError(
             f"panel {panel.recipe}: {len(missing)} of {len(genes)} genes are not measured in {where} "
-            f"({first_names(missing, 5)}); take them out of the list, or give their "
+            f"({first_names(missing, 5)}{contract.like(missing, common)}); take them out of the list, or give their "
             "other names with --aliases"
         )
     return Panel(genes, panel.recipe, panel.sections if panel.recipe in RECIPES else names)  # who chose is kept

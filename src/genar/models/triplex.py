@@ -212,13 +212,13 @@ class Triplex(SectionRival):
         parts = torch.arange(len(batch.features)).split(_PATCHES_AT_ONCE)
         return replace(batch, features=torch.cat([self.own.pooled(self.pixels(batch, rows)) for rows in parts]))
 
-    def views(self, batch: Batch, rows: Tensor, whole: Tensor, lattice: Lattice) -> dict[str, Tensor]:
+    def views(self, batch: Batch, rows: Tensor, whole: Tensor, seen: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """log2(1 + count) [n, G] by each head for some ``rows`` [n] of a section whose global tokens are ``whole``
-        [N, E]."""
-        x = self.standardised(batch)
-        index, found = (t.to(rows.device)[rows] for t in lattice.window(self.fold))
+        [N, E] and of which :meth:`_around` has ``seen`` the rest."""
+        x, near, index, found = seen
+        index, found = index[rows], found[rows]
         own = self.own(self.pixels(batch, rows) if self.takes_patches else x[rows][:, None])
-        around = self.surroundings(self.to_around(x)[index] * found[:, :, None], found)
+        around = self.surroundings(near[index] * found[:, :, None], found)
         present = found[:, :, None].float()
         tokens = {
             "fused": self.fuse(whole[rows], own, around, found),
@@ -237,6 +237,12 @@ class Triplex(SectionRival):
             to_around = block(to_around, around, found[:, None, None])
         return self.fusion_norm(to_own + to_around)[:, 0]
 
+    def _around(self, batch: Batch, lattice: Lattice) -> tuple[Tensor, ...]:
+        """What the windows of all spots are made of: features [N, F], their tokens [N, E], and of each spot's window
+        the spots and which are there [N, W]."""
+        x = self.standardised(batch)
+        return x, self.to_around(x), *(part.to(x.device) for part in lattice.window(self.fold))
+
     def _global(self, batch: Batch, lattice: Lattice) -> Tensor:
         cells = lattice.close_cells().to(batch.features.device)
         return self.whole(self.to_whole(self.standardised(batch)), cells)
@@ -247,7 +253,8 @@ class Triplex(SectionRival):
         whole = self._global(batch, lattice)
         n_at_once = _PATCHES_AT_ONCE if self.takes_patches else _SPOTS_AT_ONCE
         parts = torch.arange(len(whole), device=whole.device).split(n_at_once)
-        return torch.cat([self.views(batch, rows, whole, lattice)["fused"] for rows in parts])
+        seen = self._around(batch, lattice)
+        return torch.cat([self.views(batch, rows, whole, seen)["fused"] for rows in parts])
 
     def loss(self, batch: Batch) -> LossOutput:
         """The seven terms of :func:`distillation_loss` on some spots of the section."""
@@ -255,7 +262,7 @@ class Triplex(SectionRival):
         n, counts = len(batch.features), batch.counts
         lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
         rows = torch.randperm(n)[: self.settings.spots_per_step].to(batch.features.device)
-        views = self.views(batch, rows, self._global(batch, lattice), lattice)
+        views = self.views(batch, rows, self._global(batch, lattice), self._around(batch, lattice))
         terms = distillation_loss(views.pop("fused"), list(views.values()), log2p1(counts[rows]), self.settings)
         return LossOutput(terms.sum(), terms.detach())
 

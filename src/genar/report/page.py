@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anndata import AnnData
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -189,11 +190,16 @@ def _calibration_words(subject: Subject) -> str:
 
 
 def _subtitle(subject: Subject) -> str:
-    facts = subject.predicted.uns[contract.GENAR]
     n_spots, n_genes = subject.predicted.shape
-    source = ", SIMULATED tissue" if facts.get(contract.SOURCE) == "simulated" else ""
+    source = _simulated(subject.predicted)
     truth = "beside the measured counts" if subject.truth is not None else "no measured counts"
     return f"{n_spots:,} spots, {n_genes} genes, {truth}{source}"
+
+
+def _simulated(predicted: AnnData) -> str:
+    if predicted.uns[contract.GENAR].get(contract.SOURCE) == contract.SIMULATED:
+        return ", SIMULATED tissue"
+    return ", by a model of SIMULATED tissue" if contract.simulated(predicted) else ""
 
 
 def _provenance(subject: Subject) -> dict[str, str]:

@@ -211,7 +211,8 @@ def _look_at_image(section: AnnData, out: Path | None, name: str, row: SectionRe
     """Spots against image and tissue; the overlay is written even where they do not fit."""
     path, tissue = contract.slide_path(section), None
     if path is None:
-        row.note = "; ".join(filter(None, (row.note, "no image: enough for a panel, scores and stored features")))
+        enough = "no image (--image): enough for a panel, scores and stored features"
+        row.note = "; ".join(filter(None, (row.note, enough)))
     else:
         try:
             row.size_px, tag = image_head(path)

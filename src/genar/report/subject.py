@@ -112,6 +112,8 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
         subject.run = read_json(home / "run.json", "record of a run")
         config = home / "checkpoint" / "config.json"
         subject.checkpoint = read_json(config, "checkpoint's configuration") if config.is_file() else {}
+    if note := contract.trained_on(predicted):
+        subject.notes += (note,)
     section = read_truth(str(truth), predicted, **read) if truth is not None else _truth_of_run(subject, read)
     if section is None:
         return subject
@@ -123,8 +125,6 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
     scores = score_aligned(aligned["prediction_mean" if expected else "prediction"])
     if contract.name(section) != subject.section:
         subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
-    if note := contract.trained_on(predicted):
-        subject.notes += (note,)
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
     subject.methods, subject.differences = _scores_of_run(home, subject.section)
     if not subject.methods:

@@ -29,7 +29,7 @@ _COUNTS = (".tsv.gz", ".tsv", "_stdata.tsv.gz", "_stdata.tsv")
 
 def sections(root: Path) -> list[str]:
     """Ids of the sections in ``root`` that have both counts and selection."""
-    return [section for section in _selections(root) if _counts_of(root, section)]
+    return [section for section, selection in _selections(root).items() if _counts_of(root, section, selection)]
 
 
 def image(root: Path, section: str, options: ReadOptions) -> Path | None:
@@ -39,10 +39,10 @@ def image(root: Path, section: str, options: ReadOptions) -> Path | None:
 
 def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one section as the contract has it."""
-    counts = _counts_of(root, section)
+    selection = _selections(root)[section]
+    counts = _counts_of(root, section, selection)
     assert counts is not None  # else it is none of sections()
-    slide = image(root, section, options)
-    return read_files(counts, _selections(root)[section], slide, section=section, options=options)
+    return read_files(counts, selection, image(root, section, options), section=section, options=options)
 
 
 def read_files(
@@ -135,6 +135,8 @@ def _read_selection(path: Path) -> pd.DataFrame:
     if "selected" in places:
         places = places.loc[places["selected"] != 0]
     try:
+        if (places[["x", "y"]].astype(float) % 1 > 0).any(axis=None):
+            raise ValueError("some are fractional")
         places.index = pd.Index([f"{int(x)}x{int(y)}" for x, y in zip(places["x"], places["y"], strict=True)])
     except (ValueError, OverflowError) as error:
         raise InputError(f"{path}: columns x and y must be whole numbers ({error})") from error
@@ -144,13 +146,22 @@ def _read_selection(path: Path) -> pd.DataFrame:
 
 
 def _selections(root: Path) -> dict[str, Path]:
-    found = [*root.glob(f"*{_SELECTION}"), *root.glob(f"*/*{_SELECTION}")]
-    return {path.name.removesuffix(_SELECTION): path for path in found if not path.name.startswith(".")}
+    found: dict[str, Path] = {}
+    for path in (*root.glob(f"*{_SELECTION}"), *sorted(root.glob(f"*/*{_SELECTION}"))):
+        if path.name.startswith("."):
+            continue
+        section = path.name.removesuffix(_SELECTION)
+        if section in found:
+            raise InputError(f"section {section}: two selections ({found[section]}, {path}); name one folder of them")
+        found[section] = path
+    return found
 
 
-def _counts_of(root: Path, section: str) -> Path | None:
+def _counts_of(root: Path, section: str, selection: Path) -> Path | None:
+    """Those beside its selection, else in another folder."""
+    beside = (path for suffix in _COUNTS if (path := selection.with_name(f"{section}{suffix}")).is_file())
     found = (path for suffix in _COUNTS for where in ("", "*/") for path in root.glob(f"{where}{section}{suffix}"))
-    return next(found, None)
+    return next(beside, None) or next(found, None)
 
 
 def _image_of(root: Path, section: str) -> Path | None:

@@ -150,9 +150,11 @@ def _rescale(adata: AnnData, scale: float) -> None:
     """What the table says of the px of its own frame, of the image's px."""
     for library in contract.libraries(adata):
         factors = library.get("scalefactors", {})
-        for name, power in (("microns_per_pixel", -1), ("spot_diameter_fullres", 1)):
-            if name in factors:
-                factors[name] = float(factors[name]) * scale**power
+        for name in factors:
+            if name == "spot_diameter_fullres":
+                factors[name] = float(factors[name]) * scale
+            elif name == "microns_per_pixel" or name.endswith("_scalef"):
+                factors[name] = float(factors[name]) / scale
 
 
 def _spots_px(store, adata: AnnData, region: str, to_px: np.ndarray, path: Path) -> tuple[np.ndarray, float]:
