@@ -9,8 +9,8 @@ SRC = Path(genar.__file__).parent.parent
 ROOMS = [
     "errors",
     "defaults",
-    "machine",
     "processes",
+    "machine",
     "data",
     "fetch",
     "genes",

@@ -137,7 +137,7 @@ def slide_path(adata: AnnData) -> Path | None:
 def no_image(adata: AnnData, purpose: str) -> str:
     """What to say of a section that lacks the image for some ``purpose``: how one of its format is given."""
     section, source = name(adata), adata.uns[GENAR].get(SOURCE)
-    place = f"put it to wsis/{section}.tif, or " if source in ("hest", "simulated") else ""
+    place = f"put it to wsis/{section}.tif, or " if source in ("hest", SIMULATED) else ""
     return (
         f"section {section}: no slide image for {purpose}; {place}pass --image FILE, or --image FOLDER that holds "
         f"{section}.tif"

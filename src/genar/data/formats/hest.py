@@ -58,7 +58,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
         mpp=mpp,
         spot_diameter_um=diameter_um,
         pitch_um=pitch_um,
-        source="simulated" if metadata.get("simulated") else NAME,
+        source=contract.SIMULATED if metadata.get("simulated") else NAME,
         patient=str(metadata.get("patient") or ""),
         mpp_by=by,
         counts_from=counts_from,
