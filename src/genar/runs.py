@@ -462,7 +462,7 @@ def _training_facts(
         "held_out": [contract.name(s) for s in held_out],
         "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
         contract.PITCH_UM: median([float(s.uns[contract.GENAR].get(contract.PITCH_UM, 0)) for s in training]),
-        contract.SIMULATED: any(map(contract.simulated, training)),
+        contract.SIMULATED: any(map(contract.of_simulation, training)),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: mean.tolist(),
         contract.TRAINING_VARIANCE: variance.tolist(),

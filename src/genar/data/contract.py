@@ -319,7 +319,7 @@ def trained_on(prediction: AnnData) -> str:
     section = str(facts.get(SECTION, ""))
     made = facts.get("prediction", {})
     sections, patients = (set(map(str, made.get(name, ()))) for name in (TRAINING_SECTIONS, TRAINING_PATIENTS))
-    if made.get(TRAINED_ON_SIMULATED) and facts.get(SOURCE) != SIMULATED:
+    if made.get(TRAINED_ON_SIMULATED) and not of_simulation(prediction):
         return "the model was trained on SIMULATED tissue: what it predicts says nothing of real tissue"
     if section in sections:
         return f"the model was trained on section {section}: its scores there say nothing of other tissue"
@@ -328,10 +328,15 @@ def trained_on(prediction: AnnData) -> str:
     return ""
 
 
+def of_simulation(adata: AnnData) -> bool:
+    """Whether the spots are of simulated tissue."""
+    return adata.uns.get(GENAR, {}).get(SOURCE) == SIMULATED
+
+
 def simulated(adata: AnnData) -> bool:
     """Whether a section, or what a prediction's model was trained on, is simulated tissue."""
-    told = adata.uns.get(GENAR, {})
-    return told.get(SOURCE) == SIMULATED or bool(told.get("prediction", {}).get(TRAINED_ON_SIMULATED, False))
+    made = adata.uns.get(GENAR, {}).get("prediction", {})
+    return of_simulation(adata) or bool(made.get(TRAINED_ON_SIMULATED, False))
 
 
 def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:

@@ -243,17 +243,16 @@ class Triplex(SectionRival):
         x = self.standardised(batch)
         return x, self.to_around(x), *(part.to(x.device) for part in lattice.window(self.fold))
 
-    def _global(self, batch: Batch, lattice: Lattice) -> Tensor:
-        cells = lattice.close_cells().to(batch.features.device)
-        return self.whole(self.to_whole(self.standardised(batch)), cells)
+    def _global(self, x: Tensor, lattice: Lattice) -> Tensor:
+        return self.whole(self.to_whole(x), lattice.close_cells().to(x.device))
 
     def forward(self, batch: Batch) -> Tensor:
         """The fused head for every spot."""
         lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
-        whole = self._global(batch, lattice)
+        seen = self._around(batch, lattice)
+        whole = self._global(seen[0], lattice)
         n_at_once = _PATCHES_AT_ONCE if self.takes_patches else _SPOTS_AT_ONCE
         parts = torch.arange(len(whole), device=whole.device).split(n_at_once)
-        seen = self._around(batch, lattice)
         return torch.cat([self.views(batch, rows, whole, seen)["fused"] for rows in parts])
 
     def loss(self, batch: Batch) -> LossOutput:
@@ -262,7 +261,8 @@ class Triplex(SectionRival):
         n, counts = len(batch.features), batch.counts
         lattice, batch = Lattice.of(batch.coords_um), self.seen(batch)
         rows = torch.randperm(n)[: self.settings.spots_per_step].to(batch.features.device)
-        views = self.views(batch, rows, self._global(batch, lattice), self._around(batch, lattice))
+        seen = self._around(batch, lattice)
+        views = self.views(batch, rows, self._global(seen[0], lattice), seen)
         terms = distillation_loss(views.pop("fused"), list(views.values()), log2p1(counts[rows]), self.settings)
         return LossOutput(terms.sum(), terms.detach())
 

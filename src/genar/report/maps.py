@@ -85,7 +85,7 @@ def write_method_maps(
             axis.set_title(_title(gene, name), fontsize=10, parse_math=False)
         row[0].text(0, -0.02, title, transform=row[0].transAxes, fontsize=8, va="top", parse_math=False)
         figure.colorbar(spots, ax=row.tolist(), label="log2(1 + count)", shrink=0.8)  # pyright: ignore
-    source = SIMULATED if truth.uns[contract.GENAR].get(contract.SOURCE) == contract.SIMULATED else ""
+    source = SIMULATED if contract.of_simulation(truth) else ""
     told = f"section {contract.name(truth)}" + (f" ({source})" if source else "")
     figure.suptitle(told, fontsize=10, parse_math=False)
     return _save(figure, path)

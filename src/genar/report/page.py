@@ -197,7 +197,7 @@ def _subtitle(subject: Subject) -> str:
 
 
 def _simulated(predicted: AnnData) -> str:
-    if predicted.uns[contract.GENAR].get(contract.SOURCE) == contract.SIMULATED:
+    if contract.of_simulation(predicted):
         return ", SIMULATED tissue"
     return ", by a model of SIMULATED tissue" if contract.simulated(predicted) else ""
 

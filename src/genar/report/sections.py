@@ -128,7 +128,7 @@ def _read(ref: SectionRef, options: ReadOptions, row: SectionReport) -> AnnData 
 def _look_at_counts(section: AnnData, row: SectionReport) -> None:
     facts, library = section.uns[contract.GENAR], section.obs[contract.LIBRARY_SIZE].to_numpy()
     row.section, row.n_spots, row.n_genes = contract.name(section), section.n_obs, section.n_vars
-    row.format = str(facts[contract.SOURCE]) if facts[contract.SOURCE] == contract.SIMULATED else row.format
+    row.format = contract.SIMULATED if contract.of_simulation(section) else row.format
     row.mpp, row.mpp_by = contract.mpp(section), dict(facts[contract.MPP_BY])
     row.mpp_agree = not disagreeing(row.mpp_by)
     row.patient, row.note, row.counts_from = facts[contract.PATIENT], facts[contract.NOTE], facts[contract.COUNTS_FROM]
