@@ -225,6 +225,7 @@ def _run_of(name: str) -> float:
     from genar.data import read_sections
     from genar.data.simulate import TissueConfig, write_tissue
     from genar.inference import predict_run
+    from genar.models.checkpoint import load_checkpoint
     from genar.runs import TrainPlan, train_run
     from genar.settings import sort_settings
 
@@ -242,7 +243,7 @@ def _run_of(name: str) -> float:
             )  # fmt: skip
             with _far_trainer() if device == FAR else nullcontext():
                 train_run(plan, say=lambda line: None)
-                again = predict_run(held_out, out / "run", None, features=out / "features", how={"samples": 2}, device=device)  # fmt: skip # noqa: E501
+                again = predict_run(held_out, load_checkpoint(out / "run"), None, features=out / "features", how={"samples": 2}, device=device)  # fmt: skip # noqa: E501
             made += [read_h5ad(out / "run" / "predictions" / "SIM2.h5ad"), again]
     return max(abs(made[0].layers["mean"] - one.layers["mean"]).max() for one in made[1:])
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -160,6 +161,14 @@ def test_simulated_folder_reads_as_written(tissue, tissue_sections):
         assert (facts[contract.PITCH_UM], facts[contract.SPOT_DIAMETER_UM]) == (110, 55)
         assert facts[contract.SOURCE] == "simulated"
         assert facts[contract.PATIENT] == f"Simulated {name}"
+
+
+def test_x_is_no_layer(tissue_sections):
+    """Though anndata 0.13 counts it among them, under no name."""
+    section = tissue_sections[0].copy()
+    section.layers["mean"] = section.X.copy()
+    assert contract.layer_names(section) == ["mean"]
+    assert contract.layer_names(SimpleNamespace(layers={"mean": section.X, None: section.X})) == ["mean"]  # pyright: ignore
 
 
 def test_layer_counts_wins_over_x(folder, tissue_sections):

@@ -114,8 +114,9 @@ def planted(sections: Path, out: Path, change, panel=(), where="B") -> Path:
 def trained(folder: Path, out: Path, model="genar", *, test=("B", "D"), only=(), panel="clean", beside=(), said=None):
     """The folder of a run on the sections."""
     settings = Settings(SMALL.get(model, {}), TRAIN, {"samples": 2, "steps": 2})
+    n_genes = None if Path(panel).is_file() else N_GENES
     plan = TrainPlan(
-        folder, test, out, model, panel=panel, n_genes=N_GENES, encoder="import:toy", features=folder / "store",
+        folder, test, out, model, panel=panel, n_genes=n_genes, encoder="import:toy", features=folder / "store",
         settings=settings, beside=beside, maps=False, only=only or ("A", "C", *test),
     )  # fmt: skip
     train_run(plan, say=(lambda line: None) if said is None else said.append)
@@ -127,7 +128,7 @@ def prints(out: Path) -> dict:
     facts = json.loads((out / "checkpoint" / "config.json").read_text())
     assert "D" in facts["training"].pop("held_out")  # names alone, which differ where B is held out, too
     predicted = anndata.read_h5ad(out / "predictions" / "D.h5ad")
-    found = {name: predicted.layers[name].tobytes() for name in predicted.layers}
+    found = {name: predicted.layers[name].tobytes() for name in contract.layer_names(predicted)}
     found |= {f"var {name}": predicted.var[name].to_numpy().tobytes() for name in predicted.var}
     return {
         **facts,

@@ -12,6 +12,7 @@ from scipy import sparse
 from commands import run
 from genar import encoders, features
 from genar.data import contract, read_section
+from genar.data.reading import pitch_px
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.features import Inputs
@@ -194,6 +195,23 @@ def test_neighbours_at_another_distance_than_in_training_are_told(trained, tmp_p
     looking = replace(checkpoint, features={**checkpoint.features, "context_spots": [6]})
     note = "neighbours 110 um away, as in its training; here are 220 um; --spacing-um 110 lays them so"
     assert (note in _other_pitch(looking, slide)) == told
+
+
+@pytest.mark.parametrize(("given", "pitch"), [([], 110), (["--spacing-um", 220], 220)])
+def test_spots_of_a_bare_slide_lie_as_far_apart_as_in_the_training(
+    trained, tmp_path, monkeypatch, capsys, given, pitch
+):
+    out, slide = tmp_path / "p.h5ad", trained / "tissue" / "wsis" / "B.tif"
+    assert run(monkeypatch, "predict", slide, "--model", trained / "run", "--out", out, "--mpp", 0.7, *given) == 0
+    predicted = anndata.read_h5ad(out)
+    assert pitch_px(predicted.obsm["spatial"]) * 0.7 == pytest.approx(pitch)
+    assert f"{predicted.n_obs} spots, {pitch} um apart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("told", [0, -5, "far", None, float("inf"), float("nan")])
+def test_a_distance_of_spots_that_is_none_is_not_used(trained, told):
+    checkpoint = load_checkpoint(trained / "run")
+    assert replace(checkpoint, training={**checkpoint.training, "pitch_um": told}).pitch_um == 0
 
 
 def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeypatch, capsys):

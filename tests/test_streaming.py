@@ -19,7 +19,7 @@ from genar.features import FeatureRecipe, Inputs, StoredInputs, import_sections,
 from genar.features.store import new_store
 from genar.genes import Panel
 from genar.models import Decoding, Spots, model_class, model_names
-from genar.models.checkpoint import Checkpoint
+from genar.models.checkpoint import Checkpoint, load_checkpoint
 from genar.settings import Settings
 from genar.streaming import CountFile, StoredSpots, StreamedLoader, count_moments, look_at
 from genar.training import TrainConfig, fit, make_spots, split_validation
@@ -367,8 +367,9 @@ def test_a_large_prediction_is_streamed_by_the_command(plan, tissue_sections, mo
         monkeypatch.setattr(inference, "STREAMED_BYTES", bound)
         path = tmp_path / f"{name}.h5ad"
         predicted = inference.predict_run(
-            tissue_sections[1], run.outputs["checkpoint"], path, features=tmp_path / "store", how={"samples": 2}
-        )
+            tissue_sections[1], load_checkpoint(run.outputs["checkpoint"]), path,
+            features=tmp_path / "store", how={"samples": 2},
+        )  # fmt: skip
         assert predicted.isbacked == (name == "blocks")
         made[name] = contents(path)
     assert made["whole"] == made["blocks"]

@@ -16,7 +16,10 @@ Image = Annotated[
     Path | None, typer.Option(help="Full-resolution image of the section, or a folder of them called <id>.tif.")
 ]
 BinUm = Annotated[float | None, typer.Option(help="Visium HD: width of the pooled spots, um (default: 56).")]
-SpacingUm = Annotated[float | None, typer.Option(help="Bare slides: distance between spots, um (default: 100).")]
+SpacingUm = Annotated[
+    float | None,
+    typer.Option(help="Bare slides: distance between spots, um (default: as in the model's training, else 100)."),
+]
 Store = Annotated[
     Path | None,
     typer.Option("--features", help="Folder of the feature stores (default: $GENAR_FEATURES, or your cache)."),

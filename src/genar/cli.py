@@ -32,7 +32,7 @@ from genar._options import (
     ids,
     numbers,
 )
-from genar.errors import InputError, first_names, named
+from genar.errors import first_names, named
 
 app = typer.Typer(
     name="genar",
@@ -173,6 +173,7 @@ def features(
     device: Device = "auto",
     image: Image = None,
     bin_um: BinUm = None,
+    spacing_um: SpacingUm = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
@@ -183,7 +184,7 @@ def features(
         from genar.data import read_places
 
     out = out or embedding.default_store()
-    read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, bar=_console.bar(json))
+    read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um, bar=_console.bar(json))
     if import_ is not None:
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = numbers(widths_um, "--widths-um") or (defaults.WIDTHS_UM if patch == defaults.PATCH else ())
@@ -217,15 +218,14 @@ def panel(
     """Select the gene panel, or check a list of genes against the sections."""
     with _console.loading():
         from genar.data import ReadOptions, Sections, find_sections, pick
-        from genar.genes import check_place, listed_panel, read_aliases, read_panel, select_panel
+        from genar.genes import check_place, listed_panel, read_aliases, read_panel, refuse_number, select_panel
 
     check_place(out)
     refs = find_sections(sections)
     left_out = pick(refs, ids(exclude))
     chosen = Sections([ref for ref in refs if ref not in left_out], ReadOptions(**given(mpp=mpp, bin_um=bin_um)))
     if Path(recipe).is_file():
-        if n_genes is not None:
-            raise InputError(f"--n-genes {n_genes}: the list {recipe} is taken whole; shorten it, or leave that out")
+        refuse_number(n_genes, recipe)
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
         n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
@@ -274,7 +274,9 @@ def train(
     panel: Annotated[
         str, typer.Option(help="Panel recipe (see `genar panel`), panel.json or a list of genes.")
     ] = defaults.PANEL,
-    n_genes: Annotated[int, typer.Option(help="Genes of a selected panel.")] = defaults.N_GENES,
+    n_genes: Annotated[
+        int | None, typer.Option(help=f"Genes of a selected panel (default: {defaults.N_GENES}).")
+    ] = None,
     encoder: Annotated[str, typer.Option(help="Name of the encoder.")] = defaults.ENCODER,
     weights: Weights = None,
     patch: Patch = defaults.PATCH,
@@ -353,13 +355,14 @@ def predict(
     """Predict the counts of a section or of a bare slide with a trained model."""
     with _console.loading():
         from genar import inference
-        from genar.data import read_section
+        from genar.models.checkpoint import load_checkpoint
         from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **given(decode=decode, samples=samples, seed=seed)}
-    read = read_section(section, **given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
+    checkpoint = load_checkpoint(model, revision=revision)
+    read = inference.read_for(checkpoint, section, **given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
     predicted = inference.predict_run(
-        read, model, out, revision=revision, kind=format, features=features, encoder=encoder, weights=weights, how=how,
+        read, checkpoint, out, kind=format, features=features, encoder=encoder, weights=weights, how=how,
         device=machine.device(device), bar=_console.bar(json), say=_console.speaker(json),
     )  # fmt: skip
     outputs = {"prediction": out} | inference.tissue_overlay(read, out)

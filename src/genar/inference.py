@@ -10,7 +10,7 @@ import anndata
 from anndata import AnnData
 
 from genar import encoders, machine, pixels
-from genar.data import contract
+from genar.data import contract, read_section
 from genar.data.door import door, reason_of
 from genar.data.files import scratch_beside
 from genar.data.progress import Bar, no_bar
@@ -18,7 +18,7 @@ from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.export import format_of, refuse_foreign, write_export
 from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
-from genar.models.checkpoint import Checkpoint, load_checkpoint
+from genar.models.checkpoint import Checkpoint
 from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused, write_prediction
 from genar.report import maps
 
@@ -26,12 +26,19 @@ STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 _PITCH = 0.2  # spots may lie so much nearer or farther than in training, as a share
 
 
+def read_for(checkpoint: Checkpoint, section: str | Path, **options) -> AnnData:
+    """Read what is to be predicted, as ``genar.read_section`` does; but the spots of a bare slide lie as far apart as
+    those that the model was trained on, unless ``spacing_um`` says otherwise."""
+    if checkpoint.pitch_um:
+        options.setdefault("spacing_um", checkpoint.pitch_um)
+    return read_section(section, **options)
+
+
 def predict_run(
     section: AnnData,
-    model: str | Path | Checkpoint,
+    checkpoint: Checkpoint,
     out: Path | None,
     *,
-    revision: str | None = None,
     kind: str | None = None,
     features: Path | None = None,
     encoder: str | None = None,
@@ -41,9 +48,8 @@ def predict_run(
     bar: Bar = no_bar,
     say: Callable[[str], None] = print,
 ) -> AnnData:
-    """Predict one section with a checkpoint (loaded, of a folder, a run or the hub, there at ``revision``), embedding
-    it where its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix of ``out`` say one of
-    the formats of ``genar.export``.
+    """Predict one section with a checkpoint, embedding it where its features are not stored, and write it: ``.h5ad``,
+    or as ``kind`` or the suffix of ``out`` say one of the formats of ``genar.export``.
 
     A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
     backed mode); the other formats are made in memory. Without ``out`` nothing is written.
@@ -55,16 +61,15 @@ def predict_run(
     if out is not None:
         kind = _kind(out, kind)
         refuse_foreign(out)
-    if isinstance(model, Checkpoint) and revision is not None:
-        raise InputError(f"revision {revision}: the checkpoint is loaded already; name one when you load it")
-    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
     checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
+    if section.n_vars == 0 and (pitch := section.uns[contract.GENAR].get(contract.PITCH_UM)):
+        say(f"{section.n_obs} spots, {pitch:.4g} um apart")
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
     with scratch_beside(out or Path(tempfile.gettempdir(), "genar")) as scratch:
         if pixels.takes_patches(checkpoint.features):
-            with door(str(model) if not isinstance(model, Checkpoint) else "checkpoint", "recipe of patches"):
+            with door("checkpoint", "recipe of patches"):
                 recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
             patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
             values = pixels.no_features(section.n_obs)
@@ -96,8 +101,8 @@ def predict_run(
 def _other_pitch(checkpoint: Checkpoint, section: AnnData) -> str:
     """What to say where a model that looks at neighbouring spots is given spots that lie at another distance than those
     it was trained on; else nothing."""
-    here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.training.get(contract.PITCH_UM, 0)
-    if not (checkpoint.features.get("context_spots") and here > 0 and there > 0) or abs(here / there - 1) <= _PITCH:
+    here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.pitch_um
+    if not (checkpoint.features.get("context_spots") and here > 0 and there) or abs(here / there - 1) <= _PITCH:
         return ""
     remedy = f"; --spacing-um {there:.4g} lays them so" if section.n_vars == 0 else ""
     return f"the model looks at neighbours {there:.4g} um away, as in its training; here are {here:.4g} um{remedy}"

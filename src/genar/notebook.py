@@ -8,11 +8,10 @@ from pathlib import Path
 from anndata import AnnData
 
 from genar import _console, machine
-from genar.data import read_section
 from genar.errors import InputError
 from genar.genes import Panel
-from genar.inference import predict_run
-from genar.models.checkpoint import Checkpoint
+from genar.inference import predict_run, read_for
+from genar.models.checkpoint import Checkpoint, load_checkpoint
 from genar.runs import RunResult, TrainPlan, train_run
 from genar.settings import read_settings, sort_decoding, sort_settings
 
@@ -109,29 +108,33 @@ def predict(
     """Predict the counts of a section, or of a bare slide, with a trained model: what ``genar predict`` does.
 
     ``section`` is what ``genar.read_section`` gave, or a path (a slide, a section's file or folder, ``FOLDER:ID``),
-    read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um); ``model`` a training run, a checkpoint
-    (loaded, or its folder) or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in
-    ``features`` (default: ``$GENAR_FEATURES``, else the user's cache) or made, with ``weights`` where the encoder's are
-    a file; an encoder that is a function runs where ``encoder`` names it. ``decoding`` are fields of
-    ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given.
+    read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um between the spots of a bare slide;
+    default: as in the model's training); ``model`` a training run, a checkpoint (loaded, or its folder) or ``ORG/NAME``
+    on the hub (at ``revision``). Features are taken from the stores in ``features`` (default: ``$GENAR_FEATURES``, else
+    the user's cache) or made, with ``weights`` where the encoder's are a file; an encoder that is a function runs where
+    ``encoder`` names it. ``decoding`` are fields of ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``,
+    ``layers``, …. Written to ``out`` if given.
 
     Returns AnnData [N, G]: integer counts in ``X``, and the layers that the model has (``genar``: ``mean``,
     ``log1p_mean``, ``p_zero``, ``sd`` and quantiles; ``ridge``: ``log1p_mean`` alone). One of more than 0.5 GiB is left
     in the file ``out`` (anndata's backed mode). Raises ``InputError`` as the command does.
 
     >>> counts = genar.predict("tissue/wsis/SIM2.tif", "run", mpp=2.0, progress=False)
-    >>> counts.n_vars, sorted(counts.layers)
-    (20, ['log1p_mean'])
+    >>> counts.n_vars, "log1p_mean" in counts.layers
+    (20, True)
     """
     reading = {"mpp": mpp, "image": image, "bin_um": bin_um, "spacing_um": spacing_um}
     given = {name: value for name, value in reading.items() if value is not None}
-    if not isinstance(section, AnnData):
-        section = read_section(section, **given)
-    elif given:
+    if isinstance(section, AnnData) and given:
         raise InputError(f"predict: {', '.join(given)} tell how a file is read; this section was read already")
+    if isinstance(model, Checkpoint) and revision is not None:
+        raise InputError(f"revision {revision}: the checkpoint is loaded already; name one when you load it")
+    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
+    if not isinstance(section, AnnData):
+        section = read_for(checkpoint, section, **given)
     paths = [None if path is None else Path(path) for path in (out, features, weights)]
     return predict_run(
-        section, model, paths[0], revision=revision, features=paths[1], encoder=encoder, weights=paths[2],
+        section, checkpoint, paths[0], features=paths[1], encoder=encoder, weights=paths[2],
         how=sort_decoding(decoding),
         device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
     )  # fmt: skip

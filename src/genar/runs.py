@@ -37,7 +37,17 @@ from genar.features import (
     embed_sections,
     recipe_of,
 )
-from genar.genes import ORDERS, RECIPES, Panel, leak, order_by_sets, read_gene_sets, read_panel, select_panel
+from genar.genes import (
+    ORDERS,
+    RECIPES,
+    Panel,
+    leak,
+    order_by_sets,
+    read_gene_sets,
+    read_panel,
+    refuse_number,
+    select_panel,
+)
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, unused, write_prediction
@@ -64,7 +74,8 @@ class TrainPlan:
     """training recipe: ``default`` or ``paper``"""
     panel: str = defaults.PANEL
     """a panel recipe or a file"""
-    n_genes: int = defaults.N_GENES
+    n_genes: int | None = None
+    """of a selected panel, 200 where not given; a file is taken whole"""
     encoder: str = defaults.ENCODER
     weights: Path | None = None
     patch: str = defaults.PATCH
@@ -98,6 +109,10 @@ class TrainPlan:
         encoders.check_precision(self.encoder_precision)
         if self.panel not in RECIPES and not Path(self.panel).is_file():
             raise InputError(f"--panel {self.panel}: no such file, and none of the recipes {', '.join(RECIPES)}")
+        if Path(self.panel).is_file():
+            refuse_number(self.n_genes, self.panel)
+        elif self.n_genes is None:
+            object.__setattr__(self, "n_genes", defaults.N_GENES)
         self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
 
     @property

@@ -221,6 +221,11 @@ def in_memory(values):
     return values if isinstance(values, np.ndarray) or sparse.issparse(values) else values[:]
 
 
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers; X, which anndata 0.13 counts among them under no name, is none."""
+    return [name for name in adata.layers if name is not None]
+
+
 def layer(adata: AnnData, name: str) -> np.ndarray:
     """A layer [N, G], dense."""
     return dense(adata.layers[name])

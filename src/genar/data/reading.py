@@ -183,7 +183,8 @@ def read_adata(path: Path) -> anndata.AnnData:
     with door(path, ".h5ad file"):
         check_hdf5(path)
         adata = anndata.read_h5ad(path)
-        for matrix in (adata.X, *adata.layers.values(), adata.raw.X if adata.raw is not None else None):
+        layers = [adata.layers[name] for name in contract.layer_names(adata)]
+        for matrix in (adata.X, *layers, adata.raw.X if adata.raw is not None else None):
             check_sparse(matrix)
         _check_uns(path, adata)
         return adata

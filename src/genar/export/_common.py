@@ -31,7 +31,8 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         raise InputError("no X: expected predicted counts there, as `genar predict` writes them")
     predicted = predicted[:, genes] if genes else predicted
     predicted = predicted.to_memory() if predicted.isbacked else predicted.copy()
-    for where, values in {"X": predicted.X, **{f"layers['{n}']": v for n, v in predicted.layers.items()}}.items():
+    layers = {f"layers['{name}']": predicted.layers[name] for name in contract.layer_names(predicted)}
+    for where, values in {"X": predicted.X, **layers}.items():
         if not np.isfinite(values.data if sparse.issparse(values) else values).all():  # pyright: ignore
             raise InputError(f"{where} holds NaN or infinite values; expected counts: predict again, or leave it out")
     return predicted
@@ -53,7 +54,7 @@ def plain_table(predicted: AnnData) -> AnnData:
         sparse.csr_matrix(predicted.X, dtype=np.float32),
         obs=pd.DataFrame(index=predicted.obs_names),
         var=pd.DataFrame(predicted.var),
-        layers={name: contract.layer(predicted, name).astype(np.float32) for name in predicted.layers},
+        layers={name: contract.layer(predicted, name).astype(np.float32) for name in contract.layer_names(predicted)},
     )
     table.obsm[contract.SPATIAL] = contract.coords_px(predicted)
     table.uns[contract.GENAR] = predicted.uns[contract.GENAR]

@@ -1,7 +1,7 @@
 """The gene panel, its selection, the hierarchy of scales over it, and gene sets. numpy only; nothing here knows of
 tensors or images."""
 
-from genar.genes.panel import Panel, check_place, read_aliases, read_panel
+from genar.genes.panel import Panel, check_place, read_aliases, read_panel, refuse_number
 from genar.genes.scales import ORDERS, Scales, cluster_order, default_sizes, fit_scales
 from genar.genes.selection import DROPPED_PREFIXES, PAPER_N_TOP, RECIPES, leak, listed_panel, select_panel
 from genar.genes.sets import group_names, order_by_sets, over_representation, read_gene_sets
@@ -25,5 +25,6 @@ __all__ = [
     "read_aliases",
     "read_gene_sets",
     "read_panel",
+    "refuse_number",
     "select_panel",
 ]

@@ -109,6 +109,12 @@ def read_panel(path: str | Path) -> Panel:
         raise InputError(f"{path}: {error}") from error
 
 
+def refuse_number(n_genes: int | None, panel: str | Path) -> None:
+    """``InputError`` where a number of genes is asked for beside a list of them."""
+    if n_genes is not None:
+        raise InputError(f"--n-genes {n_genes}: the list {panel} is taken whole; shorten it, or leave that out")
+
+
 def read_aliases(path: str | Path) -> dict[str, str]:
     """Other names of genes: a line each, the name in a list and the name in the sections, between blanks or a tab.
 

@@ -4,6 +4,7 @@ pickle."""
 import copy
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,12 @@ class Checkpoint:
     """the card that lay beside it; saved again with the same weights"""
     card_of: str = field(default="", repr=False)
     """sha256 of the weights that the card tells of, as this release writes them; empty: of any"""
+
+    @property
+    def pitch_um(self) -> float:
+        """Distance of the training's spots, um; 0 where it is not told."""
+        told = self.training.get("pitch_um")
+        return float(told) if isinstance(told, int | float) and 0 < told < math.inf else 0.0
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> "Checkpoint":
