@@ -13,7 +13,8 @@ from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import bf16_products, count_bumps, position_code
-from genar.models.genar import GenAR, auto_max_count, paper, released, small
+from genar.models._training_spots import auto_max_count
+from genar.models.genar import GenAR, paper, released, small
 
 N_GENES, N_FEATURES = 24, 16
 TINY = small(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, components=6, count_basis=8)

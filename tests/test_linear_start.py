@@ -14,7 +14,8 @@ from genar.models._linear_start import (
     interpolate,
     level,
 )
-from genar.models.genar import GenAR, auto_max_count, small
+from genar.models._training_spots import auto_max_count
+from genar.models.genar import GenAR, small
 
 
 def linear_spots(n=300, n_genes=8, views=8, seed=0):

@@ -57,7 +57,7 @@ def test_streams_are_means_within_one_and_two_pitches():
     spots = section()
     made, batch = model(spots), spots.batch()
     own, one, two = made.streams(batch)
-    x, apart = made.standardised(batch), torch.cdist(spots.coords_um, spots.coords_um)
+    x, apart = made.standardised(batch.features), torch.cdist(spots.coords_um, spots.coords_um)
     torch.testing.assert_close(own, x)
     for stream, radius in ((one, 200), (two, 400)):
         within = (apart < 1.1 * radius).float()

@@ -10,7 +10,7 @@ from genar.errors import InputError
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2, log2p1
 from genar.models._diffusion import Diffusion
-from genar.models.histogene import Places
+from genar.models._lattice import Places
 from genar.models.knn import N_NEAREST
 from genar.training import TrainConfig, fit, train_config_from_dict
 from genar.training_loop import _Module

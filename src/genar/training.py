@@ -19,7 +19,7 @@ from genar import machine
 from genar.data import contract
 from genar.errors import InputError
 from genar.models import Model, Spots
-from genar.models.ridge import blocks
+from genar.models._training_spots import strips
 from genar.processes import ALONE, Group
 from genar.streaming import AnySpots, StoredSpots, look_at
 from genar.training_config import RECIPES, FitSummary, TrainConfig, paper_recipe, train_config_from_dict
@@ -84,7 +84,7 @@ def fit(
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it on the CPU in evaluation mode with the chosen weights.
 
-    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.sampled``)
+    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.streams``)
     takes them all into memory.
 
     The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
@@ -96,7 +96,7 @@ def fit(
     """
     device = machine.of_models(machine.device(device))
     torch.manual_seed(config.seed)
-    if isinstance(spots, StoredSpots) and not model.sampled:
+    if isinstance(spots, StoredSpots) and not model.streams:
         spots = spots.in_memory()
     if not model.gradient:
         model.prepare(look_at(model, spots))
@@ -132,13 +132,13 @@ def split_validation(spots: AnySpots, share: float) -> tuple[AnySpots, AnySpots 
     """
     if share == 0:
         return spots, None
-    n_blocks = max(2, round(1 / share))
+    n_strips = max(2, round(1 / share))
     held = torch.zeros(len(spots), dtype=torch.bool)
     for section in spots.section.unique():
         rows = torch.nonzero(spots.section == section)[:, 0]
-        if len(rows) >= n_blocks:
-            strip = blocks(spots.coords_um[rows], n_blocks)
-            held[rows[strip == n_blocks // 3]] = True  # not at the border of the tissue
+        if len(rows) >= n_strips:
+            strip = strips(spots.coords_um[rows], n_strips)
+            held[rows[strip == n_strips // 3]] = True  # not at the border of the tissue
     if not held.any():
         return spots, None
     return spots.rows(torch.nonzero(~held)[:, 0]), spots.rows(torch.nonzero(held)[:, 0])

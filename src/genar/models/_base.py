@@ -225,7 +225,7 @@ class Model(nn.Module, abc.ABC):
 
     gradient: ClassVar[bool] = True
     decodings: ClassVar[tuple[str, ...]] = ("mean",)
-    sampled: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
     """whether it can be trained on more spots than memory holds: of more than ``PREPARED_SPOTS``, ``create`` and
     ``prepare`` then see a sample, whose ``parts`` are all"""
     sums: ClassVar[bool] = False
@@ -291,6 +291,11 @@ class Model(nn.Module, abc.ABC):
     def upgraded(self, state: dict[str, Tensor], version: int) -> dict[str, Tensor]:
         """Tensors of a checkpoint of format ``version`` as this release names and shapes them."""
         return state
+
+    @property
+    def mask_bytes(self) -> int:
+        """About how much memory the masks of a model's attention take, by its configuration alone; 0 without any."""
+        return 0
 
     @property
     def spot_bytes(self) -> int:

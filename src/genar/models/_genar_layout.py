@@ -38,10 +38,10 @@ class Layout(nn.Module):
         # the positions of a scale see the same ones and need no mask, unless each sees those before it alone
         runs = (*n_history, *sizes) if within == "full" else (len(seen) - sizes[-1], sizes[-1])
         self.cuts = nn.ModuleList(Cut(rows) for rows in seen.split(runs) if len(rows))
-        self.steps, self.n_keep = nn.ModuleList(), []
-        for new, old, n_keep in map(self._step, range(len(sizes))):
-            self.steps.append(Cut(seen[new][:, torch.cat([old, new])]))
-            self.n_keep.append(n_keep)
+        steps = [self._step(k) for k in range(len(sizes))]
+        self.steps = nn.ModuleList(Cut(seen[new][:, torch.cat([old, new])]) for new, old, _ in steps)
+        self.n_keep = [n_keep for _, _, n_keep in steps]
+        new, old, _ = steps[-1]
         self.n_cached = len(old) + len(new)
         for k in range(1, len(sizes)):
             self.register_buffer(f"parent_{k}", torch.from_numpy(scales.parent(k)).long(), persistent=False)

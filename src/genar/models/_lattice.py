@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from scipy.spatial import KDTree
-from torch import Tensor
+from torch import Tensor, nn
+
+from genar.models._base import Spots
 
 _SPARE = 12
 """nearest spots looked at beyond those asked for, to order equally near ones in a way that no order of spots changes"""
@@ -136,3 +138,24 @@ def _pitch(xy: np.ndarray, start: float, fold: int) -> float:
 def _phase(steps: np.ndarray) -> float:
     """How far, in steps, the array is shifted against whole numbers."""
     return float(np.angle(np.exp(2j * np.pi * steps).mean())) / (2 * np.pi)
+
+
+class Places(nn.Module):
+    """A learned vector for each column and each row of the array; those beyond what was trained share its last."""
+
+    last: Tensor
+
+    def __init__(self, n_positions: int, width: int):
+        super().__init__()
+        self.column, self.row = nn.Embedding(n_positions, width), nn.Embedding(n_positions, width)
+        self.register_buffer("last", torch.full((2,), n_positions - 1))
+
+    def prepare(self, spots: Spots) -> None:
+        """Keep how far the training sections go."""
+        seen = [Lattice.of(spots.coords_um[spots.section == one]).cells().amax(dim=0) for one in spots.section.unique()]
+        self.last.copy_(torch.minimum(torch.stack(seen).amax(dim=0).to(self.last), self.last))
+
+    def forward(self, coords_um: Tensor) -> Tensor:
+        """[N, 2] -> [N, D]."""
+        cells = torch.minimum(Lattice.of(coords_um).cells().to(coords_um.device), self.last)
+        return self.column(cells[:, 0]) + self.row(cells[:, 1])

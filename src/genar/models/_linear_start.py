@@ -14,7 +14,7 @@ from torch import Tensor
 
 from genar.errors import InputError
 from genar.models._base import Spots, log2p1
-from genar.models.ridge import folds, mean_and_scale
+from genar.models._training_spots import left_out_parts, mean_and_scale
 
 RATIO = 3.0
 PENALTIES = tuple(10 ** (2 + i / 4) for i in range(13))  # 100 to 100,000
@@ -58,7 +58,7 @@ def find_components(spots: Spots, n: int) -> Components:
     assert spots.counts is not None
     if len(spots) < 2:
         raise InputError("components are of two training spots at least; set components=0 and linear_start=false")
-    x, y, fold = spots.features.mean(dim=1).double(), log2p1(spots.counts).double(), folds(spots)
+    x, y, fold = spots.features.mean(dim=1).double(), log2p1(spots.counts).double(), left_out_parts(spots)
     mean, scale = mean_and_scale(x)
     whiteners = [_whitener(noise) for noise in _view_covariances(spots, scale)]
     parts = ((x - mean) / scale).split(len(whiteners[0]), dim=1)

@@ -14,7 +14,7 @@ from torch.nn import functional as fn
 from genar.models._base import Batch, Counts, Spots, log2p1
 from genar.models._decoding import Decoding
 from genar.models._spot import SpotRival
-from genar.models.ridge import blocks
+from genar.models._training_spots import strips
 
 # Keys embedded at a time.
 _KEYS_AT_ONCE = 1024
@@ -56,7 +56,7 @@ class Keys(nn.Module):
         self.log2_counts = log2p1(spots.counts).to(device)
         self.section, self.x_um = spots.section.to(device), spots.coords_um[:, 0].contiguous().to(device)
         single = len(spots.section.unique()) == 1
-        self.strip = (blocks(spots.coords_um) if single else torch.zeros(len(spots), dtype=torch.long)).to(device)
+        self.strip = (strips(spots.coords_um) if single else torch.zeros(len(spots), dtype=torch.long)).to(device)
 
     def visible(self, batch: Batch) -> Tensor:
         """bool [B, K]: which keys each spot of a batch may see; a batch without sections sees all."""

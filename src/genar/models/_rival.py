@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor
+
 from genar.errors import InputError
 from genar.models._base import Model, Spots
+from genar.models._training_spots import mean_and_scale
 
 INPUTS = ("features", "patches")
 
@@ -36,10 +40,25 @@ class Rival(Model):
     """what each changes of the configuration"""
     may_be_none: ClassVar[tuple[str, ...]] = ()
     """numbers of things that may be 0, though the default is more"""
+    feature_mean: Tensor
+    feature_scale: Tensor
 
     def __init__(self, n_features: int, n_genes: int, config: Any, **sizes: int):
         super().__init__()
         self.n_features, self.n_genes, self.settings, self.own_sizes = n_features, n_genes, config, sizes
+        self.register_buffer("feature_mean", torch.zeros(n_features))
+        self.register_buffer("feature_scale", torch.ones(n_features))
+
+    @torch.no_grad()
+    def prepare(self, spots: Spots) -> None:
+        """Set the features' mean and scale."""
+        mean, scale = mean_and_scale(spots.features.mean(dim=1))
+        self.feature_mean.copy_(mean)
+        self.feature_scale.copy_(scale)
+
+    def standardised(self, features: Tensor) -> Tensor:
+        """Features [N, F] with the training spots' mean 0 and standard deviation 1."""
+        return (features - self.feature_mean) / self.feature_scale
 
     @classmethod
     def sizes(cls, spots: Spots, config: Any) -> dict[str, int]:

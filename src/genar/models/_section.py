@@ -10,10 +10,9 @@ from genar.errors import InputError
 from genar.models._base import Batch, Counts, LossOutput, Spots, log2p1, turned_each
 from genar.models._decoding import DEFAULT, Decoding
 from genar.models._rival import Rival
-from genar.models.ridge import mean_and_scale
 
 
-def turned(x: Tensor) -> Tensor:
+def randomly_turned(x: Tensor) -> Tensor:
     """Each of x [N, ..., px, px] in one of its eight positions, drawn at random."""
     return turned_each(x, torch.randint(8, (len(x),), device=x.device))
 
@@ -26,14 +25,10 @@ class SectionRival(Rival):
 
     unit = "section"
 
-    feature_mean: Tensor
-    feature_scale: Tensor
     gene_mean: Tensor
 
     def __init__(self, n_features: int, n_genes: int, config, **sizes: int):
         super().__init__(n_features, n_genes, config, **sizes)
-        self.register_buffer("feature_mean", torch.zeros(n_features))
-        self.register_buffer("feature_scale", torch.ones(n_features))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
 
     def prepare(self, spots: Spots) -> None:
@@ -41,9 +36,7 @@ class SectionRival(Rival):
         assert spots.counts is not None
         if self.takes_patches and spots.patches is None:
             raise InputError(f"model {self._name()}: input=patches needs patches, and the sections came without")
-        mean, scale = mean_and_scale(spots.features.mean(dim=1))
-        self.feature_mean.copy_(mean)
-        self.feature_scale.copy_(scale)
+        super().prepare(spots)
         self.gene_mean.copy_(log2p1(spots.counts).mean(dim=0))
 
     def section_steps(self, n_spots: int) -> int:
@@ -54,10 +47,6 @@ class SectionRival(Rival):
     def takes_patches(self) -> bool:
         """Whether it was set up for pixels."""
         return getattr(self.settings, "input", "features") == "patches"
-
-    def standardised(self, batch: Batch) -> Tensor:
-        """Features [N, F] with mean 0 and standard deviation 1 over the training spots."""
-        return (batch.features - self.feature_mean) / self.feature_scale
 
     def pixels(self, batch: Batch, rows: Tensor | slice = slice(None)) -> Tensor:
         """Patches float32 [n, crops, 3, px, px] in -1..1, of the size that the method takes, others resized. In

@@ -250,15 +250,11 @@ def _model_of(path: Path, facts: dict, shapes: dict[str, list[int]]) -> Model:
             raise InputError(
                 f"{path}: tensor {name} has shape {got}, {CONFIG} expects {expected}; copy the checkpoint again"
             )
-    # which position sees which: a byte a pair, some times over while it is made
-    sizes = getattr(measured, "sizes", ())
-    if isinstance(sizes, tuple):
-        n_bytes = 8 * sum(sizes) ** 2
-        if n_bytes > max(_ATTENTION_BYTES, room(path.stat().st_size)):
-            raise InputError(
-                f"{path}: attention of {n_bytes / 2**30:,.1f} GiB between {sum(sizes):,} groups of genes, in a file of "
-                f"{path.stat().st_size / 2**20:.1f} MiB: is it damaged?"
-            )
+    if measured.mask_bytes > max(_ATTENTION_BYTES, room(path.stat().st_size)):
+        raise InputError(
+            f"{path}: masks of attention of {measured.mask_bytes / 2**30:,.1f} GiB, in a file of "
+            f"{path.stat().st_size / 2**20:.1f} MiB: is it damaged?"
+        )
     return cls.from_facts(facts["model"])
 
 

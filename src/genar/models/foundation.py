@@ -16,7 +16,7 @@ from genar.models._base import Batch, Card, Counts, LossOutput, Spots
 from genar.models._count_loss import cross_entropy, summed
 from genar.models._decoding import Decoding, summarise
 from genar.models._spot import SpotRival
-from genar.models.genar import auto_max_count
+from genar.models._training_spots import auto_max_count
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Foundation(SpotRival):
     """Frozen features, a small residual network, and a softmax over counts for every gene."""
 
     config = FoundationConfig
-    sampled = True
+    streams = True
     decodings = ("greedy", "mean")
     may_be_none = ("blocks", "max_count")
     block = 16  # logits [spots, G, V] exist

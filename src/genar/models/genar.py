@@ -14,7 +14,6 @@ F features, V classes.
 """
 
 import math
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +28,7 @@ from genar import defaults
 from genar.errors import InputError
 from genar.genes import ORDERS, Scales, default_sizes, fit_scales
 from genar.models._base import Batch, Card, Counts, LossOutput, Model, Spots, uniforms
+from genar.models._blocks import in_blocks
 from genar.models._cosine_attention import Cache, as_it_comes
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, refuse_distribution, summarise
 from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
@@ -45,7 +45,7 @@ from genar.models._linear_start import (
     fit_means,
     level,
 )
-from genar.models.ridge import folds
+from genar.models._training_spots import auto_max_count, left_out_parts
 
 __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
@@ -54,8 +54,11 @@ STRUCTURE = {"scales": tuple[int, ...], "order": str}
 # Trajectories generated at a time, fewer where their logits were more than 256 MiB.
 _TRAJECTORIES = 64
 _MOST_LOGITS = 1 << 26
-# Classes that training counts are given without being asked for.
-_MOST_AUTO = (1 << 14) - 1
+
+
+def network_settings(settings: Mapping) -> dict:
+    """Those of ``settings`` that shape the network, which the fields of :class:`GenARConfig` are."""
+    return {name: value for name, value in settings.items() if name not in STRUCTURE}
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class GenAR(Model):
     decodings = DECODINGS
     decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
     input_defaults: ClassVar = {"small": {"widths_um": defaults.WIDTHS_UM, "context_spots": (6,)}}
-    sampled = True
+    streams = True
     card = Card(
         title="GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression Prediction",
         target="raw counts, as the paper; log2(1 + count) is of the predicted counts or their distribution",
@@ -161,15 +164,13 @@ class GenAR(Model):
             return torch.add(place + 0.3 * self.identity, x, alpha=0.7)
         return x + place
 
-    def _steering(self, h: Tensor) -> "_Steering":
+    def _steering(self, h: Tensor) -> _Steering:
         """What a spot's condition [B, D] and the identity of the genes tell the blocks and the head, at every scale."""
         scale, shift = self.head_steer(h)[:, None].chunk(2, dim=2)
         blocks = [block.steering(h) for block in self.blocks]  # pyright: ignore
         return _Steering(blocks, 1 + scale, shift, self._film())
 
-    def _trunk(
-        self, x: Tensor, steering: "_Steering", cuts: nn.ModuleList, caches: list[Cache] | None = None
-    ) -> Tensor:
+    def _trunk(self, x: Tensor, steering: _Steering, cuts: nn.ModuleList, caches: list[Cache] | None = None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # else every sum would go back to float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, (block, steered) in enumerate(zip(self.blocks, steering.blocks, strict=True)):
@@ -192,7 +193,7 @@ class GenAR(Model):
         gamma, beta = self.film(g).chunk(2, dim=1)
         return gamma, beta
 
-    def _read_out(self, k: int, x: Tensor, steering: "_Steering") -> Tensor:
+    def _read_out(self, k: int, x: Tensor, steering: _Steering) -> Tensor:
         """What the head of scale k reads, float32 [B, M_k, D]: AdaLN, then FiLM."""
         x = torch.addcmul(steering.head_shift, self.head_norm(x), steering.head_scale)
         if steering.film is not None:
@@ -213,6 +214,11 @@ class GenAR(Model):
         return self.condition.components(batch) if self.config.linear_start else None
 
     # -- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def mask_bytes(self) -> int:
+        """A byte a pair of positions, some times over while they are made."""
+        return 8 * sum(self.sizes) ** 2
 
     @property
     def spot_bytes(self) -> int:
@@ -239,7 +245,7 @@ class GenAR(Model):
         what these leave over to the image. Of a mean between two counts one of both is drawn in generation: groups are
         believed the less, and spread the wider, the more that does to them."""
         x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
-        shrink, fold, start = found.shrink(len(spots)).double()[:, None], folds(spots), self.linear_start
+        shrink, fold, start = found.shrink(len(spots)).double()[:, None], left_out_parts(spots), self.linear_start
         noise = [x.new_zeros(0)]
         for k, mean in enumerate(means):
             y, place = level(mean).double(), self.layout.places[k]
@@ -307,18 +313,10 @@ class GenAR(Model):
     # -- generation -------------------------------------------------------------------------------------------------
 
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
-        """See :meth:`generate`. Spots go through in blocks of one fixed shape, the last one padded.
-
-        Matrix products round differently at other shapes, and a token near a tie might fall otherwise in another batch.
-        """
-        logits = self.scales.n_genes * (self.config.max_count + 1)
-        trajectories = min(_TRAJECTORIES, _MOST_LOGITS // logits)
-        n_spots, block, parts = len(batch.features), max(1, trajectories // how.trajectories), []
-        for start in range(0, n_spots, block):
-            rows = torch.arange(start, start + block, device=batch.features.device).clamp(max=n_spots - 1)
-            part = replace(batch.rows(rows), counts=None)
-            parts.append(self.generate(part, how))
-        return Counts.join(parts).first(n_spots)
+        """See :meth:`generate`; spots go through in blocks of one shape."""
+        trajectories = min(_TRAJECTORIES, _MOST_LOGITS // (self.scales.n_genes * (self.config.max_count + 1)))
+        block = max(1, trajectories // how.trajectories)
+        return in_blocks(lambda part: self.generate(part, how), batch, block)
 
     @torch.no_grad()
     def generate(self, batch: Batch, how: Decoding = DEFAULT, *, cache: bool = True) -> Counts:
@@ -340,7 +338,9 @@ class GenAR(Model):
             uniforms(batch.spot_ids, how.seed, s, n_draws).flatten(0, 1).to(batch.features.device) if drawn else None
         )
         with arithmetic:
-            logits = self._last(batch, how, draws, cache)
+            inputs = self._last_inputs(batch, how, draws, cache)
+            with as_it_comes(batch.features.device.type):
+                logits = self.head.logits(*inputs)  # [B S, G, V]
         if how.kept or how.decode not in ("greedy", "sample"):
             p = logits.softmax(dim=2).unflatten(0, (-1, s))
             p = p[:, 0] if s == 1 else p.mean(dim=1)  # [B, G, V]
@@ -362,38 +362,44 @@ class GenAR(Model):
         """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
         refuse_distribution(how)
         how = replace(how, samples=1)
-        value = self._last(batch, how, None, cache, values=True)[:, self.layout.inverse]
+        inputs = self._last_inputs(batch, how, None, cache)
+        assert isinstance(self.head, ValueHead)
+        with as_it_comes(batch.features.device.type):
+            value = self.head.values(*inputs)[0][:, self.layout.inverse]
         value = value.clamp(0, math.log1p(self.config.max_count))  # as the other losses' counts
         known = {"log1p_mean": value, "mean": torch.expm1(value)}
         layers = {name: known[name] for name in how.kept if name in known}
         return Counts(torch.expm1(value).round().long(), how.decode, layers)
 
-    def _last(self, batch: Batch, how: Decoding, draws: Tensor | None, cache: bool, values: bool = False) -> Tensor:
-        """Logits of the last scale [B S, G, V] (or its values [B, G]) in cluster order, after every coarser one."""
+    def _last_inputs(
+        self, batch: Batch, how: Decoding, draws: Tensor | None, cache: bool
+    ) -> tuple[slice, Tensor, tuple[LinearStart, Tensor] | None]:
+        """What the head takes at the last scale, after every coarser one: for B S trajectories, genes in cluster
+        order."""
         h = self.condition(batch).repeat_interleave(how.trajectories, dim=0)  # [B S, D]
         known = self._known(batch)
         known = None if known is None else known.repeat_interleave(how.trajectories, dim=0)
         table, steering = self.embed.rows(), self._steering(h)
-        caches = [Cache(self.layout.n_cached) for _ in self.blocks]
+        caches = [Cache(self.layout.n_cached) for _ in self.blocks] if cache else None
         tokens = torch.zeros(len(h), 0, dtype=torch.long, device=h.device)
         made: list[Tensor] = []
-        for k in range(len(self.sizes)):
-            if cache:
+
+        def inputs(k: int) -> tuple[slice, Tensor, tuple[LinearStart, Tensor] | None]:
+            if caches:
                 x = self._cached_pass(k, table, tokens, steering, caches)
             else:
                 x = self._full_pass(k, table, made, steering, len(h))
-            inputs = (self.layout.places[k], self._read_out(k, x, steering), self._start(k, known, made))
-            with as_it_comes(x.device.type):
-                if k == len(self.sizes) - 1 and isinstance(self.head, ValueHead) and values:
-                    return self.head.values(*inputs)[0]
-                logits = self.head.logits(*inputs)
-            if k == len(self.sizes) - 1:
-                return logits
-            tokens = logits.max(dim=2).indices if draws is None else draw(logits, draws[:, self.layout.places[k]], how)
-            made.append(tokens)
-        raise AssertionError("a model has at least one scale")
+            return self.layout.places[k], self._read_out(k, x, steering), self._start(k, known, made)
 
-    def _cached_pass(self, k: int, table: Tensor, tokens: Tensor, steering: "_Steering", caches: list[Cache]) -> Tensor:
+        for k in range(len(self.sizes) - 1):
+            place, read, start = inputs(k)
+            with as_it_comes(h.device.type):
+                logits = self.head.logits(place, read, start)
+            tokens = logits.max(dim=2).indices if draws is None else draw(logits, draws[:, place], how)
+            made.append(tokens)
+        return inputs(len(self.sizes) - 1)
+
+    def _cached_pass(self, k: int, table: Tensor, tokens: Tensor, steering: _Steering, caches: list[Cache]) -> Tensor:
         """Trunk output [B, M_k, D] of scale k, feeding only what is new."""
         x = self._interpolated(k, table, tokens)
         if self.config.history == "tokens":
@@ -402,7 +408,7 @@ class GenAR(Model):
             cache.n_keep = self.layout.n_keep[k]
         return self._trunk(x, steering, self.layout.steps[k : k + 1], caches)[:, -self.sizes[k] :]
 
-    def _full_pass(self, k: int, table: Tensor, made: list[Tensor], steering: "_Steering", n_spots: int) -> Tensor:
+    def _full_pass(self, k: int, table: Tensor, made: list[Tensor], steering: _Steering, n_spots: int) -> Tensor:
         """The same by the training pass, with zeros for the tokens that are not known yet (the masks hide them)."""
         zeros = [table.new_zeros(n_spots, m, dtype=torch.long) for m in self.sizes[len(made) : -1]]
         x = self._trunk(self._sequence(table, [*made, *zeros], n_spots), steering, self.layout.cuts)
@@ -420,7 +426,7 @@ class GenAR(Model):
     def check_settings(cls, preset: str, settings: Mapping, n_genes: int | None = None) -> None:
         """Settings are the fields of :class:`GenARConfig`, ``scales``: the groups at each scale, coarse to fine, and
         ``order``: ``kmeans``, ``random`` or the panel's indices in order."""
-        config_from_dict({name: value for name, value in settings.items() if name not in STRUCTURE}, preset)
+        config_from_dict(network_settings(settings), preset)
         order = settings.get("order", "kmeans")
         if isinstance(order, str) and order not in ORDERS:
             raise InputError(f"model: order must be {', '.join(ORDERS)} or a GMT file of gene sets, found {order!r}")
@@ -435,7 +441,7 @@ class GenAR(Model):
     def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
         """Squared error gives a value and no distribution."""
         super().check_decoding(preset, settings, how)
-        config = config_from_dict({name: value for name, value in settings.items() if name not in STRUCTURE}, preset)
+        config = config_from_dict(network_settings(settings), preset)
         if config.final_loss == "squared_error":
             refuse_distribution(how)
 
@@ -444,8 +450,9 @@ class GenAR(Model):
         """Order the genes by the training counts and size the classes for them."""
         assert spots.counts is not None
         scales = fit_scales(spots.counts.numpy(), settings.get("scales"), order=settings.get("order", "kmeans"))
-        own = {name: value for name, value in settings.items() if name not in STRUCTURE}
-        config = config_from_dict({**own, "n_features": n_features, "n_blocks": spots.n_blocks}, preset)
+        config = config_from_dict(
+            {**network_settings(settings), "n_features": n_features, "n_blocks": spots.n_blocks}, preset
+        )
         if config.max_count == 0:
             config = replace(config, max_count=auto_max_count(spots.largest_counts()))
         return cls(config, scales)
@@ -475,22 +482,6 @@ class GenAR(Model):
     def from_facts(cls, facts: dict) -> "GenAR":
         """Inverse of :meth:`facts`."""
         return cls(config_from_dict(facts["config"]), Scales.from_dict(facts["scales"]))
-
-
-def auto_max_count(counts: Tensor) -> int:
-    """The largest count, rounded up to a power of two less one, so that the classes number a power of two.
-
-    16,383 at most; a warning says so, as larger counts are then taken for that one.
-    """
-    needed = 2 ** max(1, int(counts.max()).bit_length()) - 1
-    if needed <= _MOST_AUTO:
-        return needed
-    warnings.warn(
-        f"training counts up to {int(counts.max()):,} are taken for {_MOST_AUTO:,}; "
-        f"set max_count={needed} for a class of each, at as much more memory and time",
-        stacklevel=2,
-    )
-    return _MOST_AUTO
 
 
 MODEL = GenAR

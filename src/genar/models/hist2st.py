@@ -17,10 +17,9 @@ from torch.nn import functional as fn
 from genar.errors import InputError
 from genar.models._attention import Block
 from genar.models._base import Batch, Card, LossOutput, Spots, log2p1
-from genar.models._lattice import Lattice
+from genar.models._lattice import Lattice, Places
 from genar.models._rival import check_input
-from genar.models._section import SectionRival, turned
-from genar.models.histogene import Places
+from genar.models._section import SectionRival, randomly_turned
 
 _GRAY_SHARE = 0.1
 """of the altered copies' patches that lose their colour"""
@@ -206,7 +205,7 @@ class Hist2ST(SectionRival):
 
     def hidden(self, batch: Batch, edges: tuple[Tensor, Tensor]) -> Tensor:
         """h [N, D] of the spots of a section."""
-        x = self.pixels(batch)[:, 0] if self.takes_patches else self.standardised(batch)
+        x = self.pixels(batch)[:, 0] if self.takes_patches else self.standardised(batch.features)
         return self.trunk(self.token(x), batch.coords_um, *edges)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -245,7 +244,7 @@ class Hist2ST(SectionRival):
         spots that are not of the training, the same section (dropout alters it)."""
         if self.takes_patches:
             assert batch.patches is not None
-            x = turned(batch.patches)
+            x = randomly_turned(batch.patches)
             gray = torch.rand(len(x), 1, 1, 1, 1, device=x.device) < _GRAY_SHARE
             return replace(batch, patches=torch.where(gray, x.float().mean(dim=2, keepdim=True).to(x.dtype), x))
         rows = None if self._bank is None else self._bank.rows(batch)

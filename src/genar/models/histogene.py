@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from genar.models._attention import Block
 from genar.models._base import Batch, Card, Spots
-from genar.models._lattice import Lattice
+from genar.models._lattice import Places
 from genar.models._rival import check_input
 from genar.models._section import SectionRival
 
@@ -38,27 +37,6 @@ class HisToGeneConfig:
 
     def __post_init__(self):
         check_input("histogene", self.input)
-
-
-class Places(nn.Module):
-    """A learned vector for each column and each row of the array; those beyond what was trained share its last."""
-
-    last: Tensor
-
-    def __init__(self, n_positions: int, width: int):
-        super().__init__()
-        self.column, self.row = nn.Embedding(n_positions, width), nn.Embedding(n_positions, width)
-        self.register_buffer("last", torch.full((2,), n_positions - 1))
-
-    def prepare(self, spots: Spots) -> None:
-        """Keep how far the training sections go."""
-        seen = [Lattice.of(spots.coords_um[spots.section == one]).cells().amax(dim=0) for one in spots.section.unique()]
-        self.last.copy_(torch.minimum(torch.stack(seen).amax(dim=0).to(self.last), self.last))
-
-    def forward(self, coords_um: Tensor) -> Tensor:
-        """[N, 2] -> [N, D]."""
-        cells = torch.minimum(Lattice.of(coords_um).cells().to(coords_um.device), self.last)
-        return self.column(cells[:, 0]) + self.row(cells[:, 1])
 
 
 class HisToGene(SectionRival):
@@ -107,7 +85,7 @@ class HisToGene(SectionRival):
 
     def forward(self, batch: Batch) -> Tensor:
         """All spots of a section at once."""
-        inputs = self.pixels(batch)[:, 0].flatten(1) if self.takes_patches else self.standardised(batch)
+        inputs = self.pixels(batch)[:, 0].flatten(1) if self.takes_patches else self.standardised(batch.features)
         x = self.drop(self.token(inputs) + self.places(batch.coords_um))[None]
         for block in self.blocks:
             x = block(x)

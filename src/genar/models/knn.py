@@ -6,7 +6,7 @@ from torch import Tensor
 from genar.models._base import Batch, Card, ClosedForm, Counts, Spots, log2p1
 from genar.models._blocks import in_blocks
 from genar.models._decoding import DEFAULT, Decoding
-from genar.models.ridge import mean_and_scale
+from genar.models._training_spots import mean_and_scale
 
 N_NEAREST = 50
 

@@ -23,7 +23,6 @@ from genar.models._section import SectionRival
 N_STREAMS = 3
 _RADII = (1.2, 2.12)
 """pitches within which the features of streams 2 and 3 are averaged: one and two, halfway to the next places"""
-_PX = 224
 _PATCHES = ((16, 576), (8, 288), (4, 144))
 """side of a token's square in px and hidden width, of the three embeddings"""
 _PIXELS_AT_ONCE = 48
@@ -203,7 +202,7 @@ class M2OST(SectionRival):
 
     def streams(self, batch: Batch) -> list[Tensor]:
         """The features [N, F] of the three streams: each spot's, and the means within one and two pitches."""
-        x = self.standardised(batch)
+        x = self.standardised(batch.features)
         lattice = Lattice.of(batch.coords_um)
         return [x, *(_mean_over(x, lattice.pairs_within(radius).to(x.device)) for radius in _RADII)]
 

@@ -12,16 +12,15 @@ from torch import Tensor
 from genar.models._base import Batch, Card, ClosedForm, Counts, Spots, log2p1
 from genar.models._blocks import in_blocks
 from genar.models._decoding import DEFAULT, Decoding
+from genar.models._training_spots import left_out_parts, mean_and_scale, scale_of
 
 PENALTIES = tuple(np.logspace(1, 6, 21))
-_N_BLOCKS = 5
-_LEAST_SCALE = 0.05
 
 
 class Ridge(ClosedForm):
     """Closed-form multi-output ridge with an intercept."""
 
-    sampled = True
+    streams = True
     card = Card(
         title="Ridge regression: the method that a deep one has to beat",
         target="log2(1 + count), as here",
@@ -73,7 +72,7 @@ class Ridge(ClosedForm):
 def choose_penalty(spots: Spots) -> float:
     """The penalty of least squared error on training sections left out in turn (of one section: on strips of it)."""
     x, y = _inputs(spots)
-    fold = folds(spots)
+    fold = left_out_parts(spots)
     errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for left_out in fold.unique():
         inside, outside = fold != left_out, fold == left_out
@@ -101,8 +100,7 @@ def _fit_parts(spots: Spots, penalty: float) -> tuple[Tensor, Tensor, Tensor, Te
         total += both.sum(dim=0)
         n_spots += len(both)
     joint = joint - total[:n, None] * total / n_spots
-    scale = (joint.diagonal() / n_spots).clamp(min=0).sqrt()
-    scale = _scale_of(scale)
+    scale = scale_of((joint.diagonal() / n_spots).clamp(min=0).sqrt())
     gram, target = joint[:, :n] / (scale[:, None] * scale), joint[:, n:] / scale[:, None]
     weight = torch.linalg.solve(gram + penalty * torch.eye(n, dtype=gram.dtype), target)
     return around + total[:n] / n_spots, scale, weight, height + total[n:] / n_spots
@@ -116,39 +114,6 @@ def _fit(x: Tensor, y: Tensor, penalties):
     projected = u.T @ (y - intercept)
     for penalty in penalties:
         yield mean, scale, vh.T @ ((s / (s.square() + penalty))[:, None] * projected), intercept
-
-
-def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each feature of x [N, F], and the scale it is divided by, [F] each; see :func:`_scale_of`."""
-    if x.shape[1] == 0:  # spots that come as pixels
-        return x.new_zeros(0), x.new_ones(0)
-    return x.mean(dim=0), _scale_of(x.std(dim=0, correction=0))
-
-
-def _scale_of(deviation: Tensor) -> Tensor:
-    """What features of these standard deviations [F] are divided by: the deviation, but one for a constant feature and
-    at least ``_LEAST_SCALE`` of the median of the others.
-
-    A channel that is all but dead in training (non-zero in one spot of a thousand) would else speak up in a new
-    section with thousands of deviations.
-    """
-    alive = deviation > 0
-    if not alive.any():
-        return torch.ones_like(deviation)
-    return torch.where(alive, deviation.clamp(min=_LEAST_SCALE * deviation[alive].median()), 1.0)
-
-
-def folds(spots: Spots) -> Tensor:
-    """int64 [N]: parts to leave out in turn: the sections, at most ``_N_BLOCKS`` sets of them; strips of a single
-    one."""
-    sections, place = spots.section.unique(return_inverse=True)
-    return place % _N_BLOCKS if len(sections) > 1 else blocks(spots.coords_um)
-
-
-def blocks(coords_um: Tensor, n_blocks: int = _N_BLOCKS) -> Tensor:
-    """int64 [N]: vertical strips of one section with equal numbers of spots."""
-    rank = coords_um[:, 0].argsort(stable=True).argsort(stable=True)
-    return rank * min(n_blocks, len(rank)) // len(rank)
 
 
 MODEL = Ridge

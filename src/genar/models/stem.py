@@ -21,7 +21,7 @@ from genar.models._base import Batch, Card, Counts, LossOutput, Spots, duration,
 from genar.models._decoding import Decoding
 from genar.models._diffusion import Diffusion, SpotNoise
 from genar.models._spot import SpotRival
-from genar.models.ridge import mean_and_scale
+from genar.models._training_spots import mean_and_scale
 
 STEPS = 50
 _TIME_WAVES = 128
@@ -145,7 +145,7 @@ class STEM(SpotRival):
     """Diffusion over the vector of gene values, conditioned on the features; predicts the mean of drawn vectors."""
 
     config = STEMConfig
-    sampled = True
+    streams = True
     presets: ClassVar = {
         "small": {"width": 32, "depth": 2, "heads": 1, "mlp_ratio": 2.0, "standardise": True, "predicts": "start"},
         "official": {},

@@ -199,9 +199,9 @@ class Triplex(SectionRival):
         """Neighbours of an inner spot of the first training section: they decide the window."""
         return {"fold": Lattice.of(spots.coords_um[spots.section == spots.section[0]]).fold}
 
-    def standardised(self, batch: Batch) -> Tensor:
+    def standardised(self, features: Tensor) -> Tensor:
         """Features [N, F] with mean 0 and standard deviation 1; those of :meth:`seen` as they are."""
-        return super().standardised(batch) if self.n_features else batch.features
+        return super().standardised(features) if self.n_features else features
 
     def seen(self, batch: Batch) -> Batch:
         """The batch with features for the two wider views: where there are patches alone, what the spot's own network
@@ -240,7 +240,7 @@ class Triplex(SectionRival):
     def _around(self, batch: Batch, lattice: Lattice) -> tuple[Tensor, ...]:
         """What the windows of all spots are made of: features [N, F], their tokens [N, E], and of each spot's window
         the spots and which are there [N, W]."""
-        x = self.standardised(batch)
+        x = self.standardised(batch.features)
         return x, self.to_around(x), *(part.to(x.device) for part in lattice.window(self.fold))
 
     def _global(self, x: Tensor, lattice: Lattice) -> Tensor:

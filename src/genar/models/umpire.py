@@ -18,7 +18,7 @@ from torch.nn import functional as fn
 from genar.errors import InputError
 from genar.models._base import Batch, Card, LossOutput, Spots, log2p1
 from genar.models._retrieval import RetrievalRival
-from genar.models.ridge import mean_and_scale
+from genar.models._training_spots import mean_and_scale
 
 TOWERS = ("mlp", "ranks")
 _FIRST_SHARPNESS = math.log(1 / 0.07)
