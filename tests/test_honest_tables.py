@@ -81,8 +81,8 @@ def test_one_spot_has_no_interval():
     found = intervals.intervals_of(scores_of(np.array([[1.0, 2.0]]), np.array([[2.0, 4.0]])))
     assert found["mse"][0] == 2.5
     assert np.isnan(found["mse"][1:]).all()
-    assert intervals.words(found["mse"]) == "2.500"
-    assert intervals.words(found["pcc_200"]) == "undefined"
+    assert intervals.interval_in_words(found["mse"]) == "2.500"
+    assert intervals.interval_in_words(found["pcc_200"]) == "undefined"
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_fractional_predictions_are_shown_as_they_are_scored(pair):
     predicted, _ = pair("X")
     values = np.linspace(0.1, 0.45, predicted.n_obs, dtype=np.float32)[:, None]
     predicted = anndata.AnnData(values, predicted.obs, predicted.var, uns=predicted.uns, obsm=dict(predicted.obsm))
-    np.testing.assert_allclose(maps._predicted_log2(predicted, "X"), np.log2(1 + values[:, 0]), rtol=1e-6)
+    np.testing.assert_allclose(contract.expected_log2(predicted, ["X"])[:, 0], np.log2(1 + values[:, 0]), rtol=1e-6)
 
 
 def test_a_fractional_prediction_keeps_its_values_on_its_page(ridge, tmp_path):

@@ -19,7 +19,7 @@ from genar.features import Inputs
 from genar.genes import read_gene_sets, read_panel, select_panel
 from genar.genes.panel import read_aliases
 from genar.genes.selection import RECIPES, _Moments
-from genar.inference import _other_pitch
+from genar.inference import pitch_note
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2
 from genar.models.checkpoint import load_checkpoint
@@ -191,10 +191,10 @@ def test_neighbours_at_another_distance_than_in_training_are_told(trained, tmp_p
     checkpoint = load_checkpoint(trained / "run")
     slide = read_section(trained / "tissue" / "wsis" / "B.tif", spacing_um=spacing, mpp=0.7)
     assert checkpoint.training["pitch_um"] == pytest.approx(110)
-    assert not _other_pitch(checkpoint, slide)  # this one looks at no neighbours
+    assert not pitch_note(checkpoint, slide)  # this one looks at no neighbours
     looking = replace(checkpoint, features={**checkpoint.features, "context_spots": [6]})
     note = "neighbours 110 um away, as in its training; here are 220 um; --spacing-um 110 lays them so"
-    assert (note in _other_pitch(looking, slide)) == told
+    assert (note in pitch_note(looking, slide)) == told
 
 
 @pytest.mark.parametrize(("given", "pitch"), [([], 110), (["--spacing-um", 220], 220)])

@@ -146,7 +146,7 @@ def interval_tables(result) -> Iterator[Table]:
         if rows:
             table = Table("metric", *rows, title=title)
             for metric in next(iter(rows.values())):
-                table.add_row(metric, *(intervals.words(values[metric], sign) for values in rows.values()))
+                table.add_row(metric, *(intervals.interval_in_words(values[metric], sign) for values in rows.values()))
             yield table
 
 
@@ -169,7 +169,7 @@ def check_table(result) -> Table:
         if row.size_px:
             size, off = f"{row.size_px[0]} x {row.size_px[1]}", f"{row.n_off_tissue}, {row.n_outside_image} off image"
         else:
-            size, off = "no image" if "no image" in row.note else "-", "-"
+            size, off = "no image" if row.has_image is False else "-", "-"
         table.add_row(
             row.section, row.format, "-" if row.n_spots is None else f"{row.n_spots}{empty}",
             f"{row.n_genes or '-'} {row.species} {row.gene_names}".strip(), library,

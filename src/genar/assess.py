@@ -13,14 +13,12 @@ from anndata import AnnData
 from genar.data import contract, reading
 from genar.data.files import json_ready, write_text
 from genar.errors import InputError, first_names
-from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
+from genar.evaluation import MEAN_SUFFIX, Aligned, Scores, align_both, intervals, score_aligned, write_scores
 from genar.evaluation.calibration import zero_reliability
 from genar.evaluation.intervals import Interval
-from genar.evaluation.scoring import Aligned
 from genar.report import maps
 
 GENES = ("same", "common")
-_MEAN = "_mean"  # of a method's name: its layer log1p_mean is scored, not its X
 
 
 @dataclass
@@ -70,7 +68,7 @@ def evaluate_run(
     found, differences = _intervals(aligned, name, resamples)
     scored = time.perf_counter()
     outputs = write_scores(out, scores) | _write_tables(out, aligned, name, found, differences, resamples)
-    per_gene = scores[name].get("prediction" + _MEAN, scores[name]["prediction"]).per_gene
+    per_gene = scores[name].get("prediction" + MEAN_SUFFIX, scores[name]["prediction"]).per_gene
     maps.write_section_maps(named["prediction"], truth, per_gene, out / "maps")
     seconds = {"scores": round(scored - started, 1), "files and maps": round(time.perf_counter() - scored, 1)}
     return Assessment({**outputs, "maps": out / "maps"}, scores, found, differences, tuple(notes), seconds)
@@ -80,10 +78,10 @@ def _other_sections(named: Mapping[str, AnnData], truth: str) -> list[str]:
     """A note where a prediction says to be of another section than the truth, or its model knew the section."""
     notes = []
     for kind, adata in named.items():
-        told = adata.uns.get(contract.GENAR, {})
-        if told.get(contract.SECTION, truth) != truth:
-            notes.append(f"the truth is of section {truth}, the {kind} of {told[contract.SECTION]}")
-        if note := contract.trained_on(adata):
+        facts = adata.uns.get(contract.GENAR, {})
+        if facts.get(contract.SECTION, truth) != truth:
+            notes.append(f"the truth is of section {truth}, the {kind} of {facts[contract.SECTION]}")
+        if note := contract.trained_on_note(adata):
             notes.append(note if kind == "prediction" else f"--{kind}: {note}")
     return notes
 
@@ -147,12 +145,9 @@ def _refuse_other_genes(ours: pd.Index, theirs: pd.Index, who: str, *, both: boo
 def _aligned(kind: str, predicted: AnnData, truth: AnnData) -> dict[str, Aligned]:
     """method -> arrays; a mistake is said to be in that prediction."""
     try:
-        made = {kind: align(predicted, truth)}
-        if contract.LOG1P_MEAN in predicted.layers:
-            made[kind + _MEAN] = align(predicted, truth, use=contract.LOG1P_MEAN)
+        return align_both(kind, predicted, truth)
     except InputError as error:
         raise InputError(f"--against: {error}" if kind == "against" else str(error)) from error
-    return made
 
 
 def _undefined(method: str, scores: Scores) -> list[str]:
@@ -178,10 +173,9 @@ def _intervals(aligned: Mapping[str, Aligned], section: str, resamples: int):
         return {}, {}
     pairs = []
     if "against" in aligned:
-        best = [kind + _MEAN if kind + _MEAN in aligned else kind for kind in ("prediction", "against")]
+        best = [kind + MEAN_SUFFIX if kind + MEAN_SUFFIX in aligned else kind for kind in ("prediction", "against")]
         pairs = list(dict.fromkeys([("prediction", "against"), (best[0], best[1])]))
-    scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
-    return intervals.compare(scored, pairs, section, resamples)
+    return intervals.compare(aligned, pairs, section, resamples)
 
 
 def _write_tables(out: Path, aligned, section: str, found, differences, resamples: int) -> dict[str, Path]:

@@ -15,6 +15,14 @@ class InputError(ValueError):
     """
 
 
+class NoRawCountsError(InputError):
+    """A section that holds other things than raw counts, or none."""
+
+
+class SectionWarning(UserWarning):
+    """What a reader must know of a section that can be read."""
+
+
 class LostProcessError(RuntimeError):
     """One of the processes of a run is gone; the others have stopped, and what they did can be gone on with."""
 

@@ -19,7 +19,7 @@ from genar.errors import InputError
 from genar.export import format_of, refuse_foreign, write_export
 from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
 from genar.models.checkpoint import Checkpoint
-from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused, write_prediction
+from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused_note, write_prediction
 from genar.report import maps
 
 STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
@@ -85,9 +85,9 @@ def predict_run(
             else:
                 predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
-    if note := unused(checkpoint.model, how or {}, predicted.layers):
+    if note := unused_note(checkpoint.model, how or {}, predicted.layers):
         say(note)
-    for note in filter(None, (contract.trained_on(predicted), _other_pitch(checkpoint, section))):
+    for note in filter(None, (contract.trained_on_note(predicted), pitch_note(checkpoint, section))):
         say(f"note: {note}")
     if out is None or predicted.isbacked:
         return predicted
@@ -98,7 +98,7 @@ def predict_run(
     return predicted
 
 
-def _other_pitch(checkpoint: Checkpoint, section: AnnData) -> str:
+def pitch_note(checkpoint: Checkpoint, section: AnnData) -> str:
     """What to say where a model that looks at neighbouring spots is given spots that lie at another distance than those
     it was trained on; else nothing."""
     here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.pitch_um

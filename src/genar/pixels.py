@@ -105,7 +105,7 @@ def check_images(sections: Sequence[AnnData], *, needed: bool = False) -> None:
             with contextlib.closing(open_slide(path)) as slide:
                 contract.check_inside(section, slide.size_px)
         elif needed:
-            raise InputError(f"{contract.no_image(section, '--input patches')}; or train on features")
+            raise InputError(f"{contract.no_image_message(section, '--input patches')}; or train on features")
 
 
 def read_pixels(

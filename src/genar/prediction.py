@@ -41,7 +41,7 @@ def of_expectation(how: Decoding) -> Decoding:
     return how if how.trajectories == how.samples else replace(how, decode="mean")
 
 
-def unused(model: Model | type[Model], facts: Mapping, layers: Collection[str]) -> str:
+def unused_note(model: Model | type[Model], facts: Mapping, layers: Collection[str]) -> str:
     """A line that names what of the decoding ``facts`` that a user gave is not in a prediction that has ``layers``;
     empty where all is."""
     names = [name for name in facts if name not in ("decode", "layers", *model.decodes_by)]
@@ -191,7 +191,7 @@ def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding, lay
     adata.obsm[contract.SPATIAL] = contract.coords_px(section).copy()
     if spatial := for_plots(section):
         adata.uns[contract.SPATIAL] = spatial
-    adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], "prediction": made}
+    adata.uns[contract.GENAR] = {**section.uns[contract.GENAR], contract.PREDICTION: made}
     for column in (contract.TRAINING_MEAN, contract.TRAINING_VARIANCE):
         if column in checkpoint.training:
             adata.var[column] = np.asarray(checkpoint.training[column], dtype=np.float64)

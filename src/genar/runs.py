@@ -26,8 +26,7 @@ from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, counted, no_bar
 from genar.data.sections import HELD_BYTES, Sections
 from genar.errors import InputError, named
-from genar.evaluation import Scores, align, intervals, score_aligned, write_scores
-from genar.evaluation.scoring import Aligned
+from genar.evaluation import Aligned, Scores, align, align_both, intervals, score_aligned, write_scores
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -41,7 +40,7 @@ from genar.genes import (
     ORDERS,
     RECIPES,
     Panel,
-    leak,
+    leak_note,
     order_by_sets,
     read_gene_sets,
     read_panel,
@@ -50,7 +49,7 @@ from genar.genes import (
 )
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
-from genar.prediction import decoding, predict_section, unused, write_prediction
+from genar.prediction import decoding, predict_section, unused_note, write_prediction
 from genar.report import maps
 from genar.settings import Settings
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
@@ -248,7 +247,7 @@ def _predict_and_score(
             predicted = predict_section(
                 checkpoint, section, seen.features[name], how, patches=seen.patches.get(name), progress=tick
             )
-        if section is held_out[0] and (note := unused(checkpoint.model, plan.settings.decoding, predicted.layers)):
+        if section is held_out[0] and (note := unused_note(checkpoint.model, plan.settings.decoding, predicted.layers)):
             say(note)
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
         aligned = _align(plan.model, predicted, section)
@@ -257,10 +256,9 @@ def _predict_and_score(
             expected = predict_section(fitted, section, seen.features[name])
             aligned[rival] = align(expected, section, use=contract.LOG1P_MEAN)
         scores[name] = {method: score_aligned(one) for method, one in aligned.items()}
-        scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
-        found[name] = intervals.compare(scored, [(ours, rival) for rival in rivals], name, RESAMPLES)
+        found[name] = intervals.compare(aligned, [(ours, rival) for rival in rivals], name, RESAMPLES)
         for pair, gains in found[name][1].items():
-            say(f"{name}: {pair}: " + intervals.told(gains, "pcc_200", "mse"))
+            say(f"{name}: {pair}: " + intervals.differences_in_words(gains, "pcc_200", "mse"))
     if held_out:
         outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
         rewrite_card(plan.out / "checkpoint", {name: _for_card(scores[name], found[name][0]) for name in scores})
@@ -411,7 +409,7 @@ def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData],
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
         panel = select_panel(kept, n_genes=plan.n_genes, recipe=plan.panel, bar=bar)
         training, held_out = _cut(kept, held, list(panel.genes), bar)
-    elif note := leak(panel, plan.panel, (contract.name(section) for section in held_out)):
+    elif note := leak_note(panel, plan.panel, (contract.name(section) for section in held_out)):
         say(f"note: {note}")
     return training, held_out, panel, digests
 
@@ -455,11 +453,10 @@ def _baseline(name: str, spots: AnySpots, beside: Checkpoint) -> Checkpoint:
 def _align(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Aligned]:
     """The method's own name stands for X by its default decoding; ``_mean`` for the expectation, where that is another
     thing."""
-    if contract.LOG1P_MEAN not in predicted.layers:
-        return {method: align(predicted, truth)}
-    if predicted.uns[contract.GENAR]["prediction"]["decode"] == "mean":
+    expected = contract.LOG1P_MEAN in predicted.layers
+    if expected and predicted.uns[contract.GENAR][contract.PREDICTION]["decode"] == "mean":
         return {method: align(predicted, truth, use=contract.LOG1P_MEAN)}
-    return {method: align(predicted, truth), f"{method}_mean": align(predicted, truth, use=contract.LOG1P_MEAN)}
+    return align_both(method, predicted, truth)
 
 
 def _for_card(scores: dict[str, Scores], found: dict[str, dict]) -> dict[str, dict]:

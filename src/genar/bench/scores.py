@@ -17,7 +17,7 @@ from genar.errors import InputError
 from genar.evaluation import intervals, metrics
 from genar.evaluation.intervals import Interval
 from genar.features import FeatureRecipe
-from genar.genes import leak, read_panel
+from genar.genes import leak_note, read_panel
 from genar.models import model_class
 
 Key = tuple[str, str]
@@ -149,7 +149,7 @@ def _notes(runs: Iterable[Run]) -> tuple[str, ...]:
         if run.fold.note:
             notes[run.fold.note] = None
         if Path(run.cohort.panel).is_file():
-            notes[leak(read_panel(run.cohort.panel), Path(run.cohort.panel).name, run.fold.test)] = None
+            notes[leak_note(read_panel(run.cohort.panel), Path(run.cohort.panel).name, run.fold.test)] = None
     return tuple(filter(None, notes))
 
 
@@ -171,7 +171,7 @@ def expected_log2(predicted: AnnData, run: Run) -> np.ndarray:
     otherwise (``greedy``: the paper), and of one without an expectation, its counts."""
     asked = run.method.settings.decoding.get("decode", "mean")
     if asked == "mean" and contract.LOG1P_MEAN in predicted.layers:
-        values = contract.layer(predicted, contract.LOG1P_MEAN).astype(np.float64) / np.log(2)
+        values = contract.expected_log2(predicted)
     else:
         values = metrics.log2p1(contract.counts(predicted, list(predicted.var_names)))
     if not np.isfinite(values).all():

@@ -219,7 +219,7 @@ def _cell(metric: str, found: Interval, sign: str = "") -> str:
         return _NONE
     if found[1] == found[2]:  # constant by definition, as the training mean's PCC
         return f"{found[0]:{sign}.3f}"
-    return f"{found[0]:.3g}" if metric == "n_undefined" else intervals.words(found, sign)
+    return f"{found[0]:.3g}" if metric == "n_undefined" else intervals.interval_in_words(found, sign)
 
 
 def _markdown(recipe: Recipe, table: TableOfRecipe, notes, lines, gains, runs: pd.DataFrame | None) -> str:

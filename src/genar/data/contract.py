@@ -1,6 +1,6 @@
 """The contract of a tissue section: which AnnData slots hold what, and in which unit.
 
-No other file spells a slot name. A section is an AnnData of N spots by all measured genes:
+Other files name the slots by the constants here. A section is an AnnData of N spots by all measured genes:
 
 ===============================  ==================================================================
 ``X``                            csr, integers >= 0: raw counts
@@ -24,7 +24,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-from genar.errors import InputError, first_names
+from genar.errors import InputError, NoRawCountsError, SectionWarning, first_names
 
 SPATIAL = "spatial"
 LIBRARY_SIZE = "library_size"
@@ -33,14 +33,16 @@ SECTION, SLIDE, MPP = "section", "slide", "mpp"
 SPOT_DIAMETER_UM, PITCH_UM, SOURCE, PATIENT = "spot_diameter_um", "pitch_um", "source", "patient"
 MPP_BY, COUNTS_FROM, NOTE = "mpp_by", "counts_from", "note"
 # Layers of a prediction; X holds the integer counts.
-MEAN, LOG1P_MEAN, P_ZERO = "mean", "log1p_mean", "p_zero"
+MEAN, LOG1P_MEAN, P_ZERO, SD = "mean", "log1p_mean", "p_zero", "sd"
 # Columns of a prediction's var: each gene's counts over the training spots.
 TRAINING_MEAN, TRAINING_VARIANCE = "training_mean", "training_variance"
-# In uns["genar"]["prediction"]: whom the model was trained on.
+# In uns["genar"] of a prediction, how it was made; in there, whom the model was trained on.
+PREDICTION = "prediction"
 TRAINING_SECTIONS, TRAINING_PATIENTS = "training_sections", "training_patients"
 TRAINED_ON_SIMULATED = "trained_on_simulated_tissue"
 # Where a section comes from if it is nobody's; of a checkpoint's training, whether one was such.
 SIMULATED = "simulated"
+VISIUM_SPOT_UM = 55.0
 _COARSEST_UM = 4.0
 _NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:")
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
@@ -67,13 +69,14 @@ def new_section(
     """
     check_name(section)
     if adata.X is None:
-        raise InputError(f"section {section}: X is missing; expected raw counts in X or in layers['counts']")
+        raise NoRawCountsError(f"section {section}: X is missing; expected raw counts in X or in layers['counts']")
     for what, value in (("pixel size", mpp), ("spot diameter", spot_diameter_um), ("pitch", pitch_um)):
         if not (1e-3 <= value <= 1e3 if what == "pixel size" else 0 <= value <= 1e6):
             raise InputError(f"section {section}: a {what} of {value} um cannot be right; pass --mpp, or mend the file")
     if mpp > _COARSEST_UM:
         warnings.warn(
             f"section {section}: a pixel of {mpp:g} um is coarser than H&E is scanned at (0.1 to 2 um); is it right?",
+            SectionWarning,
             stacklevel=2,
         )
     adata.X = _as_csr(adata.X)
@@ -97,14 +100,14 @@ def new_section(
 def _as_csr(x) -> sparse.csr_matrix:
     """Counts as csr float32. A dense matrix goes some rows at a time: its indices take four times its own memory."""
     if sparse.issparse(x):
-        return summed(sparse.csr_matrix(x, dtype=np.float32))
+        return without_duplicates(sparse.csr_matrix(x, dtype=np.float32))
     rows = max(1, _DENSE_AT_ONCE // max(1, x.shape[1]))
     blocks = [sparse.csr_matrix(x[i : i + rows], dtype=np.float32) for i in range(0, x.shape[0], rows)]
     return sparse.csr_matrix(sparse.vstack(blocks, "csr")) if blocks else sparse.csr_matrix(x.shape, dtype=np.float32)
 
 
-def summed(x: sparse.csr_matrix) -> sparse.csr_matrix:
-    """The matrix with one entry a place: squares of its entries are those of its values."""
+def without_duplicates(x: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The matrix with one entry a place: else squares of entries are not those of values."""
     if not x.has_canonical_format:
         x = x.copy()
         x.sum_duplicates()
@@ -120,12 +123,12 @@ def check_name(section: object) -> None:
 
 def name(adata: AnnData) -> str:
     """The section's id. Raises ``InputError`` where it has none."""
-    if SECTION not in (told := adata.uns.get(GENAR, {})):
+    if SECTION not in (facts := adata.uns.get(GENAR, {})):
         raise InputError(
             f"an AnnData without uns['{GENAR}']['{SECTION}'], of {adata.n_obs} spots; expected a section as "
             "genar.read_section gives it: read its file with that"
         )
-    return str(told[SECTION])
+    return str(facts[SECTION])
 
 
 def slide_path(adata: AnnData) -> Path | None:
@@ -134,7 +137,7 @@ def slide_path(adata: AnnData) -> Path | None:
     return Path(slide) if slide else None
 
 
-def no_image(adata: AnnData, purpose: str) -> str:
+def no_image_message(adata: AnnData, purpose: str) -> str:
     """What to say of a section that lacks the image for some ``purpose``: how one of its format is given."""
     section, source = name(adata), adata.uns[GENAR].get(SOURCE)
     place = f"put it to wsis/{section}.tif, or " if source in ("hest", SIMULATED) else ""
@@ -171,17 +174,17 @@ def picture(adata: AnnData) -> tuple[np.ndarray, tuple[float, float]] | None:
 def mpp(adata: AnnData) -> float:
     """Pixel size of the full-resolution image, um per px. Raises ``InputError`` where nothing says it,
     or it is none."""
-    told = adata.uns.get(GENAR, {})
-    if MPP not in told:
+    facts = adata.uns.get(GENAR, {})
+    if MPP not in facts:
         raise InputError(f"no pixel size: expected uns['{GENAR}']['{MPP}'], um per px, as genar.read_section has it")
-    if not float(told[MPP]) > 0:
-        raise InputError(f"pixel size uns['{GENAR}']['{MPP}'] must be above 0 um, found {told[MPP]}; predict again")
-    return float(told[MPP])
+    if not float(facts[MPP]) > 0:
+        raise InputError(f"pixel size uns['{GENAR}']['{MPP}'] must be above 0 um, found {facts[MPP]}; predict again")
+    return float(facts[MPP])
 
 
 def spot_diameter_px(adata: AnnData) -> float:
     """Diameter of a spot in full-resolution px; 55 um where it is not known (0)."""
-    return (float(adata.uns.get(GENAR, {}).get(SPOT_DIAMETER_UM, 0)) or 55.0) / mpp(adata)
+    return (float(adata.uns.get(GENAR, {}).get(SPOT_DIAMETER_UM, 0)) or VISIUM_SPOT_UM) / mpp(adata)
 
 
 def coords_px(adata: AnnData) -> np.ndarray:
@@ -236,14 +239,25 @@ def values(adata: AnnData, genes: list[str]) -> np.ndarray:
     return np.asarray(dense(_of_genes(adata, genes)), dtype=np.float64)
 
 
+def expected_log2(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
+    """The best that a prediction says, in log2(1 + count) space, float64 [N, G]: its expectation of that, else X.
+
+    Raises as :func:`counts`.
+    """
+    genes = list(adata.var_names) if genes is None else genes
+    if LOG1P_MEAN not in adata.layers:
+        return np.log2(1 + values(adata, genes))
+    return layer(adata[:, genes], LOG1P_MEAN).astype(np.float64) / np.log(2)
+
+
 def _of_genes(adata: AnnData, genes: list[str]):
     """The columns of X."""
     place = adata.var_names.get_indexer(genes)
     if missing := [gene for gene, found in zip(genes, place, strict=True) if found < 0]:
         raise InputError(
             f"section {name(adata)}: {len(missing)} of {len(genes)} panel genes missing ({first_names(missing, 5)}"
-            f"{like(missing, adata.var_names)}); use a panel of genes that every section measures: `genar panel` "
-            "selects one, or makes one of a list, by other names with --aliases"
+            f"{spelling_hint(missing, adata.var_names)}); use a panel of genes that every section measures: "
+            "`genar panel` selects one, or makes one of a list, by other names with --aliases"
         )
     if not isinstance(adata.X, np.ndarray) and not sparse.issparse(adata.X):
         return adata[:, genes].X  # of an open file
@@ -251,7 +265,7 @@ def _of_genes(adata: AnnData, genes: list[str]):
     return adata.X[:, place]  # pyright: ignore
 
 
-def like(missing: Iterable[str], measured: Iterable[str]) -> str:
+def spelling_hint(missing: Iterable[str], measured: Iterable[str]) -> str:
     """What to say of names that are ``missing`` where they are ``measured`` under another spelling or kind of id; else
     nothing."""
     spelled = {gene.casefold(): gene for gene in measured}
@@ -317,12 +331,12 @@ def check_names(adata: AnnData, where: str) -> None:
             raise InputError(f"{where}: {kind} name {bad[0]!r} is empty or holds a NUL; name each {kind}")
 
 
-def trained_on(prediction: AnnData) -> str:
+def trained_on_note(prediction: AnnData) -> str:
     """What a reader of scores must know where the model behind ``prediction`` was trained on its very section, or on
     another of its patient; else nothing."""
     facts = prediction.uns.get(GENAR, {})
     section = str(facts.get(SECTION, ""))
-    made = facts.get("prediction", {})
+    made = facts.get(PREDICTION, {})
     sections, patients = (set(map(str, made.get(name, ()))) for name in (TRAINING_SECTIONS, TRAINING_PATIENTS))
     if made.get(TRAINED_ON_SIMULATED) and not of_simulation(prediction):
         return "the model was trained on SIMULATED tissue: what it predicts says nothing of real tissue"
@@ -340,7 +354,7 @@ def of_simulation(adata: AnnData) -> bool:
 
 def simulated(adata: AnnData) -> bool:
     """Whether a section, or what a prediction's model was trained on, is simulated tissue."""
-    made = adata.uns.get(GENAR, {}).get("prediction", {})
+    made = adata.uns.get(GENAR, {}).get(PREDICTION, {})
     return of_simulation(adata) or bool(made.get(TRAINED_ON_SIMULATED, False))
 
 
@@ -358,15 +372,17 @@ def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:
 
 
 def check_counts(adata: AnnData, where: str) -> None:
-    """``InputError`` where X holds other things than raw counts."""
+    """``NoRawCountsError`` where X holds other things than raw counts."""
     if adata.X is None:
-        raise InputError(f"{where}: X is missing; expected raw counts there (perhaps they are in layers['counts'])")
+        raise NoRawCountsError(
+            f"{where}: X is missing; expected raw counts there (perhaps they are in layers['counts'])"
+        )
     x = in_memory(adata.X)
     values = np.asarray(x.data if sparse.issparse(x) else x)  # pyright: ignore
     if not np.isfinite(values).all():
-        raise InputError(f"{where}: X holds NaN or infinite values; expected raw counts, whole numbers >= 0")
+        raise NoRawCountsError(f"{where}: X holds NaN or infinite values; expected raw counts, whole numbers >= 0")
     if (values < 0).any():
-        raise InputError(f"{where}: X holds negative values (least {values.min():g}); expected raw counts >= 0")
+        raise NoRawCountsError(f"{where}: X holds negative values (least {values.min():g}); expected raw counts >= 0")
     fractional = values != np.rint(values)
     if fractional.any():
         found = f"fractional values such as {values[fractional].flat[0]:g}"
@@ -375,9 +391,9 @@ def check_counts(adata: AnnData, where: str) -> None:
         place = "perhaps in layers['counts'] or .raw"
         if adata.raw is not None:
             place = ".raw is not read: where it holds them, adata.layers['counts'] = adata.raw[:, adata.var_names].X"
-        raise InputError(f"{where}: X holds {found}; expected raw counts ({place})")
+        raise NoRawCountsError(f"{where}: X holds {found}; expected raw counts ({place})")
     if values.size and values.max() >= 2**31:
-        raise InputError(f"{where}: X holds {values.max():g}; expected raw counts below 2^31")
+        raise NoRawCountsError(f"{where}: X holds {values.max():g}; expected raw counts below 2^31")
 
 
 def check_inside(adata: AnnData, size_px: tuple[int, int]) -> None:

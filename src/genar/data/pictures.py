@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from genar.data import contract
 from genar.data.slide import glance
-from genar.errors import InputError
+from genar.errors import InputError, SectionWarning
 
 _LONGEST_PX = 2000  # Space Ranger's own hires of a standard slide; those of large ones are shrunk to it
 _THUMBNAIL_PX = 1000
@@ -70,6 +70,7 @@ def _thumbnail(section: AnnData) -> tuple[np.ndarray, float] | None:
     try:
         seen = glance(path, _THUMBNAIL_PX)
     except InputError as error:
-        warnings.warn(f"section {contract.name(section)}: no picture to plot over: {error}", stacklevel=2)
+        said = f"section {contract.name(section)}: no picture to plot over: {error}"
+        warnings.warn(said, SectionWarning, stacklevel=2)
         return None
     return seen.view, seen.view.shape[1] / seen.size_px[0]

@@ -15,12 +15,12 @@ from scipy.spatial import KDTree
 from genar.data import contract
 from genar.data.door import check_hdf5, door, number
 from genar.data.slide import image_mpp
-from genar.errors import InputError
+from genar.errors import InputError, SectionWarning
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".mrxs", ".scn", ".bif", ".jpg", ".jpeg", ".png")
 # Two sources of the pixel size that differ by more are worth a warning.
 MPP_TOLERANCE = 0.05
-VISIUM_PITCH_UM, VISIUM_SPOT_UM = 100.0, 55.0
+VISIUM_PITCH_UM = 100.0
 MPP_SOURCES = {"metadata": "the metadata", "pitch": "the spot pitch", "image": "the image's tag"}
 
 
@@ -71,7 +71,12 @@ def _stem_in(folder: Path, stem: str) -> Path | None:
 
 
 def pixel_size(
-    section: str, options: ReadOptions, *, metadata=None, pitch=None, slide: Path | None = None
+    section: str,
+    options: ReadOptions,
+    *,
+    metadata_mpp: float | None = None,
+    pitch_mpp: float | None = None,
+    slide: Path | None = None,
 ) -> tuple[float, dict[str, float]]:
     """The pixel size (um per px) and what each source says of it.
 
@@ -80,7 +85,7 @@ def pixel_size(
     Raises ``InputError`` asking for ``--mpp`` where no source says anything.
     """
     tag = image_mpp(slide) if slide is not None else None
-    by = {"metadata": metadata, "pitch": pitch, "image": tag}
+    by = {"metadata": metadata_mpp, "pitch": pitch_mpp, "image": tag}
     by = {source: float(value) for source, value in by.items() if value and np.isfinite(value)}
     if options.mpp:
         return options.mpp, by
@@ -94,6 +99,7 @@ def pixel_size(
         told = ", ".join(f"{value:.4f} um by {MPP_SOURCES[source]}" for source, value in by.items())
         warnings.warn(
             f"section {section}: pixel size {told}; that of {MPP_SOURCES[used]} is used, --mpp overrides it",
+            SectionWarning,
             stacklevel=2,
         )
     return mpp, by
@@ -233,7 +239,7 @@ def _plain(value):
 
 def refuse_prediction(adata, path: Path) -> None:
     """``InputError`` where a prediction of GenAR's is given for a measured section."""
-    if "prediction" in adata.uns.get(contract.GENAR, {}):
+    if contract.PREDICTION in adata.uns.get(contract.GENAR, {}):
         raise InputError(f"{path}: holds predicted counts, no measured ones; name the measured section")
 
 
@@ -245,7 +251,7 @@ def keep_raw_counts(adata) -> str:
     return "X"
 
 
-def spot_diameter_px(adata) -> float:
+def stated_diameter_px(adata) -> float:
     """Diameter of a spot, full-resolution px, by scanpy's scalefactors; 0 where they are silent."""
     for library in contract.libraries(adata):
         if diameter := library.get("scalefactors", {}).get("spot_diameter_fullres"):

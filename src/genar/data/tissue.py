@@ -20,7 +20,6 @@ from genar.errors import InputError
 
 VIEW_UM = 8.0  # width of a pixel of the view on which tissue is looked for
 _LONGEST_PX = 4000
-_SPOT_UM = 55.0
 _FINEST_UM = 0.1  # pixel size of an image's tag
 # Excess of green, natural units of optical density. Tissue has a place above STRONG and reaches as far as WEAK.
 _STRONG, _WEAK = 0.06, 0.015
@@ -162,10 +161,10 @@ def place_spots(
     adata = AnnData(sparse.csr_matrix((int(kept.sum()), 0), dtype=np.float32), obs=obs)
     adata.obsm[contract.SPATIAL] = xy[kept]
     scale = view.shape[1] / size_px[0]
-    factors = {"spot_diameter_fullres": _SPOT_UM / mpp_used, "tissue_hires_scalef": scale}
+    factors = {"spot_diameter_fullres": contract.VISIUM_SPOT_UM / mpp_used, "tissue_hires_scalef": scale}
     adata.uns[contract.SPATIAL] = {section: {"images": {"hires": view}, "scalefactors": factors}}
     by = {} if mpp else {"image": mpp_used}
     return contract.new_section(
-        adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=_SPOT_UM, pitch_um=spacing_um,
-        source="slide", mpp_by=by,
+        adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=contract.VISIUM_SPOT_UM,
+        pitch_um=spacing_um, source="slide", mpp_by=by,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from genar.evaluation.metrics import PCC_TOPS, pair, pcc
+from genar.evaluation.scoring import Aligned
 
 METRICS = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd")
 _RESAMPLES_AT_ONCE = 250
@@ -82,10 +83,10 @@ def _mean_where(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where(n > 0, values.sum(axis=1) / np.maximum(n, 1), np.nan)
 
 
-def words(found: Interval, sign: str = "") -> str:
+def interval_in_words(found: Interval, sign: str = "") -> str:
     """A value with its interval, where it has one; ``sign`` as in a format.
 
-    >>> words((0.5, 0.25, 0.75)), words((0.5, float("nan"), float("nan")), "+")
+    >>> interval_in_words((0.5, 0.25, 0.75)), interval_in_words((0.5, float("nan"), float("nan")), "+")
     ('0.500 (0.250 to 0.750)', '+0.500')
     """
     value, low, high = found
@@ -94,13 +95,14 @@ def words(found: Interval, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})")
 
 
-def told(found: Mapping[str, Interval], *names: str) -> str:
+def differences_in_words(found: Mapping[str, Interval], *names: str) -> str:
     """Differences with their intervals, in words; those that are undefined are left out.
 
-    >>> told({"mse": (-0.031, -0.042, -0.02)}, "mse")
+    >>> differences_in_words({"mse": (-0.031, -0.042, -0.02)}, "mse")
     'mse -0.031 (-0.042 to -0.020)'
     """
-    return ", ".join(f"{name} {words(found[name], '+')}" for name in names if not np.isnan(found[name][0]))
+    known = [name for name in names if not np.isnan(found[name][0])]
+    return ", ".join(f"{name} {interval_in_words(found[name], '+')}" for name in known)
 
 
 def interval(resampled: np.ndarray, share: float = 0.95, *, biased: bool = False) -> Interval:
@@ -167,18 +169,18 @@ def across_sections(sections: Sequence[Mapping[str, np.ndarray]], *, seed: int =
 
 
 def compare(
-    scored: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    aligned: Mapping[str, Aligned],
     pairs: Sequence[tuple[str, str]],
     section: str,
     resamples: int = 1000,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
     """Intervals of every method of a section, and of the differences of ``pairs`` of methods, on the same resamples.
 
-    ``scored``: method -> prediction and truth [N, G] in log2 space. Returns method -> metric -> (value, low, high) and
-    "method minus rival" -> the same.
+    ``aligned``: method -> prediction and truth. Returns method -> metric -> (value, low, high) and "method minus rival"
+    -> the same.
     """
-    n_spots = len(next(iter(scored.values()))[1])
+    n_spots = len(next(iter(aligned.values())).truth)
     weights = resample_weights(n_spots, resamples, seed=seed_of(section))
-    drawn = {method: resampled_scores(log2, truth, weights) for method, (log2, truth) in scored.items()}
+    drawn = {method: resampled_scores(one.log2, one.truth_log2, weights) for method, one in aligned.items()}
     found = {method: intervals_of(values) for method, values in drawn.items()}
     return found, {f"{a} minus {b}": paired_differences(drawn[a], drawn[b]) for a, b in pairs}

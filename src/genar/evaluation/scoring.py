@@ -15,7 +15,8 @@ from genar.evaluation import metrics
 from genar.evaluation.calibration import calibration
 from genar.evaluation.structure import structure
 
-_OF_THE_DISTRIBUTION = (contract.MEAN, contract.P_ZERO, "sd", "q05", "q25", "q50", "q75", "q95")
+MEAN_SUFFIX = "_mean"  # of a method's name: its layer log1p_mean is scored, not its X
+_OF_THE_DISTRIBUTION = (contract.MEAN, contract.P_ZERO, contract.SD, "q05", "q25", "q50", "q75", "q95")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
     columns = {"mean": contract.TRAINING_MEAN, "variance": contract.TRAINING_VARIANCE}
     training = {name: np.asarray(ordered.var[c], dtype=np.float64) for name, c in columns.items() if c in ordered.var}
     return Aligned(genes, log2, counts, contract.counts(truth, genes), layers, coords, training)
+
+
+def align_both(method: str, predicted: AnnData, truth: AnnData) -> dict[str, Aligned]:
+    """``method``: its X; and ``method_mean``, where the prediction has it: the expectation of log2(1 + count).
+
+    Raises as :func:`align`.
+    """
+    made = {method: align(predicted, truth)}
+    if contract.LOG1P_MEAN in predicted.layers:
+        made[method + MEAN_SUFFIX] = align(predicted, truth, use=contract.LOG1P_MEAN)
+    return made
 
 
 def score(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Scores:

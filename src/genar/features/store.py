@@ -84,7 +84,7 @@ def _image_of(section: AnnData, encoder: Encoder) -> Path:
     if isinstance(encoder, ImportedFeatures):
         raise encoder.refusal(f"section {contract.name(section)}")
     if (path := contract.slide_path(section)) is None:
-        raise InputError(contract.no_image(section, "its features"))
+        raise InputError(contract.no_image_message(section, "its features"))
     return path
 
 

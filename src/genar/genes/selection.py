@@ -1,5 +1,6 @@
 """Selection of a panel by the recipes of the paper's released lists, by other usual rules, or from a user's list."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _of_genes(section: AnnData, genes: list[str]) -> AnnData:
     x = contract.in_memory(section.X)
     if not isinstance(x, sparse.csr_matrix) or x.dtype.kind != "f":
         x = sparse.csr_matrix(x, dtype=np.float32)
-    x = contract.summed(x)[:, section.var_names.get_indexer(genes)]
+    x = contract.without_duplicates(x)[:, section.var_names.get_indexer(genes)]
     made = AnnData(x, obs=pd.DataFrame(index=section.obs_names), var=pd.DataFrame(index=pd.Index(genes)))
     made.obsm.update({contract.SPATIAL: section.obsm[contract.SPATIAL]} if contract.SPATIAL in section.obsm else {})
     made.uns[contract.GENAR] = section.uns[contract.GENAR]
@@ -117,8 +118,8 @@ def listed_panel(panel: Panel, sections: Sequence[AnnData], aliases: Mapping[str
         where = f"the {len(names)} sections" if len(names) > 1 else f"section {''.join(names)}"
         raise InputError(
             f"panel {panel.recipe}: {len(missing)} of {len(genes)} genes are not measured in {where} "
-            f"({first_names(missing, 5)}{contract.like(missing, common)}); take them out of the list, or give their "
-            "other names with --aliases"
+            f"({first_names(missing, 5)}{contract.spelling_hint(missing, common)}); take them out of the list, or give "
+            "their other names with --aliases"
         )
     return Panel(genes, panel.recipe, panel.sections if panel.recipe in RECIPES else names)  # who chose is kept
 
@@ -199,7 +200,9 @@ def _highly_variable(section: AnnData) -> set[str]:
         return set(section.var_names)
     if not _varies(section).any():
         return set()
-    sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars))
+    with warnings.catch_warnings():  # of few genes all are taken, as is meant
+        warnings.filterwarnings("ignore", "`n_top_genes`")
+        sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars))
     return set(section.var_names[section.var["highly_variable"]])
 
 
@@ -287,7 +290,7 @@ _SCORES: dict[str, Callable[[Iterable[AnnData], list[str]], np.ndarray]] = {
 RECIPES = (*_BY_BOTH_RANKS, *_SCORES)
 
 
-def leak(panel: Panel, where: str | Path, held_out: Iterable[str]) -> str:
+def leak_note(panel: Panel, where: str | Path, held_out: Iterable[str]) -> str:
     """What a reader must know where the panel at ``where`` was selected with sections that are ``held_out``; else
     nothing."""
     if panel.recipe not in RECIPES or not (seen := panel.seen(held_out)):

@@ -77,7 +77,7 @@ def write_method_maps(
     places = {name: truth.obs_names.get_indexer(p.obs_names).argsort() for name, p in predictions.items()}
     for (gene, title), row in zip(genes, axes, strict=True):
         values = {"measured": _truth_log2(truth, gene)}
-        values |= {name: _predicted_log2(p, gene)[places[name]] for name, p in predictions.items()}
+        values |= {name: contract.expected_log2(p, [gene])[places[name], 0] for name, p in predictions.items()}
         top = max(1.0, *(float(v.max()) for v in values.values()))
         for axis, (name, value) in zip(row, values.items(), strict=True):
             _draw_tissue(axis, truth, behind)
@@ -174,13 +174,6 @@ def write_training_curve(history: Sequence[dict], best_epoch: int, path: Path) -
 
 def _truth_log2(truth: AnnData, gene: str) -> np.ndarray:
     return np.log2(1 + contract.counts(truth, [gene])[:, 0])
-
-
-def _predicted_log2(predicted: AnnData, gene: str) -> np.ndarray:
-    one = predicted[:, gene]
-    if contract.LOG1P_MEAN in one.layers:
-        return contract.layer(one, contract.LOG1P_MEAN)[:, 0] / np.log(2)
-    return np.log2(1 + contract.values(predicted, [gene])[:, 0])
 
 
 def _limits(section: AnnData, size_px: tuple[float, float] | None, share: float = _NARROW) -> np.ndarray:

@@ -204,7 +204,7 @@ def _simulated(predicted: AnnData) -> str:
 
 def _provenance(subject: Subject) -> dict[str, str]:
     facts = subject.predicted.uns[contract.GENAR]
-    made: Mapping = facts.get("prediction", {})
+    made: Mapping = facts.get(contract.PREDICTION, {})
     training = subject.checkpoint.get("training", {})
     versions = {name: text for name, text in subject.run.get("environment", {}).items() if name in _VERSIONS}
     told = {

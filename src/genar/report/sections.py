@@ -17,7 +17,7 @@ from genar.data.door import check_zarr, door
 from genar.data.reading import ReadOptions, disagreeing
 from genar.data.slide import image_head
 from genar.data.tissue import on_tissue, tissue_of
-from genar.errors import InputError
+from genar.errors import InputError, NoRawCountsError, SectionWarning
 from genar.genes import Panel
 from genar.report import maps
 
@@ -57,6 +57,8 @@ class SectionReport:
     features: list[str] | None = None
     """stores found, by encoder"""
     panel_missing: list[str] | None = None
+    has_image: bool | None = None
+    """whether a slide image is known; not known of a section that cannot be read"""
     note: str = ""
     warnings: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -118,11 +120,11 @@ def _read(ref: SectionRef, options: ReadOptions, row: SectionReport) -> AnnData 
             return ref.read(options)
         except InputError as error:
             row.faults.append(str(error))
-            if "raw counts" in str(error):
+            if isinstance(error, NoRawCountsError):
                 row.raw_counts = False
             return None
         finally:
-            row.warnings += [str(w.message) for w in caught if str(w.message).startswith("section ")]
+            row.warnings += [str(w.message) for w in caught if issubclass(w.category, SectionWarning)]
 
 
 def _look_at_counts(section: AnnData, row: SectionReport) -> None:
@@ -210,6 +212,7 @@ def _look_at_panel(section: AnnData, panel: Panel | None, row: SectionReport) ->
 def _look_at_image(section: AnnData, out: Path | None, name: str, row: SectionReport) -> None:
     """Spots against image and tissue; the overlay is written even where they do not fit."""
     path, tissue = contract.slide_path(section), None
+    row.has_image = path is not None
     if path is None:
         enough = "no image (--image): enough for a panel, scores and stored features"
         row.note = "; ".join(filter(None, (row.note, enough)))

@@ -14,7 +14,7 @@ from genar.data import ReadOptions, contract, find_sections, open_slide, options
 from genar.data.door import door, read_json
 from genar.data.truth import read_truth
 from genar.errors import InputError
-from genar.evaluation import align, intervals, metrics, score_aligned
+from genar.evaluation import align, align_both, intervals, metrics, score_aligned
 from genar.genes import Scales
 
 _RESAMPLES = 1000
@@ -49,7 +49,7 @@ class Subject:
     @property
     def model(self) -> str:
         """Name of the model that predicted."""
-        return str(self.predicted.uns[contract.GENAR].get("prediction", {}).get("model", "not recorded"))
+        return str(self.predicted.uns[contract.GENAR].get(contract.PREDICTION, {}).get("model", "not recorded"))
 
     @property
     def scales(self) -> Scales | None:
@@ -112,24 +112,20 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
         subject.run = read_json(home / "run.json", "record of a run")
         config = home / "checkpoint" / "config.json"
         subject.checkpoint = read_json(config, "checkpoint's configuration") if config.is_file() else {}
-    if note := contract.trained_on(predicted):
+    if note := contract.trained_on_note(predicted):
         subject.notes += (note,)
     section = read_truth(str(truth), predicted, **read) if truth is not None else _truth_of_run(subject, read)
     if section is None:
         return subject
     contract.check_same_places(predicted, section, "--truth")
-    expected = contract.LOG1P_MEAN in predicted.layers
-    aligned = {"prediction": align(predicted, section)}
-    if expected:
-        aligned["prediction_mean"] = align(predicted, section, use=contract.LOG1P_MEAN)
-    scores = score_aligned(aligned["prediction_mean" if expected else "prediction"])
+    aligned = align_both("prediction", predicted, section)
+    scores = score_aligned(list(aligned.values())[-1])
     if contract.name(section) != subject.section:
         subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
     subject.methods, subject.differences = _scores_of_run(home, subject.section)
     if not subject.methods:
-        scored = {method: (one.log2, one.truth_log2) for method, one in aligned.items()}
-        found, _ = intervals.compare(scored, [], subject.section, _RESAMPLES)
+        found, _ = intervals.compare(aligned, [], subject.section, _RESAMPLES)
         n_undefined = {m: int(np.isnan(metrics.pcc(one.log2, one.truth_log2)).sum()) for m, one in aligned.items()}
         subject.methods = {method: {**values, "n_undefined": n_undefined[method]} for method, values in found.items()}
         subject.notes += ("the baselines mean and ridge are scored by a training run, not by a prediction alone",)
@@ -188,11 +184,7 @@ def _scores_of_run(home: Path | None, section: str) -> tuple[dict, dict]:
 
 def log2_of(subject: Subject) -> dict[str, np.ndarray]:
     """``predicted`` and, where it is known, ``measured`` [N, G] in log2(1 + count) space."""
-    genes = list(subject.predicted.var_names)
-    if contract.LOG1P_MEAN in subject.predicted.layers:
-        values = {"predicted": contract.layer(subject.predicted, contract.LOG1P_MEAN) / np.log(2)}
-    else:
-        values = {"predicted": np.log2(1 + contract.values(subject.predicted, genes))}
+    values = {"predicted": contract.expected_log2(subject.predicted)}
     if subject.truth is not None:
-        values["measured"] = np.log2(1 + contract.counts(subject.truth, genes))
+        values["measured"] = np.log2(1 + contract.counts(subject.truth, list(subject.predicted.var_names)))
     return values

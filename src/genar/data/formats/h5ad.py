@@ -43,19 +43,19 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
     counts_from, told = reading.keep_raw_counts(adata), adata.uns.get(contract.GENAR, {})
     diameter_um, pitch_um = (float(told.get(key) or 0) for key in (contract.SPOT_DIAMETER_UM, contract.PITCH_UM))
     if not pitch_um and reading.looks_like_visium(adata):
-        diameter_um, pitch_um = reading.VISIUM_SPOT_UM, reading.VISIUM_PITCH_UM
+        diameter_um, pitch_um = contract.VISIUM_SPOT_UM, reading.VISIUM_PITCH_UM
     stated = told.get(contract.MPP) or next(
         (lib["scalefactors"]["microns_per_pixel"] for lib in contract.libraries(adata)
          if "microns_per_pixel" in lib.get("scalefactors", {})), None)  # fmt: skip
     pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else 0
     adata, note = reading.under_tissue(adata)
-    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=image)
+    mpp, by = reading.pixel_size(section, options, metadata_mpp=stated, pitch_mpp=pitch, slide=image)
     return contract.new_section(
         adata,
         section=section,
         slide=image or "",
         mpp=mpp,
-        spot_diameter_um=diameter_um or reading.spot_diameter_px(adata) * mpp,
+        spot_diameter_um=diameter_um or reading.stated_diameter_px(adata) * mpp,
         pitch_um=pitch_um,
         source=source,
         patient=str(told.get(contract.PATIENT) or ""),

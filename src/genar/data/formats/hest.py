@@ -47,8 +47,8 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
         number(path, key, metadata.get(key)) for key in ("inter_spot_dist", "spot_diameter", "pixel_size_um_estimated")
     )
     by_pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else None
-    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=by_pitch, slide=slide)
-    diameter_um = diameter_um or reading.spot_diameter_px(adata) * mpp
+    mpp, by = reading.pixel_size(section, options, metadata_mpp=stated, pitch_mpp=by_pitch, slide=slide)
+    diameter_um = diameter_um or reading.stated_diameter_px(adata) * mpp
     counts_from = reading.keep_raw_counts(adata)
     adata, note = reading.under_tissue(adata)
     return contract.new_section(

@@ -75,7 +75,7 @@ def read_files(
     adata.var_names = genes
     adata.obsm[contract.SPATIAL] = xy
     mpp, by = reading.pixel_size(
-        section, options or ReadOptions(), pitch=PITCH_UM / reading.array_pitch_px(array, xy), slide=image
+        section, options or ReadOptions(), pitch_mpp=PITCH_UM / reading.array_pitch_px(array, xy), slide=image
     )
     note = f"{len(dropped)} selected spots have no counts and are dropped: {', '.join(dropped)}" if dropped else ""
     return contract.new_section(

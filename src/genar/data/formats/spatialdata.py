@@ -62,7 +62,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     to_px = _to_px(store, region, name)
     adata.obsm[contract.SPATIAL], diameter_px = _spots_px(store, adata, region, to_px, path)
     _rescale(adata, _scale_of(to_px))
-    if diameter_px and not reading.spot_diameter_px(adata):
+    if diameter_px and not reading.stated_diameter_px(adata):
         factors = {"spot_diameter_fullres": diameter_px}
         adata.uns[contract.SPATIAL] = {section: {"images": {}, "scalefactors": factors}}
     if image is None and name is not None:

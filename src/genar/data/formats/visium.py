@@ -87,7 +87,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     if slide is not None:
         refuse_downsampled(slide, folder / "spatial", factors)
     pitch, stated = reading.VISIUM_PITCH_UM / pitch_px, factors.get("microns_per_pixel")
-    mpp, by = reading.pixel_size(section, options, metadata=stated, pitch=pitch, slide=slide)
+    mpp, by = reading.pixel_size(section, options, metadata_mpp=stated, pitch_mpp=pitch, slide=slide)
     library, lost = pictures.of_space_ranger(folder / "spatial", factors)
     adata.uns[contract.SPATIAL] = {section: library}
     dropped = f"{outside} spots are not under tissue and are dropped" if outside else ""
@@ -96,7 +96,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         section=section,
         slide=slide or "",
         mpp=mpp,
-        spot_diameter_um=reading.VISIUM_SPOT_UM,
+        spot_diameter_um=contract.VISIUM_SPOT_UM,
         pitch_um=reading.VISIUM_PITCH_UM,
         source=NAME,
         mpp_by=by,

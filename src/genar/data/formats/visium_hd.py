@@ -61,7 +61,11 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     if slide is not None:
         refuse_downsampled(slide, folder / "spatial", factors)
     mpp, by = reading.pixel_size(
-        section, options, metadata=factors.get("microns_per_pixel"), pitch=width / step_px, slide=slide
+        section,
+        options,
+        metadata_mpp=factors.get("microns_per_pixel"),
+        pitch_mpp=width / step_px,
+        slide=slide,
     )
     library, lost = pictures.of_space_ranger(folder / "spatial", factors)
     library["scalefactors"]["spot_diameter_fullres"] = options.bin_um / mpp  # Space Ranger's is that of a bin
