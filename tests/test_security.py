@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import urllib.request
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+import zarr
 from PIL import Image
 
 from commands import run
 from genar.assess import read_prediction
 from genar.data import open_slide, read_section
+from genar.data.door import check_zarr
 from genar.encoders.weights import read_state
 from genar.errors import InputError
 from genar.features.imports import read_file
@@ -90,6 +93,7 @@ def test_the_payload_works(tmp_path, payload):
     assert (tmp_path / "marker").read_text() == "ran"
 
 
+@pytest.mark.filterwarnings("ignore:Element")  # what anndata says of the file, before it is refused
 @pytest.mark.parametrize("write", [plain, zipped, legacy, array, archive, as_dataset], ids=lambda f: f.__name__)
 def test_no_file_that_carries_a_pickle_runs_it(tmp_path, payload, write, tissue_sections):
     for suffix in (".pt", ".npy", ".h5"):
@@ -329,3 +333,27 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path, monkeypa
     told = capfd.readouterr()
     assert TOKEN not in told.out + told.err
     assert "holds a name or password" in told.err
+
+
+@pytest.mark.parametrize("shards", [None, (8,)])
+@pytest.mark.parametrize("compressors", ["auto", None, "gzip"])
+def test_texts_of_a_zarr_store_that_claim_to_be_more_than_a_chunk_holds_are_refused(tmp_path, shards, compressors):
+    """Each chunk by itself, also where many lie in one file (a shard), as anndata 0.13 writes them."""
+    packers = zarr.codecs.GzipCodec() if compressors == "gzip" else compressors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: texts have no specification yet
+        names = zarr.create_array(
+            tmp_path / "store", shape=(14,), chunks=(4,), shards=shards, dtype=str, compressors=packers
+        )
+        names[:] = np.array([f"spot {i}" for i in range(14)])
+    check_zarr(tmp_path / "store")
+    (path,) = (p for p in (tmp_path / "store").rglob("1") if p.is_file())  # the second chunk, or shard
+    if compressors is None:
+        content = bytearray(path.read_bytes())
+        content[:4] = (5).to_bytes(4, "little")
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="more than the 4 texts"):
+            check_zarr(tmp_path / "store")
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises((InputError, ValueError, RuntimeError, OSError, EOFError)):  # callers stand in ``door``
+        check_zarr(tmp_path / "store")

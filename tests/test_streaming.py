@@ -27,7 +27,7 @@ from genar.training import TrainConfig, fit, make_spots, split_validation
 N_FEATURES, VIEWS, N_BATCHES = 6, 8, 7
 TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 ONE_EPOCH = TrainConfig(max_epochs=1, batch_size=16, warmup_steps=0, ema_decay=0)
-SAMPLED = [name for name in model_names() if model_class(name).sampled]
+SAMPLED = [name for name in model_names() if model_class(name).can_stream]
 WHOLE = Inputs(context_spots=(3, 6))
 
 
@@ -433,7 +433,7 @@ def test_after_its_spots_are_made_a_run_holds_no_counts_of_sections(plan, monkey
 
 def test_a_panel_from_a_file_leaves_nothing_else_in_memory(plan, tissue_sections, tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("\n".join(tissue_sections[0].var_names[:20]))
-    given = replace(plan("run"), panel=str(tmp_path / "list.txt"))
+    given = replace(plan("run"), panel=str(tmp_path / "list.txt"), n_genes=None)
     training, held_out, _, digests = runs._read(given, lambda line: None, no_bar)
     assert [section.n_vars for section in (*training, *held_out)] == [20, 20]
     assert digests == {contract.name(section): contract.digest(section) for section in tissue_sections}

@@ -355,17 +355,16 @@ def predict(
     """Predict the counts of a section or of a bare slide with a trained model."""
     with _console.loading():
         from genar import inference
-        from genar.models.checkpoint import load_checkpoint
         from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **given(decode=decode, samples=samples, seed=seed)}
-    checkpoint = load_checkpoint(model, revision=revision)
-    read = inference.read_for(checkpoint, section, **given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp))
+    reading = given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp)
     predicted = inference.predict_run(
-        read, checkpoint, out, kind=format, features=features, encoder=encoder, weights=weights, how=how,
+        section, model, out, reading=reading, revision=revision, kind=format, features=features, encoder=encoder,
+        weights=weights, how=how,
         device=machine.device(device), bar=_console.bar(json), say=_console.speaker(json),
     )  # fmt: skip
-    outputs = {"prediction": out} | inference.tissue_overlay(read, out)
+    outputs = {"prediction": out} | inference.tissue_overlay(predicted, out)
     _console.finish(json, outputs, n_spots=predicted.n_obs, n_genes=predicted.n_vars)
 
 

@@ -18,7 +18,7 @@ from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.export import format_of, refuse_foreign, write_export
 from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
-from genar.models.checkpoint import Checkpoint
+from genar.models.checkpoint import Checkpoint, load_checkpoint
 from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused_note, write_prediction
 from genar.report import maps
 
@@ -26,19 +26,13 @@ STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
 _PITCH = 0.2  # spots may lie so much nearer or farther than in training, as a share
 
 
-def read_for(checkpoint: Checkpoint, section: str | Path, **options) -> AnnData:
-    """Read what is to be predicted, as ``genar.read_section`` does; but the spots of a bare slide lie as far apart as
-    those that the model was trained on, unless ``spacing_um`` says otherwise."""
-    if checkpoint.pitch_um:
-        options.setdefault("spacing_um", checkpoint.pitch_um)
-    return read_section(section, **options)
-
-
 def predict_run(
-    section: AnnData,
-    checkpoint: Checkpoint,
+    section: AnnData | str | Path,
+    model: str | Path | Checkpoint,
     out: Path | None,
     *,
+    reading: Mapping | None = None,
+    revision: str | None = None,
     kind: str | None = None,
     features: Path | None = None,
     encoder: str | None = None,
@@ -48,8 +42,12 @@ def predict_run(
     bar: Bar = no_bar,
     say: Callable[[str], None] = print,
 ) -> AnnData:
-    """Predict one section with a checkpoint, embedding it where its features are not stored, and write it: ``.h5ad``,
-    or as ``kind`` or the suffix of ``out`` say one of the formats of ``genar.export``.
+    """Predict one section (read, or where it lies) with a checkpoint (loaded, of a folder, a run or the hub, there at
+    ``revision``), embedding it where its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix
+    of ``out`` say one of the formats of ``genar.export``.
+
+    ``reading`` holds the options of ``genar.read_section``; but the spots of a bare slide lie as far apart as those
+    that the model was trained on, unless ``spacing_um`` is there.
 
     A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
     backed mode); the other formats are made in memory. Without ``out`` nothing is written.
@@ -61,6 +59,10 @@ def predict_run(
     if out is not None:
         kind = _kind(out, kind)
         refuse_foreign(out)
+    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
+    if not isinstance(section, AnnData):
+        spacing = {"spacing_um": checkpoint.pitch_um} if checkpoint.pitch_um else {}
+        section = read_section(section, **{**spacing, **(reading or {})})
     checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
     if section.n_vars == 0 and (pitch := section.uns[contract.GENAR].get(contract.PITCH_UM)):
@@ -71,11 +73,10 @@ def predict_run(
         if pixels.takes_patches(checkpoint.features):
             with door("checkpoint", "recipe of patches"):
                 recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
-            patches = pixels.read_pixels([section], recipe, scratch, bar=bar)
-            values = pixels.no_features(section.n_obs)
+            values, patches = pixels.no_features(section.n_obs), pixels.read_pixels([section], recipe, scratch, bar=bar)
         else:
-            store = features or default_store()
             say(f"features of {section.n_obs} spots: made where they are not stored")
+            store = features or default_store()
             values, patches = _features_for(checkpoint, section, store, encoder, weights, device, bar), None
         say(f"predicting {section.n_obs} spots, {len(checkpoint.panel.genes)} genes")
         with bar(f"predicting {contract.name(section)}", section.n_obs) as tick:
@@ -140,15 +141,15 @@ def _features_for(
     return StoredInputs(paths, section, inputs)
 
 
-def tissue_overlay(section: AnnData, prediction: Path) -> dict[str, Path]:
-    """Write the tissue that was found on a bare slide, and the spots on it, beside its prediction; nothing for a
-    section with counts."""
-    slide = contract.slide_path(section)
-    if section.n_vars or slide is None:
+def tissue_overlay(predicted: AnnData, out: Path) -> dict[str, Path]:
+    """Write the tissue that was found on a bare slide, and the spots on it, beside its prediction ``out``; nothing for
+    a section with counts."""
+    slide = contract.slide_path(predicted)
+    if predicted.uns[contract.GENAR].get(contract.SOURCE) != "slide" or slide is None:
         return {}
-    view, mask, size_px, _ = tissue_of(slide, contract.mpp(section))
-    path = prediction.with_name(f"{prediction.stem}_tissue.png")
-    return {"tissue": maps.write_overlay(section, path, (view, mask, size_px))}
+    view, mask, size_px, _ = tissue_of(slide, contract.mpp(predicted))
+    path = out.with_name(f"{out.stem}_tissue.png")
+    return {"tissue": maps.write_overlay(predicted, path, (view, mask, size_px))}
 
 
 def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:

@@ -10,8 +10,8 @@ from anndata import AnnData
 from genar import _console, machine
 from genar.errors import InputError
 from genar.genes import Panel
-from genar.inference import predict_run, read_for
-from genar.models.checkpoint import Checkpoint, load_checkpoint
+from genar.inference import predict_run
+from genar.models.checkpoint import Checkpoint
 from genar.runs import RunResult, TrainPlan, train_run
 from genar.settings import read_settings, sort_decoding, sort_settings
 
@@ -129,13 +129,10 @@ def predict(
         raise InputError(f"predict: {', '.join(given)} tell how a file is read; this section was read already")
     if isinstance(model, Checkpoint) and revision is not None:
         raise InputError(f"revision {revision}: the checkpoint is loaded already; name one when you load it")
-    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
-    if not isinstance(section, AnnData):
-        section = read_for(checkpoint, section, **given)
     paths = [None if path is None else Path(path) for path in (out, features, weights)]
     return predict_run(
-        section, checkpoint, paths[0], features=paths[1], encoder=encoder, weights=paths[2],
-        how=sort_decoding(decoding),
+        section, model, paths[0], reading=given, revision=revision, features=paths[1], encoder=encoder,
+        weights=paths[2], how=sort_decoding(decoding),
         device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
     )  # fmt: skip
 

@@ -223,7 +223,7 @@ def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, fold
     ``folder``."""
     n_blocks, stored = plan.inputs.n_blocks, [seen.features[contract.name(section)] for section in training]
     n_bytes = 4 * sum(math.prod(part.shape) for part in stored)
-    if n_bytes <= streaming.IN_MEMORY_BYTES or not model_class(plan.model).streams:
+    if n_bytes <= streaming.IN_MEMORY_BYTES or not model_class(plan.model).can_stream:
         parts = [make_spots(s, f[:], panel.genes, n_blocks=n_blocks) for s, f in zip(training, stored, strict=True)]
         return replace(Spots.join(parts), patches=seen.training_patches)
     places = Spots.join([make_spots(s, pixels.no_features(s.n_obs), n_blocks=n_blocks) for s in training])

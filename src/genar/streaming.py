@@ -168,7 +168,7 @@ AnySpots = Spots | StoredSpots
 
 def look_at(model: Model | type[Model], spots: AnySpots) -> Spots:
     """What the model's ``create`` and ``prepare`` see of the training spots: all, or of many a sample."""
-    return spots.sample(PREPARED_SPOTS if model.streams else len(spots))
+    return spots.sample(PREPARED_SPOTS if model.can_stream else len(spots))
 
 
 def count_moments(spots: AnySpots) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def fit(
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it on the CPU in evaluation mode with the chosen weights.
 
-    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.streams``)
+    ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.can_stream``)
     takes them all into memory.
 
     The processes of ``group`` share every batch (Lightning's DDP), each with all spots at hand: every one of them calls
@@ -96,7 +96,7 @@ def fit(
     """
     device = machine.of_models(machine.device(device))
     torch.manual_seed(config.seed)
-    if isinstance(spots, StoredSpots) and not model.streams:
+    if isinstance(spots, StoredSpots) and not model.can_stream:
         spots = spots.in_memory()
     if not model.gradient:
         model.prepare(look_at(model, spots))

@@ -15,7 +15,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _TEXT_BYTES = 64  # of a string in Python, and its place in an array
 _MOST_PARTS = 100_000  # of an HDF5 file
 _MOST_COLUMNS = 1000  # of a table of spots
 _HEAP = b"GCOL\x01\0\0\0"  # begins a heap in which HDF5 keeps texts
+_NO_CHUNK = 2**64 - 1  # in the index of a Zarr shard
 _HEAP_HEAD = 16  # bytes of its head, and of the head of each part
 _LONGEST = 200  # characters of a library's own words
 # Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
@@ -165,17 +166,41 @@ def check_zarr(folder: Path, advice: str = "is it complete?") -> None:
 
 def _check_texts(folder: Path, facts: dict, advice: str) -> None:
     """Refuse chunks of texts that say to hold more of them than a chunk has: their decoder makes room for as many."""
-    import numcodecs
-
-    most = math.prod(map(int, facts.get("chunks") or facts["chunk_grid"]["configuration"]["chunk_shape"]))
-    packed = facts.get("compressor") or ({"id": "zstd"} if '"zstd"' in json.dumps(facts.get("codecs")) else None)
-    codec: Any = numcodecs.get_codec(packed) if packed else None
+    if "chunks" in facts:  # Zarr 2
+        shape, packed = facts["chunks"], facts.get("compressor")
+        codecs = [{"name": packed["id"], "configuration": packed}] if packed else []
+    else:
+        shape, codecs = facts["chunk_grid"]["configuration"]["chunk_shape"], facts["codecs"]
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in ("zarr.json", ".zarray", ".zattrs"):
-            content = path.read_bytes()
-            head = bytes((codec.decode(content) if codec else content)[:4])
-            if int.from_bytes(head, "little") > most:
-                raise InputError(f"{path}: says to hold more than the {most:,} texts of a chunk; {advice}")
+            for content, most in _text_chunks(path.read_bytes(), shape, codecs):
+                if int.from_bytes(content[:4], "little") > most:
+                    raise InputError(f"{path}: says to hold more than the {most:,} texts of a chunk; {advice}")
+
+
+def _text_chunks(content: bytes, shape: Sequence[int], codecs: Sequence[dict]) -> Iterator[tuple[bytes, int]]:
+    """The chunks of texts in a file, unpacked, and how many texts each may hold: one chunk, or many in a shard, whose
+    index tells where each begins and how long it is. Raises ``ValueError`` where a shard lacks its index."""
+    import numcodecs
+
+    if codecs and codecs[0]["name"] == "sharding_indexed":
+        shard = codecs[0]["configuration"]
+        n_chunks = math.prod(-(-int(side) // int(part)) for side, part in zip(shape, shard["chunk_shape"], strict=True))
+        n_bytes = 16 * n_chunks + 4 * any(codec["name"] == "crc32c" for codec in shard["index_codecs"])
+        if n_bytes > len(content):
+            raise ValueError("a shard that is shorter than its index")
+        first = 0 if shard.get("index_location") == "start" else len(content) - n_bytes
+        for offset, length in struct.iter_unpack("<QQ", content[first : first + 16 * n_chunks]):
+            if offset < _NO_CHUNK:
+                yield from _text_chunks(content[offset : offset + length], shard["chunk_shape"], shard["codecs"])
+        return
+    for codec in reversed(codecs):
+        if codec["name"] == "crc32c":
+            content = content[:-4]
+        elif codec["name"] not in ("vlen-utf8", "bytes"):
+            packed: Any = numcodecs.get_codec({"id": codec["name"]})
+            content = bytes(packed.decode(content))
+    yield content, math.prod(map(int, shape))
 
 
 def _declared(facts: dict) -> int:

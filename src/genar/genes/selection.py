@@ -193,17 +193,22 @@ def _normalised(section: AnnData) -> AnnData:
 
 
 def _highly_variable(section: AnnData) -> set[str]:
-    import scanpy as sc
-
     section = _normalised(section)
     if section.n_obs < 2:
         return set(section.var_names)
     if not _varies(section).any():
         return set()
+    _mark_variable(section)
+    return set(section.var_names[section.var["highly_variable"]])
+
+
+def _mark_variable(section: AnnData, batch_key: str | None = None) -> None:
+    """Write scanpy's columns of the most variable genes into ``var``."""
+    import scanpy as sc
+
     with warnings.catch_warnings():  # of few genes all are taken, as is meant
         warnings.filterwarnings("ignore", "`n_top_genes`")
-        sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars))
-    return set(section.var_names[section.var["highly_variable"]])
+        sc.pp.highly_variable_genes(section, n_top_genes=min(_N_HVG, section.n_vars), batch_key=batch_key)
 
 
 def _varies(section: AnnData) -> np.ndarray:
@@ -247,15 +252,14 @@ def _mean_counts(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
 def _variability(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
     """Falling with scanpy's rank: by the number of sections in which a gene is variable, then by its dispersion."""
     import anndata
-    import scanpy as sc
 
     parts = [_normalised(section) for section in sections]
     parts = [part for part in parts if part.n_obs > 1 and part.X.nnz and _varies(part).any()]  # pyright: ignore
     if not parts:
         return np.full(len(genes), np.nan)
-    joined = anndata.concat({str(i): part for i, part in enumerate(parts)}, label="section", join="outer", fill_value=0)
-    n_top = min(_N_HVG, joined.n_vars)
-    sc.pp.highly_variable_genes(joined, n_top_genes=n_top, batch_key="section" if len(parts) > 1 else None)
+    named = {str(i): part for i, part in enumerate(parts)}
+    joined = anndata.concat(named, label="section", index_unique="-", join="outer", fill_value=0)
+    _mark_variable(joined, batch_key="section" if len(parts) > 1 else None)
     table = pd.DataFrame(joined.var).assign(gene=joined.var_names)
     if "highly_variable_nbatches" not in table:
         table["highly_variable_nbatches"] = 1

@@ -225,7 +225,7 @@ class Model(nn.Module, abc.ABC):
 
     gradient: ClassVar[bool] = True
     decodings: ClassVar[tuple[str, ...]] = ("mean",)
-    streams: ClassVar[bool] = False
+    can_stream: ClassVar[bool] = False
     """whether it can be trained on more spots than memory holds: of more than ``PREPARED_SPOTS``, ``create`` and
     ``prepare`` then see a sample, whose ``parts`` are all"""
     sums: ClassVar[bool] = False

@@ -51,7 +51,7 @@ class Foundation(SpotRival):
     """Frozen features, a small residual network, and a softmax over counts for every gene."""
 
     config = FoundationConfig
-    streams = True
+    can_stream = True
     decodings = ("greedy", "mean")
     may_be_none = ("blocks", "max_count")
     block = 16  # logits [spots, G, V] exist

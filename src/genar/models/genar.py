@@ -91,7 +91,7 @@ class GenAR(Model):
     decodings = DECODINGS
     decodes_by = ("samples", "seed", "temperature", "top_k", "top_p", "bf16")
     input_defaults: ClassVar = {"small": {"widths_um": defaults.WIDTHS_UM, "context_spots": (6,)}}
-    streams = True
+    can_stream = True
     card = Card(
         title="GenAR: Next-Scale Autoregressive Generation for Spatial Gene Expression Prediction",
         target="raw counts, as the paper; log2(1 + count) is of the predicted counts or their distribution",

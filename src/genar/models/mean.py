@@ -10,7 +10,7 @@ from genar.models._decoding import DEFAULT, Decoding
 class Mean(ClosedForm):
     """Predicts for every spot the mean over the training spots, gene by gene."""
 
-    streams = True
+    can_stream = True
     card = Card(
         title="Training mean: the floor that any method must leave",
         target="log2(1 + count), as here",

@@ -20,7 +20,7 @@ PENALTIES = tuple(np.logspace(1, 6, 21))
 class Ridge(ClosedForm):
     """Closed-form multi-output ridge with an intercept."""
 
-    streams = True
+    can_stream = True
     card = Card(
         title="Ridge regression: the method that a deep one has to beat",
         target="log2(1 + count), as here",

@@ -56,7 +56,7 @@ class STNet(SpotRival):
     """One patch, one vector of expression: a linear layer on features, or DenseNet-121 end to end on patches."""
 
     config = STNetConfig
-    streams = True
+    can_stream = True
     sums = True
     inputs = INPUTS
     presets: ClassVar = {"small": {}, "official": {"input": "patches"}}

@@ -145,7 +145,7 @@ class STEM(SpotRival):
     """Diffusion over the vector of gene values, conditioned on the features; predicts the mean of drawn vectors."""
 
     config = STEMConfig
-    streams = True
+    can_stream = True
     presets: ClassVar = {
         "small": {"width": 32, "depth": 2, "heads": 1, "mlp_ratio": 2.0, "standardise": True, "predicts": "start"},
         "official": {},
