@@ -1,6 +1,7 @@
 """What the commands share: their options, and how a flag and a wrong word are shown."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -61,6 +62,12 @@ class Group(TyperGroup):
             if "--json" in sys.argv:
                 _console.tell_wrong(error.format_message())  # pyright: ignore
             raise
+
+
+def refuse_beside(what: str, options: Mapping[str, object]) -> None:
+    """``InputError`` where options are given that mean nothing beside ``what``."""
+    if unused := [name for name, value in options.items() if value not in (None, "")]:
+        raise InputError(f"{what}: {', '.join(unused)} would do nothing here; leave it out")
 
 
 def given(**options) -> dict:

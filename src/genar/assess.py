@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from genar.data import contract, reading
-from genar.data.files import json_ready, write_text
+from genar.data.files import json_ready, refuse_foreign, write_text
 from genar.errors import InputError, first_names
 from genar.evaluation import MEAN_SUFFIX, Aligned, Scores, align_both, intervals, score_aligned, write_scores
 from genar.evaluation.calibration import zero_reliability
@@ -57,6 +57,9 @@ def evaluate_run(
     """
     if resamples < 0:
         raise InputError(f"resamples must be >= 0, found {resamples}")
+    if (out / "run.json").exists():
+        raise InputError(f"{out}: holds the scores of a training run; choose another --out")
+    refuse_foreign(out / "metrics.csv", "section,method,gene")
     started = time.perf_counter()
     named = {"prediction": predicted} | ({"against": against} if against is not None else {})
     named, notes = _same_genes(named, truth, panel, genes)

@@ -31,6 +31,7 @@ from genar._options import (
     given,
     ids,
     numbers,
+    refuse_beside,
 )
 from genar.errors import first_names, named
 
@@ -65,7 +66,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command(cls=Command)
 def demo(
-    out: Out = Path("genar-demo"), seed: Annotated[int, typer.Option(help="Of the tissue.")] = 0, json: Json = False
+    out: Out = Path("genar-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the tissue.")] = 0,
+    json: Json = False,
 ) -> None:
     """Simulate two tissue sections, train on one, predict and score the other. Offline, within minutes."""
     with _console.loading():
@@ -186,6 +189,8 @@ def features(
     out = out or embedding.default_store()
     read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um, bar=_console.bar(json))
     if import_ is not None:
+        own = {"--weights": weights, "--widths-um": widths_um, "--workers": workers}
+        refuse_beside(f"--import {import_}", own)
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = numbers(widths_um, "--widths-um") or (defaults.WIDTHS_UM if patch == defaults.PATCH else ())
     loaded = encoders.load_encoder(encoder, weights=weights, device=machine.device(device), precision=precision)
@@ -228,6 +233,7 @@ def panel(
         refuse_number(n_genes, recipe)
         selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
     else:
+        refuse_beside(f"--recipe {recipe}", {"--aliases": aliases})
         n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
         selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top, bar=_console.bar(json))
     selected.write(out)
@@ -254,6 +260,8 @@ def groups(
     with _console.loading():
         from genar.groups import groups_run
 
+    if panel is None:
+        refuse_beside("the groups of a model", {"--exclude": exclude, "--bin-um": bin_um, "--mpp": mpp})
     found = groups_run(source, out, panel=panel, scale=scale, gmt=gmt, exclude=ids(exclude), bin_um=bin_um, mpp=mpp)
     for table in () if json else _console.group_tables(found):
         _console.show(table)

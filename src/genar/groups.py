@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from genar.data import contract, find_sections, options_for, pick
-from genar.data.files import write_text
+from genar.data.files import refuse_foreign, write_text
 from genar.errors import InputError
 from genar.genes import Panel, Scales, fit_scales, group_names, over_representation, read_gene_sets, read_panel
 from genar.models.checkpoint import load_checkpoint
@@ -41,6 +41,7 @@ def groups_run(
     ``options`` tell how sections are read (``mpp``, ``bin_um``). Raises ``InputError`` where the source holds neither,
     or the model has no groups.
     """
+    refuse_foreign(out / "groups.csv", "group,n_genes")
     model_panel, scales = _of_sections(source, panel, exclude, options) if panel else _of_model(source)
     groups = group_names(scales, model_panel.genes, scale)
     rows = [{"group": i, "n_genes": len(genes), "genes": " ".join(sorted(genes))} for i, genes in enumerate(groups)]

@@ -65,6 +65,8 @@ def predict_run(
         section = read_section(section, **{**spacing, **(reading or {})})
     checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
+    if section.n_vars == 0 and out is not None:
+        maps.refuse_foreign(_overlay_of(out))
     if section.n_vars == 0 and (pitch := section.uns[contract.GENAR].get(contract.PITCH_UM)):
         say(f"{section.n_obs} spots, {pitch:.4g} um apart")
     if cost := checkpoint.model.cost(section.n_obs, decode):
@@ -103,7 +105,8 @@ def pitch_note(checkpoint: Checkpoint, section: AnnData) -> str:
     """What to say where a model that looks at neighbouring spots is given spots that lie at another distance than those
     it was trained on; else nothing."""
     here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.pitch_um
-    if not (checkpoint.features.get("context_spots") and here > 0 and there) or abs(here / there - 1) <= _PITCH:
+    looks = checkpoint.features.get("context_spots") or checkpoint.model.unit == "section"
+    if not (looks and here > 0 and there) or abs(here / there - 1) <= _PITCH:
         return ""
     remedy = f"; --spacing-um {there:.4g} lays them so" if section.n_vars == 0 else ""
     return f"the model looks at neighbours {there:.4g} um away, as in its training; here are {here:.4g} um{remedy}"
@@ -148,8 +151,11 @@ def tissue_overlay(predicted: AnnData, out: Path) -> dict[str, Path]:
     if predicted.uns[contract.GENAR].get(contract.SOURCE) != "slide" or slide is None:
         return {}
     view, mask, size_px, _ = tissue_of(slide, contract.mpp(predicted))
-    path = out.with_name(f"{out.stem}_tissue.png")
-    return {"tissue": maps.write_overlay(predicted, path, (view, mask, size_px))}
+    return {"tissue": maps.write_overlay(predicted, _overlay_of(out), (view, mask, size_px))}
+
+
+def _overlay_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}_tissue.png")
 
 
 def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:

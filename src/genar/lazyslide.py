@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from genar.data.neighbours import nearest_spots
 from genar.errors import InputError
-from genar.features.stored import neighbours
 from genar.models import Batch
 from genar.models.checkpoint import load_checkpoint
 from genar.prediction import decoding, of_expectation
@@ -75,7 +75,7 @@ def register_model(
                 raise InputError(f"features have shape {x.shape}, the model takes [tiles, {n_given}]{of}")
             corners = np.zeros((len(x), 2)) if coords is None else np.asarray(coords, dtype=np.float64)
             if context:
-                near, last = neighbours(corners, max(context)), x[:, -(x.shape[1] // n_widths) :]
+                near, last = nearest_spots(corners, max(context)), x[:, -(x.shape[1] // n_widths) :]
                 x = np.concatenate([x, *(last[near[:, :n]].mean(axis=1) for n in context)], axis=1)
             batch = _batch(x, corners, mpp or 1.0).to(model.device)
             with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):

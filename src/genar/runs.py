@@ -168,17 +168,18 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
     training, held_out, panel, digests = _read(plan, say, bar)
-    if sets is not None:
-        model_settings["order"] = order_by_sets(panel.genes, sets)
+    order = order_by_sets(panel.genes, sets) if sets is not None else None
+    if order is not None:
+        model_settings["order"] = order
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
-    resume = _claim_resume(plan, data=digests, panel=panel.sha256)
+    resume = _claim_resume(plan, data=digests, panel=panel.sha256, order=order)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
     say(f"{plan.input} of {len(training) + len(held_out)} sections: made where they are not stored")
     see = _seen_as_pixels if plan.input == "patches" else _embedded
     seen = see(plan, training, held_out, bar)
-    _claim_resume(plan, data=digests, panel=panel.sha256, features=seen.facts)
+    _claim_resume(plan, data=digests, panel=panel.sha256, order=order, features=seen.facts)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)

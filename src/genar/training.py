@@ -42,7 +42,7 @@ def make_spots(
     of ``n_blocks`` equal blocks; ``patches`` uint8 [N, crops, 3, px, px] for a model that takes pixels.
 
     A spot's random numbers follow its name and its section's, so they stay the same in any order or batch. Raises
-    ``InputError`` where a feature is no finite number.
+    ``InputError`` where a feature is no finite number, or the section holds other things than raw counts.
     """
     if not np.isfinite(features).all():
         spot = section.obs_names[int(np.argmin(np.isfinite(features).reshape(len(features), -1).all(axis=1)))]
@@ -50,6 +50,8 @@ def make_spots(
             f"section {contract.name(section)}: the features of spot {spot} hold NaN or infinite values; "
             "make or import them again"
         )
+    if genes is not None:
+        contract.check_counts(section, f"section {contract.name(section)}")
     xy = contract.coords_um(section)
     extent = np.where(np.ptp(xy, axis=0) > 0, np.ptp(xy, axis=0), 1)
     ids = [zlib.crc32(f"{contract.name(section)}/{spot}".encode()) for spot in section.obs_names]

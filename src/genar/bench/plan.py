@@ -1,5 +1,6 @@
 """The runs of a recipe: which sections are held out together, what is trained where, and what is missing for it."""
 
+import glob
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from anndata import AnnData
 from genar import defaults, encoders
 from genar.bench.recipe import Cohort, Method, Recipe
 from genar.data import ReadOptions, SectionRef, find_sections, options_for
+from genar.data.door import read_json
 from genar.data.files import json_ready
 from genar.data.reading import named_image
 from genar.errors import InputError, first_names
@@ -90,16 +92,20 @@ class Plan:
             cohorts = list(self.recipe.cohorts)
         lines = [line for cohort in cohorts for line in _missing_sections(cohort, self.refs[cohort.name], self.data)]
         used: dict[str, set[str]] = {}
-        for run in self.waiting.values():
+        for run in self._embedding():
             used.setdefault(run.method.encoder, set()).add(run.cohort.name)
         for encoder, names in used.items():
             refs = [ref for name in names for ref in self.refs[name].values()]
             lines += _missing_features(encoder, refs, self.features or default_store(), self.options)
         return lines
 
+    def _embedding(self) -> list[Run]:
+        """Those to come that read features; others read pixels, and need no encoder."""
+        return [run for run in self.waiting.values() if run.plan.input == "features"]
+
     def downloads(self) -> list[str]:
         """Encoders whose weights are not here but open to all."""
-        used = dict.fromkeys(run.method.encoder for run in self.waiting.values())
+        used = dict.fromkeys(run.method.encoder for run in self._embedding())
         return [name for name in used if encoders.weights_state(name) == "open"]
 
 
@@ -272,4 +278,6 @@ def _missing_images(refs: Iterable[SectionRef], options: ReadOptions) -> list[st
 
 
 def _has_features(store: Path, section: str, encoder: str) -> bool:
-    return any(f'"{encoder}"' in path.read_text(encoding="utf-8") for path in store.glob(f"{section}-*.zarr/zarr.json"))
+    heads = (read_json(path, "feature store") for path in store.glob(f"{glob.escape(section)}-*.zarr/zarr.json"))
+    facts = (head.get("attributes", {}) for head in heads)
+    return any((one.get("section"), one.get("encoder")) == (section, encoder) for one in facts)

@@ -259,12 +259,17 @@ def _cohorts(path: Path, facts: Mapping) -> tuple[Cohort, ...]:
             raise InputError(f"{path}: patients names {unknown[0]!r}, which is none of the sections {', '.join(ids)}")
         sections = {section: patients.get(section, "") for section in ids}
         return (Cohort("", sections, _panel(path, panel, "")),)
-    return tuple(_of_dataset(path, str(name), panel) for name in facts["datasets"])
+    made = tuple(_of_dataset(path, str(name), panel, patients) for name in facts["datasets"])
+    known = {section for cohort in made for section in cohort.sections}
+    if unknown := sorted(set(patients) - known):
+        raise InputError(f"{path}: patients names {unknown[0]!r}, which is no section of the data sets")
+    return made
 
 
-def _of_dataset(path: Path, name: str, panel: str) -> Cohort:
+def _of_dataset(path: Path, name: str, panel: str, patients: Mapping[str, str]) -> Cohort:
     known = dataset(name)
-    sections = {section: known.patients.get(section, "") for section in known.sections}
+    told = {**known.patients, **patients}
+    sections = {section: told.get(section, "") for section in known.sections}
     return Cohort(known.name, sections, _panel(path, panel, known.name), known.held_out, len(known.sisters))
 
 

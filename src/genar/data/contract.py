@@ -114,6 +114,13 @@ def without_duplicates(x: sparse.csr_matrix) -> sparse.csr_matrix:
     return x
 
 
+def patient_of(stated: object) -> str:
+    """Name of a patient, as metadata state it: a text, a number, or nothing."""
+    if stated is None or stated != stated:
+        return ""
+    return f"{stated:.0f}" if isinstance(stated, float) and stated.is_integer() else str(stated)
+
+
 def check_name(section: object) -> None:
     """Refuse an id that is no name of a file: results are written under it. Raises ``InputError``."""
     if not isinstance(section, str) or _NO_NAME.search(section) or section.strip(". ") == "" or len(section) > 200:
@@ -252,6 +259,8 @@ def expected_log2(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
 
 def _of_genes(adata: AnnData, genes: list[str]):
     """The columns of X."""
+    if genes and adata.n_vars == 0:
+        raise InputError(f"section {name(adata)}: a slide without counts; name sections that have them")
     place = adata.var_names.get_indexer(genes)
     if missing := [gene for gene, found in zip(genes, place, strict=True) if found < 0]:
         raise InputError(

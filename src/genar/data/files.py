@@ -187,7 +187,18 @@ def _is_alive(pid: int) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(NotADirectoryError):  # below a file there is nothing
+        path.unlink(missing_ok=True)
+
+
+def refuse_foreign(path: Path, beginning: str) -> None:
+    """``InputError`` where a file lies at ``path`` whose head, 4 KiB, has not the ``beginning`` of one of GenAR's."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if beginning.encode() not in file.read(1 << 12):
+                raise InputError(
+                    f"{path}: is there already, and not of GenAR; choose another --out, or delete it first"
+                )
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from scipy.spatial import KDTree
 
@@ -174,7 +175,8 @@ def looks_like_visium(adata) -> bool:
     """Whether ``obs`` holds Visium's array positions: row and column have the same parity at every spot."""
     if not {"array_row", "array_col"} <= set(adata.obs) or adata.n_obs < 10:
         return False
-    row, col = (np.asarray(adata.obs[name], dtype=float) for name in ("array_row", "array_col"))
+    places = adata.obs[["array_row", "array_col"]].apply(pd.to_numeric, errors="coerce")
+    row, col = places.to_numpy(np.float64).T
     return bool(((row + col) % 2 == 0).all() and np.ptp(col) > 1)
 
 

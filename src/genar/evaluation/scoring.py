@@ -65,8 +65,9 @@ def align(predicted: AnnData, truth: AnnData, *, use: str = "X") -> Aligned:
     if predicted.X is None:
         raise InputError("the prediction has no X; expected its counts there")
     contract.check_names(truth, "the truth")
-    placed = all(contract.GENAR in one.uns and contract.SPATIAL in one.obsm for one in (predicted, truth))
-    if placed and contract.name(predicted) != contract.name(truth):
+    if all(
+        contract.MPP in one.uns.get(contract.GENAR, {}) and contract.SPATIAL in one.obsm for one in (predicted, truth)
+    ):
         contract.check_same_places(predicted, truth, "the truth")
     ordered = _ordered(predicted, truth)
     genes = list(predicted.var_names)

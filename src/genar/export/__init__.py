@@ -33,7 +33,7 @@ FORMATS = {
 _SUFFIXES = {".geojson": "geojson", ".json": "geojson", ".zarr": "spatialdata", ".tmap": "tissuumaps"}
 _IN_A_FOLDER = {"vitessce.json", "prediction.sdata.zarr"}
 _IN_A_STORE = {"images/he", "shapes/spots", "tables/table"}
-_MARK = {"geojson": rb'"type":\s*"FeatureCollection"', "tissuumaps": rb'"uid":\s*"genar"'}
+_MARK = {"geojson": rb'"software":\s*"GenAR"', "tissuumaps": rb'"uid":\s*"genar"'}
 _MARK_WITHIN = 1 << 16  # bytes of a file
 
 
@@ -65,7 +65,8 @@ def refuse_foreign(path: Path) -> None:
         there = {one.name for one in path.iterdir()}
         elements = {one.relative_to(path).as_posix() for one in path.glob("*/*") if one.is_dir()}
         is_store = elements <= _IN_A_STORE and any(path.glob("tables/*/uns/genar/prediction"))
-        if is_store or there <= _IN_A_FOLDER:
+        holds_store = there <= _IN_A_FOLDER and any(path.glob("*.zarr/tables/*/uns/genar/prediction"))
+        if is_store or holds_store or not there:
             return
     elif path.is_file() and (mark := _MARK.get(_SUFFIXES.get(path.suffix.lower(), ""))):
         with path.open("rb") as file:

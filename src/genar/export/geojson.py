@@ -11,6 +11,7 @@ from genar.data import contract
 from genar.data.files import write_text
 from genar.export._common import cut
 
+SOFTWARE = "GenAR"  # a member that tells its own files from others
 _CORNERS = 24  # of the polygon that stands for a round spot
 _DECIMALS = 4
 
@@ -43,7 +44,7 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
         }
         for i, (barcode, ring) in enumerate(zip(predicted.obs_names, _rings(predicted), strict=True))
     ]
-    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
+    write_text(path, json.dumps({"type": "FeatureCollection", "software": SOFTWARE, "features": features}))
     return Path(path)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
-from scipy.spatial import KDTree
 
 from genar.data import contract
 from genar.data.door import check_zarr, door
+from genar.data.neighbours import nearest_spots
 from genar.errors import InputError
 from genar.features.recipe import Inputs
 
@@ -49,7 +49,7 @@ class StoredInputs:
     def __init__(self, paths: Sequence[Path], section: AnnData, inputs: Inputs):
         self._stores = [_Store(path, section) for path in paths]
         self._context = inputs.context_spots
-        self._near = neighbours(contract.coords_um(section), max(inputs.context_spots)) if self._context else None
+        self._near = nearest_spots(contract.coords_um(section), max(inputs.context_spots)) if self._context else None
         n_spots, views, width = self._stores[0].shape
         self.shape = (n_spots, views, width * inputs.n_blocks)
 
@@ -107,16 +107,3 @@ class _Store:
         if not np.isfinite(features).all():
             raise InputError(f"{self._path}: holds NaN or infinite features; {_REMEDY}")
         return features
-
-
-def neighbours(coords_um: np.ndarray, n: int) -> np.ndarray:
-    """For each spot its ``n`` nearest others [N, n], nearest first; all others where they are fewer, itself where there
-    are none."""
-    n_most = min(n, len(coords_um) - 1)
-    if n_most < 1:
-        return np.arange(len(coords_um))[:, None]
-    nearest = KDTree(coords_um).query(coords_um, k=n_most + 1)[1].reshape(len(coords_um), -1)
-    others = np.empty((len(nearest), n_most), dtype=int)
-    for spot, row in enumerate(nearest):
-        others[spot] = row[row != spot][:n_most]  # the spot itself need not come first where two lie at one place
-    return others

@@ -4,6 +4,7 @@ Every file is verified by size and hash before it appears under its name; what i
 an interrupted fetch goes on at the byte where it stopped. ``fetch.json`` in the folder says what came from where.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import genar
 from genar.data.datasets import Dataset, dataset
-from genar.data.files import make_folder, write_text
+from genar.data.files import let_go, make_folder, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.fetch import her2st, hub
@@ -269,10 +270,13 @@ def _alone(out: Path):
     try:
         yield
     finally:
-        lock.release()
-        if not any(path.is_file() for path in parts.rglob("*") if path.name != "lock"):
-            shutil.rmtree(parts, ignore_errors=True)
-            if is_new and not any(out.iterdir()):
+        is_empty = not any(path.is_file() for path in parts.rglob("*") if path.name != "lock")
+        for folder in [path for path in parts.iterdir() if path.is_dir()] if is_empty else []:
+            shutil.rmtree(folder, ignore_errors=True)
+        let_go(lock)
+        with contextlib.suppress(OSError):  # another fetch may have begun there
+            parts.rmdir()
+            if is_new:
                 out.rmdir()
 
 

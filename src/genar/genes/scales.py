@@ -94,7 +94,8 @@ def fit_scales(
     ``None``.
 
     ``counts`` may be sparse. ``order`` is ``kmeans`` (:func:`cluster_order`), ``random``, or the panel's indices in
-    their order. Raises ``InputError`` where ``counts`` are empty, or ``sizes`` or ``order`` do not fit the genes.
+    their order. Raises ``InputError`` where ``counts`` are empty or no counts, or ``sizes`` or ``order`` do not fit the
+    genes.
 
     >>> section = genar.read_section("tissue:SIM1")
     >>> scales = genar.fit_scales(section.X[:, :20], (1, 4, 20))
@@ -104,6 +105,10 @@ def fit_scales(
     counts = dense(counts)
     if counts.ndim != 2 or not counts.size:
         raise InputError(f"scales: expected training counts [N, G], found shape {list(counts.shape)}")
+    if not np.isfinite(counts).all() or (counts < 0).any() or (counts != np.rint(counts)).any():
+        raise InputError(
+            "scales: expected raw counts, whole numbers >= 0; found others: take them before normalisation"
+        )
     n_genes = counts.shape[1]
     sizes = default_sizes(n_genes) if sizes is None else tuple(sizes)
     if order == "kmeans":

@@ -11,6 +11,7 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from genar.data import contract
+from genar.data.neighbours import nearest_spots
 from genar.data.progress import Bar, counted, no_bar
 from genar.errors import InputError, first_names
 from genar.genes.panel import Panel
@@ -272,13 +273,14 @@ def _variability(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
 def _autocorrelation(sections: Iterable[AnnData], genes: list[str]) -> np.ndarray:
     """Moran's I, the mean over the sections in which the gene varies; NaN where it varies in none."""
     import scanpy as sc
-    from sklearn.neighbors import kneighbors_graph
 
     total, seen = np.zeros(len(genes)), np.zeros(len(genes))
     for section in map(_normalised, sections):
         if section.n_obs < 2:
             continue
-        graph = kneighbors_graph(contract.coords_px(section), min(_N_NEIGHBOURS, section.n_obs - 1))
+        near = nearest_spots(contract.coords_px(section), _N_NEIGHBOURS)
+        rows = np.repeat(np.arange(len(near)), near.shape[1])
+        graph = sparse.csr_matrix((np.ones(near.size), (rows, near.ravel())), shape=(len(near), len(near)))
         values, varies = section.X.T.tocsr(), _varies(section)  # pyright: ignore
         place = pd.Index(genes).get_indexer(section.var_names[varies])
         total[place] += sc.metrics.morans_i(graph, values[varies])

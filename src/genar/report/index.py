@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from genar.data import contract
 from genar.data.door import door
-from genar.data.files import plain, write_text
+from genar.data.files import plain, refuse_foreign, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.report import maps
-from genar.report.page import render, write_page
+from genar.report.page import GENERATOR, render, write_page
 from genar.report.subject import Subject, is_run, log2_of, subjects
 
 _DEPTH = 3  # folders below the one that is named in which runs are looked for
@@ -63,6 +63,7 @@ def write_report(
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out}: expected a name that ends in .html")
+    refuse_foreign(out, GENERATOR)
     source = Path(source)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder; expected a run, a folder of runs or a prediction (.h5ad)")

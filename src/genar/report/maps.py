@@ -1,9 +1,9 @@
 """Static maps: spots coloured by counts over the H&E, truth beside prediction (as in the paper's figure 3)."""
 
+import contextlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,14 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from genar.data import contract
 from genar.data.files import file_part, replacing
 from genar.data.slide import closeup, open_slide
+from genar.errors import InputError
 
+_SOFTWARE = "GenAR"  # in the pictures, so that others are not taken for them
 _BACKGROUND_PX = 1000
 _COLOURS = "viridis"  # readable without colour vision, and in grey
 _TITLE, _GENE = 40, 28  # letters of a line that is as wide as a map, and of a gene's name in it
@@ -127,10 +130,12 @@ def write_overlay(section: AnnData, path: Path, tissue: tuple[np.ndarray, np.nda
     limits = _limits(section, tissue[2] if tissue is not None else None, _WIDE)
     behind = _closeup(section, tissue, limits) if tissue is not None else None
     _draw_tissue(axis, section, behind, limits)
-    size = np.log10(1 + section.obs[contract.LIBRARY_SIZE].to_numpy().astype(float))
+    is_counted = section.n_vars > 0 and contract.LIBRARY_SIZE in section.obs  # a prediction is not
+    total = section.obs[contract.LIBRARY_SIZE].to_numpy() if is_counted else np.zeros(section.n_obs)
+    size = np.log10(1 + total.astype(float))
     spots = _draw_spots(axis, section, size, (float(size.min()), float(size.max()) + 1e-9))
     spots.set(facecolor="none", linewidth=1.2, alpha=1)
-    if section.n_vars:
+    if is_counted:
         figure.colorbar(spots, ax=axis, label="log10(1 + library size)", shrink=0.8)
     else:
         spots.set(array=None, edgecolor=_RING)
@@ -236,10 +241,21 @@ def lay_out(figure: Figure, dpi: int) -> None:
     figure.set_layout_engine(None)
 
 
+def refuse_foreign(path: Path) -> None:
+    """``InputError`` where something lies at ``path`` that is no picture of GenAR's: it might be somebody's slide."""
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path) as found:
+            if found.info.get("Software") == _SOFTWARE:
+                return
+        raise InputError(f"{path}: is there already, and no picture of GenAR's; choose another --out, or delete it")
+
+
 def _save(figure: Figure, path: Path) -> Path:
+    """Write a PNG that says whose it is."""
+    refuse_foreign(path)
     lay_out(figure, _DPI)
-    # a quicker compression than the default, of files a twentieth larger
-    packed: dict[str, Any] = {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, **packed)
+    with replacing(path) as temporary:  # a quicker compression than the default, of files a twentieth larger
+        figure.savefig(
+            temporary, format="png", dpi=_DPI, metadata={"Software": _SOFTWARE}, pil_kwargs={"compress_level": 3}
+        )
     return path

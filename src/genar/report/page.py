@@ -18,7 +18,7 @@ from markupsafe import Markup
 import genar
 from genar.data import contract
 from genar.data.door import door
-from genar.data.files import json_ready, write_text
+from genar.data.files import json_ready, refuse_foreign, write_text
 from genar.report import figures
 from genar.report.matrices import pack
 from genar.report.subject import Subject
@@ -34,12 +34,16 @@ _DRAWN = {"samples": "{} trajectories", "seed": "seed {}"}
 _LARGE_BYTES = 15 << 20
 
 
+GENERATOR = 'name="generator" content="GenAR"'
+
+
 def write_page(subject: Subject, path: Path, *, gene: str = "", say: Callable[[str], None] = print) -> Path:
     """Write the page of a prediction: one HTML file that asks nothing of the network. It shows ``gene`` first, else the
     gene of the highest PCC.
 
     A page beyond 15 MB is written, and said to be large.
     """
+    refuse_foreign(path, GENERATOR)
     with door(f"section {subject.section}", "prediction or run", "a record of it is malformed: predict or train again"):
         text = page_html(subject, gene)
     write_text(path, text)

@@ -1,6 +1,7 @@
 """What ``genar check`` says of sections and slides, before hours are spent on them. Loads neither torch nor a whole
 image."""
 
+import glob
 import hashlib
 import re
 import warnings
@@ -172,29 +173,25 @@ def name_genes(names: Iterable[str], ids=None) -> tuple[str, str]:
 
 
 def _look_at_features(section: AnnData, store: Path | None, row: SectionReport) -> None:
-    """Which stores of ``genar features`` there are for the section; a store of other spots is a fault."""
+    """The encoders whose features of these very spots are in the folder; stores of others are left alone."""
     if store is None:
+        return
+    if not store.is_dir():
+        row.faults.append(f"--features {store}: no such folder")
         return
     import zarr
 
     row.features = []
-    for path in sorted(Path(store).glob(f"{contract.name(section)}-*.zarr")):
+    for path in sorted(store.glob(f"{glob.escape(contract.name(section))}-*.zarr")):
         try:
             with door(path, "feature store", "delete it and embed again"):
                 check_zarr(path, "delete it and embed again")
                 group = zarr.open_group(path, mode="r")
                 spots = [str(name) for name in group["barcode"][:]]  # pyright: ignore
-                encoder = str(group.attrs["encoder"])
+                if group.attrs["section"] == contract.name(section) and spots == list(section.obs_names):
+                    row.features.append(str(group.attrs["encoder"]))
         except InputError as error:
             row.faults.append(str(error))
-            continue
-        if spots != list(section.obs_names):
-            row.faults.append(
-                f"{path}: its {len(spots)} rows are not the {section.n_obs} spots of section {contract.name(section)}; "
-                "delete the store and embed again"
-            )
-        else:
-            row.features.append(encoder)
 
 
 def _look_at_panel(section: AnnData, panel: Panel | None, row: SectionReport) -> None:
@@ -214,7 +211,7 @@ def _look_at_image(section: AnnData, out: Path | None, name: str, row: SectionRe
     path, tissue = contract.slide_path(section), None
     row.has_image = path is not None
     if path is None:
-        enough = "no image (--image): enough for a panel, scores and stored features"
+        enough = "no image (--image): enough for a panel and scores"
         row.note = "; ".join(filter(None, (row.note, enough)))
     else:
         try:

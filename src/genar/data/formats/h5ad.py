@@ -58,7 +58,7 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
         spot_diameter_um=diameter_um or reading.stated_diameter_px(adata) * mpp,
         pitch_um=pitch_um,
         source=source,
-        patient=str(told.get(contract.PATIENT) or ""),
+        patient=contract.patient_of(told.get(contract.PATIENT)),
         mpp_by=by,
         counts_from=counts_from,
         note=note,

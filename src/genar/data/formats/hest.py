@@ -59,7 +59,7 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
         spot_diameter_um=diameter_um,
         pitch_um=pitch_um,
         source=contract.SIMULATED if metadata.get("simulated") else NAME,
-        patient=str(metadata.get("patient") or ""),
+        patient=contract.patient_of(metadata.get("patient")),
         mpp_by=by,
         counts_from=counts_from,
         note=note,

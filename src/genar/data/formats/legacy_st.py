@@ -6,6 +6,7 @@ Counts have a row a spot, named ``10x21`` by its place in the array, and a colum
 (``ST-cnts/``, ``ST-spotfiles/``, ``ST-imgs/<patient>/<id>/<any name>.jpg``).
 """
 
+import glob
 import re
 from collections import Counter
 from pathlib import Path
@@ -160,16 +161,21 @@ def _selections(root: Path) -> dict[str, Path]:
 def _counts_of(root: Path, section: str, selection: Path) -> Path | None:
     """Those beside its selection, else in another folder."""
     beside = (path for suffix in _COUNTS if (path := selection.with_name(f"{section}{suffix}")).is_file())
-    found = (path for suffix in _COUNTS for where in ("", "*/") for path in root.glob(f"{where}{section}{suffix}"))
+    found = (
+        path
+        for suffix in _COUNTS
+        for where in ("", "*/")
+        for path in root.glob(f"{where}{glob.escape(section)}{suffix}")
+    )
     return next(beside, None) or next(found, None)
 
 
 def _image_of(root: Path, section: str) -> Path | None:
     """The image called like the section, or the only one in a folder called like it."""
-    suffixes = reading.SLIDE_SUFFIXES
+    suffixes, stem = reading.SLIDE_SUFFIXES, glob.escape(section)
     for depth in ("", "*/", "*/*/"):
-        named = [p for p in root.glob(f"{depth}{section}.*") if p.stem == section and p.suffix.lower() in suffixes]
-        inside = [p for p in root.glob(f"{depth}{section}/*") if p.suffix.lower() in suffixes and p.name[0] != "."]
+        named = [p for p in root.glob(f"{depth}{stem}.*") if p.stem == section and p.suffix.lower() in suffixes]
+        inside = [p for p in root.glob(f"{depth}{stem}/*") if p.suffix.lower() in suffixes and p.name[0] != "."]
         if len(found := named or inside) > 1:
             raise InputError(f"section {section}: {len(found)} images ({found[0]}, {found[1]}); name one with --image")
         if found:

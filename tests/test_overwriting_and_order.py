@@ -1,0 +1,265 @@
+"""What a second look at commands found: nothing of the user's is written over, no order of spots changes a result, and
+options that would do nothing are refused."""
+
+import json
+import shutil
+
+import anndata
+import numpy as np
+import pytest
+from PIL import Image
+
+import genar
+from commands import run
+from genar.data import contract, read_section, read_sections
+from genar.data.neighbours import nearest_spots
+from genar.data.simulate import TissueConfig, write_tissue
+from genar.errors import InputError
+from genar.features import Inputs
+from genar.genes import fit_scales, select_panel
+from genar.inference import pitch_note
+from genar.models.checkpoint import load_checkpoint
+from genar.training import make_spots
+
+TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
+NET = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "samples=2", "widths_um=[112]")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two sections, a run that held S2 out, and its features."""
+    from genar.runs import TrainPlan, train_run
+    from genar.settings import read_settings
+
+    folder = tmp_path_factory.mktemp("home")
+    tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0, counts_per_nucleus=20)
+    write_tissue(folder / "tissue", ("S1", "S2"), config=tissue)
+    plan = TrainPlan(
+        folder / "tissue", ("S2",), folder / "run", n_genes=20, views=1, encoder="genar.bench.toy:narrow_encoder",
+        features=folder / "store", settings=read_settings(None, NET, "genar"), maps=False,
+    )  # fmt: skip
+    train_run(plan, say=lambda line: None)
+    return folder
+
+
+def bare(home, where):
+    """A slide by itself in a new folder, as PNG."""
+    where.mkdir()
+    with Image.open(home / "tissue" / "wsis" / "S2.tif") as image:
+        image.convert("RGB").save(where / "A.png")
+    return where / "A.png"
+
+
+PREDICT = ("--mpp", 2.0, "--samples", 1, "--encoder", "genar.bench.toy:narrow_encoder")
+
+
+def test_a_picture_takes_no_slides_place(home, tmp_path, monkeypatch, capsys):
+    slide = bare(home, tmp_path / "slides")
+    before = slide.read_bytes()
+    assert run(monkeypatch, "check", slide.parent, "--mpp", 2.0, "--out", slide.parent) == 2
+    assert "A.png: is there already, and no picture of GenAR's" in capsys.readouterr().err
+    own = slide.rename(tmp_path / "slides" / "scan_tissue.png")
+    words = ("predict", own, "--model", home / "run", "--features", tmp_path / "store", *PREDICT)
+    assert run(monkeypatch, *words, "--out", tmp_path / "slides" / "scan.h5ad") == 2
+    assert "scan_tissue.png: is there already" in capsys.readouterr().err
+    assert own.read_bytes() == before
+    assert not (tmp_path / "slides" / "scan.h5ad").exists()
+    for _ in range(2):  # its own it writes again
+        assert run(monkeypatch, *words, "--out", tmp_path / "p.h5ad") == 0
+
+
+def test_files_of_others_are_not_written_over(home, tmp_path, monkeypatch, capsys):
+    prediction, truth = home / "run" / "predictions" / "S2.h5ad", f"{home / 'tissue'}:S2"
+    files = {
+        "ann.geojson": '{"type": "FeatureCollection", "features": []}', "page.html": "<html>mine</html>",
+        "mine/metrics.csv": "gene,score\n", "mine/groups.csv": "mine\n", "vit/vitessce.json": "{}",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for words in (
+        ("export", prediction, "--out", tmp_path / "ann.geojson"),
+        ("export", prediction, "--format", "vitessce", "--out", tmp_path / "vit"),
+        ("report", prediction, "--out", tmp_path / "page.html"),
+        ("report", home, "--out", tmp_path / "page.html"),
+        ("evaluate", prediction, truth, "--out", tmp_path / "mine"),
+        ("evaluate", prediction, truth, "--out", home / "run"),
+        ("groups", home / "run", "--out", tmp_path / "mine"),
+    ):
+        assert run(monkeypatch, *words) == 2, words
+        assert "choose another" in capsys.readouterr().err, words
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+    for _ in range(2):  # its own are
+        assert run(monkeypatch, "export", prediction, "--out", tmp_path / "p.geojson") == 0
+        assert run(monkeypatch, "report", prediction, "--out", tmp_path / "p.html") == 0
+        assert run(monkeypatch, "evaluate", prediction, truth, "--out", tmp_path / "e", "--resamples", 0) == 0
+        assert run(monkeypatch, "groups", home / "run", "--out", tmp_path / "g") == 0
+
+
+@pytest.mark.parametrize("hexagonal", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 6, 20])
+def test_the_nearest_spots_are_the_same_in_any_order(hexagonal, n):
+    row, col = (part.ravel() for part in np.mgrid[:9, :12].astype(float))
+    xy = np.stack([col + hexagonal * 0.5 * (row % 2), row * (np.sqrt(0.75) if hexagonal else 1)], axis=1) * 100 + 1e4
+    order = np.random.default_rng(0).permutation(len(xy))
+    straight, shuffled = nearest_spots(xy, n), order[nearest_spots(xy[order], n)]
+    assert straight[order].tolist() == shuffled.tolist()
+    apart = np.linalg.norm(xy[straight] - xy[:, None], axis=2)
+    every = np.sort(np.linalg.norm(xy[:, None] - xy, axis=2), axis=1)[:, 1 : n + 1]
+    np.testing.assert_allclose(apart, every, atol=1e-6)
+    if n == 6:  # of four that are equally far the two that lie opposite each other: the mean lies at the spot
+        inner = ((xy > xy.min(axis=0) + 200) & (xy < xy.max(axis=0) - 200)).all(axis=1)
+        np.testing.assert_allclose(xy[straight[inner]].mean(axis=1), xy[inner], atol=1e-6)
+
+
+def test_the_nearest_of_spots_at_one_place_are_others():
+    near = nearest_spots(np.zeros((5, 2)), 3)
+    assert all(spot not in row and len(set(row)) == 3 for spot, row in enumerate(near.tolist()))
+    assert nearest_spots(np.zeros((1, 2)), 6).tolist() == [[0]]
+
+
+def test_no_order_of_spots_changes_a_panel_or_a_prediction_on_a_grid(home):
+    section = read_section(f"{home / 'tissue'}:S1")
+    order = np.random.default_rng(1).permutation(section.n_obs)
+    panels = [select_panel([one], recipe="moran", n_genes=15) for one in (section, section[order].copy())]
+    assert panels[0].genes == panels[1].genes
+    slide = genar.place_spots(home / "tissue" / "wsis" / "S2.tif", mpp=2.0, spacing_um=60)
+    order = np.random.default_rng(1).permutation(slide.n_obs)
+    how = {"features": home / "grid", "encoder": "genar.bench.toy:narrow_encoder", "progress": False, "samples": 2}
+    checkpoint = load_checkpoint(home / "run")
+    assert Inputs(**{"context_spots": tuple(checkpoint.features["context_spots"])}).context_spots == (6,)
+    one, other = (genar.predict(part, checkpoint, **how) for part in (slide, slide[order].copy()))
+    assert (one.X[order] != other.X).nnz == 0
+
+
+def test_a_truth_of_the_same_name_that_lies_elsewhere_is_refused(home, tmp_path, monkeypatch, capsys):
+    predicted = anndata.read_h5ad(home / "run" / "predictions" / "S2.h5ad")
+    truth = read_section(f"{home / 'tissue'}:S2")
+    truth.obsm["spatial"] = truth.obsm["spatial"][:, ::-1] + 5000
+    with pytest.raises(InputError, match="um from where the prediction of S2 has it"):
+        genar.score(predicted, truth)
+
+
+def test_another_gene_set_file_is_another_run(home, tmp_path, monkeypatch, capsys):
+    from genar import runs
+
+    genes = json.loads((home / "run" / "panel.json").read_text())["genes"]
+    sets = tmp_path / "sets.gmt"
+
+    def start(order):
+        sets.write_text("one\tx\t" + "\t".join(order))
+        return run(
+            monkeypatch, "train", home / "tissue", "--test", "S2", "--out", tmp_path / "run", *TINY, "--features",
+            home / "store", "--set", f"order={sets}", *(word for one in NET for word in ("--set", one)),
+        )  # fmt: skip
+
+    def stopped(*_, folder, **__):
+        (folder / runs.RESUME_FILE).write_text("of a run that was stopped")
+        raise InputError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", stopped)
+        assert start(genes) == 2
+    assert "stopped" in capsys.readouterr().err
+    assert start(genes[::-1]) == 2
+    assert "unfinished run with other order" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stated", "name"), [(0, "0"), (1.0, "1"), ("P", "P"), (None, ""), (float("nan"), "")])
+def test_a_patient_may_be_a_number(tmp_path, home, stated, name):
+    shutil.copytree(home / "tissue", tmp_path / "tissue")
+    facts = tmp_path / "tissue" / "metadata" / "S1.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "patient": stated}))
+    assert read_section(f"{tmp_path / 'tissue'}:S1").uns["genar"]["patient"] == name
+
+
+def test_patients_of_a_bench_are_told_beside_data_sets(tmp_path):
+    from genar.bench import read_recipe
+
+    recipe = {"title": "t", "datasets": ["kidney"], "methods": [{"name": "m", "model": "mean"}]}
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({**recipe, "patients": {"NCBI692": "A", "NCBI693": "B"}}))
+    sections = read_recipe(path).cohorts[0].sections
+    assert (sections["NCBI692"], sections["NCBI693"]) == ("A", "B")
+    path.write_text(json.dumps({**recipe, "patients": {"NOSUCH": "A"}}))
+    with pytest.raises(InputError, match="'NOSUCH', which is no section"):
+        read_recipe(path)
+
+
+def test_a_model_of_whole_sections_tells_of_another_distance(home):
+    checkpoint = load_checkpoint(home / "run")
+    checkpoint.features["context_spots"] = []
+    slide = genar.place_spots(home / "tissue" / "wsis" / "S2.tif", mpp=2.0, spacing_um=60)
+    assert not pitch_note(checkpoint, slide)
+    checkpoint.model.unit = "section"
+    assert "looks at neighbours 110 um away" in pitch_note(checkpoint, slide)
+
+
+def test_normalised_counts_are_no_training_counts(home):
+    (section,) = read_sections(home / "tissue", ["S1"])
+    genes = list(section.var_names[:20])
+    section.X = section.X.log1p()
+    with pytest.raises(InputError, match="fractional"):
+        make_spots(section, np.zeros((section.n_obs, 1, 4), np.float32), genes)
+    with pytest.raises(InputError, match="raw counts"):
+        fit_scales(section.X[:, :20])
+
+
+def test_check_lists_the_stores_of_these_spots_alone(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "tissue", tmp_path / "tissue")
+    for part in ("st", "wsis", "metadata"):
+        for path in (tmp_path / "tissue" / part).glob("S2.*"):
+            path.rename(path.with_name(f"S1-2{path.suffix}"))
+    words = ("check", tmp_path / "tissue", "--out", tmp_path / "overlays", "--json", "--features")
+    store = tmp_path / "store"
+    run(monkeypatch, "features", tmp_path / "tissue", "--out", store, *TINY[2:], "--widths-um", 112)
+    for path in store.glob("S1-[!2]*"):  # of S1 there is none
+        shutil.rmtree(path)
+    capsys.readouterr()
+    assert run(monkeypatch, *words, store) == 0
+    rows = json.loads(capsys.readouterr().out)["sections"]
+    assert {row["section"]: len(row["features"]) for row in rows} == {"S1": 0, "S1-2": 1}
+    assert run(monkeypatch, *words, tmp_path / "nowhere") == 2
+    assert "no such folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "groups", "check", "report", "panel", "export"])
+def test_an_out_below_a_file_is_one_line(home, tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "file").write_text("x")
+    prediction = home / "run" / "predictions" / "S2.h5ad"
+    inside = {"report": "file/x.html", "panel": "file/x.json", "export": "file/x.geojson"}.get(command, "file")
+    words = {
+        "evaluate": (prediction, f"{home / 'tissue'}:S2", "--resamples", 0), "groups": (home / "run",),
+        "check": (home / "tissue",), "panel": (home / "tissue", "--n-genes", 5),
+    }.get(command, (prediction,))  # fmt: skip
+    assert run(monkeypatch, command, *words, "--out", tmp_path / inside) == 2
+    assert "found a file in its place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("features", "TISSUE", "--import", "X", "--out", "X", "--widths-um", "55"), "--widths-um"),
+        (("panel", "TISSUE", "--out", "X/p.json", "--aliases", "X"), "--aliases"),
+        (("groups", "RUN", "--out", "X", "--exclude", "S1", "--mpp", "3"), "--exclude, --mpp"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, capsys, words, named):
+    places = {"TISSUE": home / "tissue", "RUN": home / "run"}
+    words = [places.get(word, word.replace("X", str(tmp_path / "x"))) for word in words]
+    assert run(monkeypatch, *words) == 2
+    assert f"{named} would do nothing here" in capsys.readouterr().err
+
+
+def test_a_section_is_no_prediction_to_report_on(home, tmp_path, monkeypatch, capsys):
+    section = home / "tissue" / "st" / "S2.h5ad"
+    assert run(monkeypatch, "report", section, "--out", tmp_path / "r.html") == 2
+    assert "expected a prediction" in capsys.readouterr().err
+
+
+def test_places_in_letters_are_no_array(home, tmp_path):
+    section = anndata.read_h5ad(home / "tissue" / "st" / "S2.h5ad")
+    section.obs["array_row"] = [chr(65 + i % 26) for i in range(section.n_obs)]
+    section.obs["array_col"] = np.arange(section.n_obs)
+    section.write_h5ad(tmp_path / "letters.h5ad")
+    assert contract.name(read_section(tmp_path / "letters.h5ad", mpp=2.0)) == "letters"
