@@ -43,7 +43,7 @@ def read(tmp_path, text=RECIPE, **changes):
 def test_a_recipe_runs_once_and_writes_its_tables(tissue, tmp_path):
     said, recipe, out = [], read(tmp_path), tmp_path / "out"
     options = {"features": tmp_path / "features", "say": said.append}
-    planned = bench.bench_run(recipe, tissue, out, dry_run=True, **options)
+    planned = bench.plan_bench(recipe, tissue, out, **options)
     assert (planned.n_runs, planned.n_done, len(planned.runs), planned.missing) == (8, 0, 8, [])
     assert not out.exists()
     assert len(said) == 1 + 2 + 2 + 4  # closed forms have no seeds

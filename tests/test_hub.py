@@ -21,7 +21,7 @@ from commands import run
 from genar.errors import InputError
 from genar.fetch.models import is_hub_id
 from genar.models import Batch, Decoding, Spots, model_class
-from genar.models._card import write_card
+from genar.models._card import card_markdown
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -296,11 +296,11 @@ def test_the_card_tells_what_is_known_and_breaks_nothing(saved):
         assert words in card
     facts = json.loads((saved / "config.json").read_text())
     facts["features"]["encoder"] = "uni2_h"
-    assert "access must be asked for" in write_card(facts, 1, {})
+    assert "access must be asked for" in card_markdown(facts, 1, {})
     facts["training"]["held_out"] = []
-    assert "nothing is known of how well it does" in write_card(facts, 1, {})
+    assert "nothing is known of how well it does" in card_markdown(facts, 1, {})
     facts["training"]["held_out"] = ["SPA|1"]
-    assert "Held out were SPA?1; the scores on them are not recorded here" in write_card(facts, 1, {})
+    assert "Held out were SPA?1; the scores on them are not recorded here" in card_markdown(facts, 1, {})
 
 
 def test_saved_and_loaded_by_the_names_of_the_hub(saved, tmp_path):

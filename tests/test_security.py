@@ -24,7 +24,7 @@ from genar.data import open_slide, read_section
 from genar.data.door import check_zarr
 from genar.encoders.weights import read_state
 from genar.errors import InputError
-from genar.features.imports import read_file
+from genar.features.imports import read_foreign_features
 from genar.fetch.hub import verified
 from genar.fetch.transfer import Access, RemoteFile, _SameHostRedirect, check_url, download, read_json
 from genar.models.checkpoint import load_checkpoint
@@ -93,13 +93,15 @@ def test_the_payload_works(tmp_path, payload):
     assert (tmp_path / "marker").read_text() == "ran"
 
 
-@pytest.mark.filterwarnings("ignore:Element")  # what anndata says of the file, before it is refused
+@pytest.mark.filterwarnings(
+    "ignore:Element", "ignore:.*very old version of AnnData"
+)  # what anndata says of the file, before it is refused
 @pytest.mark.parametrize("write", [plain, zipped, legacy, array, archive, as_dataset], ids=lambda f: f.__name__)
 def test_no_file_that_carries_a_pickle_runs_it(tmp_path, payload, write, tissue_sections):
     for suffix in (".pt", ".npy", ".h5"):
         write(tmp_path / f"SIM1{suffix}", payload)
         with pytest.raises(InputError, match=rf"SIM1\{suffix}"):
-            read_file(tmp_path / f"SIM1{suffix}", tissue_sections[0])
+            read_foreign_features(tmp_path / f"SIM1{suffix}", tissue_sections[0])
     for suffix in (".pt", ".pth", ".bin", ".safetensors"):
         write(tmp_path / f"w{suffix}", payload)
         with pytest.raises(InputError, match=rf"w\{suffix}"):

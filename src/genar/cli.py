@@ -1,5 +1,4 @@
-"""The commands. Each parses, calls one function of ``genar.runs`` and says where the result lies; heavy imports wait
-until then."""
+"""The commands. Each parses, calls one function and says where the result lies; heavy imports wait until then."""
 
 import os
 import sys
@@ -33,7 +32,7 @@ from genar._options import (
     numbers,
     refuse_beside,
 )
-from genar.errors import first_names, named
+from genar.errors import InputError, first_names, named
 
 app = typer.Typer(
     name="genar",
@@ -321,8 +320,9 @@ def train(
     settings.train.update(given(precision=precision, seed=seed, accumulate=accumulate))
     settings.decoding.update(given(samples=samples))
     plan = runs.TrainPlan(
-        Path(sections), tuple(ids(test)), out, model, preset, recipe, panel, n_genes, encoder, weights, patch, views,
-        features, mpp, machine.device(device), settings, image=image, bin_um=bin_um, input=input,
+        Path(sections), tuple(ids(test)), out, model, preset=preset, recipe=recipe, panel=panel, n_genes=n_genes,
+        encoder=encoder, weights=weights, patch=patch, views=views, features=features, mpp=mpp,
+        device=machine.device(device), settings=settings, image=image, bin_um=bin_um, input=input,
         encoder_precision=encoder_precision, devices=devices, num_nodes=num_nodes,
     )  # fmt: skip
     result = runs.train_run(
@@ -488,13 +488,16 @@ def bench(
     with _console.loading():
         from genar import bench as benching
 
-    say = _console.speaker(json)
-    result = benching.bench_run(
-        benching.read_recipe(recipe), data, out, features=features, device=machine.device(device), say=say,
-        bar=_console.bar(json), dry_run=dry_run, toy=toy, read=given(image=image, bin_um=bin_um, mpp=mpp),
-    )  # fmt: skip
-    if isinstance(result, benching.Planned):
-        return _console.finish(json, {}, "planned", **vars(result))
+    made = benching.read_recipe(recipe)
+    how = {
+        "features": features, "device": machine.device(device), "say": _console.speaker(json),
+        "read": given(image=image, bin_um=bin_um, mpp=mpp),
+    }  # fmt: skip
+    if dry_run:
+        if toy:
+            raise InputError("--dry-run tells what a recipe needs of your data, and --toy makes its own: leave one out")
+        return _console.finish(json, {}, "planned", **vars(benching.plan_bench(made, data, out, **how)))
+    result = benching.bench_run(made, data, out, bar=_console.bar(json), toy=toy, **how)
     if not json and "table" in result.outputs:
         print(result.outputs["table"].read_text(encoding="utf-8"))
     table, differences = (benching.nested(frame) for frame in (result.table, result.differences))

@@ -30,8 +30,8 @@ ALONE = Group()
 
 
 def rank() -> int:
-    """Number of this process, 0 for the one that writes and speaks; of a machine beyond the first it may be any other
-    than 0."""
+    """Number of this process, 0 for the one that writes and speaks; where machines were started by hand several others
+    may share one (:func:`own_folder` tells them apart)."""
     if _torchrun():
         return int(os.environ["RANK"])
     if _srun():
@@ -39,6 +39,15 @@ def rank() -> int:
     if "WORLD_SIZE" in os.environ or _node():  # started by Lightning, or by hand on a machine beyond the first
         return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))
     return 0
+
+
+def own_folder() -> str:
+    """A name for this process's own files that no other of the run has; empty for the first."""
+    if rank() == 0:
+        return ""
+    if _torchrun() or _srun():
+        return f"process{rank()}"
+    return f"node{os.environ.get('NODE_RANK', 0)}-process{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def local_rank() -> int | None:

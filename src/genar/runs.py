@@ -1,5 +1,4 @@
-"""Whole runs: from a folder of sections to a scored prediction. One function a command; the command line only calls
-them."""
+"""Training runs: from a folder of sections to a scored prediction; the command line only calls them."""
 
 import contextlib
 import gc
@@ -8,7 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ from genar.data.progress import Bar, counted, no_bar
 from genar.data.sections import HELD_BYTES, Sections
 from genar.errors import InputError, named
 from genar.evaluation import Aligned, Scores, align, align_both, intervals, score_aligned, write_scores
+from genar.evaluation.protocol import shared_patients_note
 from genar.features import (
     FeatureRecipe,
     Inputs,
@@ -68,6 +68,7 @@ class TrainPlan:
     test: tuple[str, ...]
     out: Path
     model: str = defaults.MODEL
+    _: KW_ONLY
     preset: str = defaults.PRESET
     recipe: str = defaults.RECIPE
     """training recipe: ``default`` or ``paper``"""
@@ -228,7 +229,7 @@ def _training_spots(plan: TrainPlan, training, seen: "_Seen", panel: Panel, fold
         parts = [make_spots(s, f[:], panel.genes, n_blocks=n_blocks) for s, f in zip(training, stored, strict=True)]
         return replace(Spots.join(parts), patches=seen.training_patches)
     places = Spots.join([make_spots(s, pixels.no_features(s.n_obs), n_blocks=n_blocks) for s in training])
-    path = folder / (f"process{processes.rank()}" if processes.rank() else "") / "counts.i32"
+    path = folder / processes.own_folder() / "counts.i32"
     return StoredSpots(places, stored, CountFile.write(path, training, panel.genes))
 
 
@@ -321,7 +322,7 @@ def _embedded(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData],
 
 def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], bar: Bar) -> _Seen:
     recipe = pixels.PixelRecipe.of(model_class(plan.model), plan.patch)
-    folder = plan.out / "resume" / (f"process{processes.rank()}" if processes.rank() else "")
+    folder = plan.out / "resume" / processes.own_folder()
     learned, asked = (pixels.read_pixels(part, recipe, folder, bar=bar) for part in (training, held_out))
     features = {contract.name(s): pixels.no_features(s.n_obs) for s in (*training, *held_out)}
     names = [contract.name(section) for section in held_out]
@@ -404,7 +405,8 @@ def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData],
         return section
 
     training, held_out = _cut(kept, held, list(panel.genes) if panel else [], bar, sound)
-    _say_shared_patients(training, held_out, say)
+    if note := shared_patients_note(*map(_patients, (training, held_out))):
+        say(f"note: {note}")
     _check_sources(plan, (*training, *held_out))
     if panel is None:
         say(f"selecting {plan.n_genes} genes by recipe {plan.panel} on the training sections")
@@ -426,13 +428,8 @@ def _cut(
         return training, [contract.cut(look(one), genes, images=True) for one in asked]
 
 
-def _say_shared_patients(training: list[AnnData], held_out: list[AnnData], say) -> None:
-    ours, theirs = (
-        {str(s.uns[contract.GENAR][contract.PATIENT]) for s in part} - {""} for part in (training, held_out)
-    )
-    if shared := sorted(ours & theirs):
-        who = ", ".join(shared)
-        say(f"note: {who} has sections in training and held out: generalisation between patients is not tested")
+def _patients(sections: list[AnnData]) -> set[str]:
+    return {str(section.uns[contract.GENAR][contract.PATIENT]) for section in sections} - {""}
 
 
 def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:
@@ -473,7 +470,7 @@ def _training_facts(
     return {
         "sections": [contract.name(s) for s in training],
         "held_out": [contract.name(s) for s in held_out],
-        "patients": sorted({str(s.uns[contract.GENAR][contract.PATIENT]) for s in training} - {""}),
+        "patients": sorted(_patients(training)),
         contract.PITCH_UM: median([float(s.uns[contract.GENAR].get(contract.PITCH_UM, 0)) for s in training]),
         contract.SIMULATED: any(map(contract.of_simulation, training)),
         "n_spots": len(spots),

@@ -343,7 +343,7 @@ def enter_imports(work: Path) -> None:
     refusals = []
     for name in ("h5/A1.h5", "pt/A1.pt", "npy/A1.npy"):
         try:
-            imports.read_file(work / name, _known())
+            imports.read_foreign_features(work / name, _known())
         except InputError as error:
             refusals.append(error)
     if refusals:

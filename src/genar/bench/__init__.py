@@ -3,7 +3,6 @@
 A run lies in ``runs/<model>-<hash of its settings>/<fold>-<seed>`` and is not made again; an interrupted one goes on.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,35 +80,45 @@ def bench_run(
     device: str = "cpu",
     say: Callable[[str], None] = print,
     bar: Bar = no_bar,
-    dry_run: bool = False,
     toy: bool = False,
-) -> BenchResult | Planned:
-    """Run what is not there yet and write tables, figure and gene groups; with ``dry_run`` only say what would run and
-    what is missing.
+) -> BenchResult:
+    """Run what is not there yet and write tables, figure and gene groups.
 
     ``data`` holds a folder per data set, or the sections themselves, read as the fields of ``ReadOptions`` in ``read``
     say (``image``, ``mpp``, ``bin_um``); with ``toy`` the same plan runs on simulated sections instead. Raises
     ``InputError`` naming all that is missing (sections, images, weights), before anything runs, and where another bench
     is at work in ``out``.
     """
-    with contextlib.nullcontext() if dry_run else alone(out, "bench"):
-        return _bench(recipe, data, out, features, read, device, say, bar, dry_run, toy)
+    with alone(out, "bench"):
+        if toy:
+            (recipe, data, features), read = make_toy(recipe, out / "toy"), None
+        plan = plan_runs(recipe, data, out, features, device, read=read)
+        missing = [] if toy else plan.missing()
+        _tell(plan, _planned(plan, missing), say, every=False)
+        if missing:
+            raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
+        refuse_other_data(plan)
+        return _run(plan, say, bar)
 
 
-def _bench(
-    recipe: Recipe, data, out: Path, features, read, device: str, say, bar: Bar, dry_run: bool, toy: bool
-) -> BenchResult | Planned:
-    if toy and not dry_run:
-        (recipe, data, features), read = make_toy(recipe, out / "toy"), None
+def plan_bench(
+    recipe: Recipe,
+    data: Path | None,
+    out: Path,
+    *,
+    features: Path | None = None,
+    read: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Planned:
+    """Say what :func:`bench_run` would run and what is missing; nothing is written, and errors are as there."""
     plan = plan_runs(recipe, data, out, features, device, read=read)
-    missing = [] if toy else plan.missing()
-    planned = _planned(plan, missing)
-    _tell(plan, planned, say, every=dry_run)
-    if dry_run:
-        return planned
-    if missing:
-        raise InputError(f"{recipe.title}: missing are {'; '.join(missing)}")
-    refuse_other_data(plan)
+    planned = _planned(plan, plan.missing())
+    _tell(plan, planned, say, every=True)
+    return planned
+
+
+def _run(plan: Plan, say: Callable[[str], None], bar: Bar) -> BenchResult:
     waiting = plan.waiting
     for run in plan.runs:
         if run.plan.out not in waiting:

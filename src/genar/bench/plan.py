@@ -185,8 +185,9 @@ def _train_plan(
     others = tuple(s for s in cohort.sections if s not in fold.test)
     n_genes = None if Path(cohort.panel).is_file() else recipe.n_genes
     plan = TrainPlan(
-        folder_of(cohort, data), fold.test, out, method.model, method.preset, method.recipe, cohort.panel,
-        n_genes, method.encoder, views=method.views, features=features, settings=settings, beside=(),
+        folder_of(cohort, data), fold.test, out, method.model, preset=method.preset, recipe=method.recipe,
+        panel=cohort.panel, n_genes=n_genes, encoder=method.encoder, views=method.views, features=features,
+        settings=settings, beside=(),
         maps=False, only=(*others, *fold.test), input=own.model.get("input", "features"), **read,
     )  # fmt: skip
     folder = _folder(recipe, cohort, method, plan.inputs, {name: read[name] for name in read if name != "image"})

@@ -6,7 +6,7 @@ seeds and pairs to compare; tables that show some of the methods beside a table 
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -39,8 +39,9 @@ class Method:
 
     name: str
     model: str
-    preset: str = "small"
-    recipe: str = "default"
+    _: KW_ONLY
+    preset: str = defaults.PRESET
+    recipe: str = defaults.RECIPE
     settings: Settings = field(default_factory=Settings)
     encoder: str = encoders.DEFAULT
     held_out: tuple[str, ...] = ()
@@ -108,7 +109,8 @@ class Recipe:
     title: str
     cohorts: tuple[Cohort, ...]
     methods: tuple[Method, ...] = ()
-    n_genes: int = 200
+    _: KW_ONLY
+    n_genes: int = defaults.N_GENES
     seeds: tuple[int, ...] = (2021,)
     protocol: str = "section"
     held_out: tuple[str, ...] = ()
@@ -159,11 +161,11 @@ def _recipe(path: Path, facts) -> Recipe:
     names = [method.name for method in methods]
     recipe = Recipe(
         str(facts.get("title", path.stem)), _cohorts(path, facts), methods,
-        _whole(path, "n_genes", facts.get("n_genes", 200)), _seeds(path, facts.get("seeds", [2021])),
-        str(facts.get("protocol", "section")), tuple(map(str, facts.get("held_out", ()))),
-        _whole(path, "k", facts.get("k", 5)), _pairs(path, facts.get("compare", ()), names),
-        _tables(path, facts, names),
-        _figure(path, facts, names), _groups(path, facts.get("groups")), path.stem,
+        n_genes=_whole(path, "n_genes", facts.get("n_genes", defaults.N_GENES)),
+        seeds=_seeds(path, facts.get("seeds", list(Recipe.seeds))), protocol=str(facts.get("protocol", Recipe.protocol)),
+        held_out=tuple(map(str, facts.get("held_out", ()))), k=_whole(path, "k", facts.get("k", Recipe.k)),
+        compare=_pairs(path, facts.get("compare", ()), names), tables=_tables(path, facts, names),
+        figure=_figure(path, facts, names), groups=_groups(path, facts.get("groups")), name=path.stem,
     )  # fmt: skip
     _check(path, recipe)
     return recipe
@@ -224,9 +226,9 @@ def _method(path: Path, entry, shared: Mapping) -> Method:
         words = [f"{key}={json.dumps(value)}" for key, value in entry.get("set", {}).items()]
         settings = read_settings(None, words, str(entry["model"]))
         method = Method(
-            str(entry["name"]), str(entry["model"]), str(entry.get("preset", "small")),
-            str(entry.get("recipe", "default")), settings, str(entry["encoder"]),
-            tuple(map(str, entry.get("held_out", ()))), _views(entry["views"]),
+            str(entry["name"]), str(entry["model"]), preset=str(entry.get("preset", Method.preset)),
+            recipe=str(entry.get("recipe", Method.recipe)), settings=settings, encoder=str(entry["encoder"]),
+            held_out=tuple(map(str, entry.get("held_out", ()))), views=_views(entry["views"]),
         )  # fmt: skip
         encoders.check_name(method.encoder)
         train_config_from_dict(settings.train, method.recipe)

@@ -70,12 +70,22 @@ def _fold(name: str, test: Sequence[str], note: str, sections: Mapping[str, str]
     if len(test) == len(sections):
         raise InputError(f"fold {name}: all {len(sections)} sections are held out; leave at least one for training")
     train = {patient for section, patient in sections.items() if section not in test}
-    shared = sorted({sections[section] for section in test} & train - {""}, key=section_key)
+    shared = shared_patients_note(train, {sections[section] for section in test})
+    return Fold(name, test, "; ".join(filter(None, (note, shared))))
+
+
+def shared_patients_note(training: Collection[str], held_out: Collection[str]) -> str:
+    """What a reader must know where patients are in training and held out; else nothing. "" is nobody.
+
+    >>> shared_patients_note(["Ann", ""], ["Ann", "Bea", ""])
+    'Ann has sections in training and held out: generalisation between patients is not tested'
+    """
+    shared = sorted({*training} & {*held_out} - {""}, key=section_key)
     verb = "has" if len(shared) == 1 else "have"
-    leak = (
-        f"{', '.join(shared)} {verb} sections in training and held out: generalisation between patients is not tested"
-    )
-    return Fold(name, test, "; ".join(filter(None, (note, leak if shared else ""))))
+    who = ", ".join(shared)
+    if not shared:
+        return ""
+    return f"{who} {verb} sections in training and held out: generalisation between patients is not tested"
 
 
 def _known(names: Collection[str], sections: Mapping[str, str], which: str = "to hold out") -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """What metrics of single genes cannot see: whether genes go together, and lie in space, as they do in the truth."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy import sparse
 from scipy.spatial import KDTree
@@ -10,40 +12,50 @@ from genar.evaluation.metrics import pair, pcc
 REACH = 1.3
 """Neighbours lie within this many spot distances: the 4 of a square grid or the 6 of a hexagonal one, not the next
 ring (1.41 and 1.73)."""
-
-
-def gene_correlations(values: np.ndarray) -> np.ndarray:
-    """Pearson correlation of every two genes over the spots: [N, G] -> [G, G]; NaN for a gene that is constant.
-
-    >>> gene_correlations(np.array([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]])).round(6)
-    array([[1., 1.],
-           [1., 1.]])
-    """
-    x, _ = pair(values, values)
-    constant = np.ptp(x, axis=0) == 0
-    x = x - x.mean(axis=0)
-    x = x / np.where(constant, np.nan, np.sqrt((x * x).sum(axis=0)))
-    return x.T @ x
+_GENES_AT_ONCE = 512  # of the rows of a matrix of genes by genes
 
 
 def gene_gene_pcc(predicted: np.ndarray, truth: np.ndarray) -> float:
     """Pearson correlation of the upper triangles of the two gene-gene correlation matrices; [N, G] each.
 
     Genes that are constant in either are left out; NaN where fewer than three remain, or all pairs of one are
-    alike.
+    alike. The matrices are made a block of genes at a time: memory grows with the genes, not with their square.
 
     >>> truth = np.random.default_rng(0).normal(size=(20, 5))
     >>> round(gene_gene_pcc(3 * truth + 1, truth), 6)
     1.0
     """
-    x, y = pair(predicted, truth)
-    varying = (np.ptp(x, axis=0) > 0) & (np.ptp(y, axis=0) > 0)
-    if varying.sum() < 3:
+    both = pair(predicted, truth)
+    varying = np.logical_and(*(np.ptp(values, axis=0) > 0 for values in both))
+    n_genes = int(varying.sum())
+    if n_genes < 3:
         return float("nan")
-    above = np.triu_indices(int(varying.sum()), 1)
-    # rounded, as with two spots all are 1 or -1 but for the last digits
-    found, expected = (gene_correlations(values[:, varying])[above][:, None].round(12) for values in (x, y))
-    return float(pcc(found, expected)[0])
+    unit = [_of_length_one(values[:, varying]) for values in both]
+    found = np.array([(b.sum(axis=1), b.min(axis=1), b.max(axis=1)) for b in _correlations(unit)])  # [blocks, 3, 2]
+    if (found[:, 1].min(axis=0) == found[:, 2].max(axis=0)).any():
+        return float("nan")
+    mean = found[:, 0].sum(axis=0) / (n_genes * (n_genes - 1) / 2)
+    products = np.zeros((2, 2))
+    for block in _correlations(unit):
+        centred = block - mean[:, None]
+        products += centred @ centred.T
+    return float(products[0, 1] / np.sqrt(products[0, 0] * products[1, 1]))
+
+
+def _of_length_one(values: np.ndarray) -> np.ndarray:
+    """The columns of [N, G], centred and of length one: their products are correlations."""
+    x = values - values.mean(axis=0)
+    return x / np.sqrt((x * x).sum(axis=0))
+
+
+def _correlations(unit: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The correlations of every two genes in the prediction and in the truth, [2, n], block after block."""
+    n_genes = unit[0].shape[1]
+    for start in range(0, n_genes - 1, _GENES_AT_ONCE):
+        rows = np.arange(start, min(start + _GENES_AT_ONCE, n_genes))
+        above = np.arange(n_genes) > rows[:, None]
+        # rounded, as with two spots all are 1 or -1 but for the last digits
+        yield np.stack([(x[:, rows].T @ x)[above].round(12) for x in unit])
 
 
 def neighbours(coords: np.ndarray, reach: float = REACH) -> sparse.csr_matrix:

@@ -1,6 +1,6 @@
 """The feature store: every spot of a section embedded once, found again by its recipe, resumed where it stopped."""
 
-from genar.features.imports import find_file, import_features, import_recipe, read_file
+from genar.features.imports import find_feature_file, import_features, import_recipe, read_foreign_features
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
 from genar.features.store import BATCH_SIZE, Busy, check_source, embed
@@ -18,12 +18,12 @@ __all__ = [
     "embed",
     "embed_sections",
     "embed_widths",
-    "find_file",
+    "find_feature_file",
     "import_features",
     "import_recipe",
     "import_sections",
     "read_features",
-    "read_file",
+    "read_foreign_features",
     "read_inputs",
     "recipe_of",
     "store_path",

@@ -32,7 +32,7 @@ def import_recipe(name: str, *, width_um: float = 112.0) -> FeatureRecipe:
     return FeatureRecipe(f"{IMPORTED}{name.removeprefix(IMPORTED)}", "imported", "hest", width_um, 1)
 
 
-def find_file(folder: Path, section: str) -> Path:
+def find_feature_file(folder: Path, section: str) -> Path:
     """The feature file of a section: ``<section>.h5``, ``.pt`` or ``.npy``; ``InputError`` where there is none."""
     for suffix in _SUFFIXES:  # h5 first: it says which row is which spot
         for place in _FOLDERS:
@@ -49,7 +49,7 @@ def import_features(section: AnnData, file: Path, recipe: FeatureRecipe, store: 
     Raises ``InputError`` where the file is damaged, its rows do not match the section's spots, or other features were
     imported under this name before.
     """
-    features = read_file(file, section)
+    features = read_foreign_features(file, section)
     path = store_path(section, recipe, store)
     if path.is_dir():
         known = read_features(path, section)
@@ -66,7 +66,7 @@ def import_features(section: AnnData, file: Path, recipe: FeatureRecipe, store: 
     return path
 
 
-def read_file(file: Path, section: AnnData) -> np.ndarray:
+def read_foreign_features(file: Path, section: AnnData) -> np.ndarray:
     """Features float32 [N, F] of the section's spots, in their order; ``InputError`` where the rows are not they."""
     with door(file, "file of features", "make it again"):
         return _matched(file, {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}[file.suffix](file), section)

@@ -13,7 +13,7 @@ from genar.data import contract
 from genar.data.patches import Readers
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
-from genar.features.imports import find_file, import_features, import_recipe, read_file
+from genar.features.imports import find_feature_file, import_features, import_recipe, read_foreign_features
 from genar.features.recipe import FeatureRecipe, Inputs, recipe_of
 from genar.features.store import BATCH_SIZE, Busy, embed
 
@@ -84,9 +84,9 @@ def default_workers(device: str) -> int:
 def import_sections(sections: Sequence[AnnData], folder: Path, name: str, store: Path) -> dict[str, Path]:
     """Store features made elsewhere as ``import:NAME``; section -> store. Nothing is stored where one file is wrong."""
     recipe = import_recipe(name)
-    files = [find_file(folder, contract.name(section)) for section in sections]
+    files = [find_feature_file(folder, contract.name(section)) for section in sections]
     for section, file in zip(sections, files, strict=True):
-        read_file(file, section)
+        read_foreign_features(file, section)
     return {
         contract.name(section): import_features(section, file, recipe, store)
         for section, file in zip(sections, files, strict=True)

@@ -1,4 +1,4 @@
-"""The gene panel, its selection, the hierarchy of scales over it, and gene sets. numpy only; nothing here knows of
+"""The gene panel, its selection, the hierarchy of scales over it, and gene sets. Nothing here knows of
 tensors or images."""
 
 from genar.genes.panel import Panel, check_place, read_aliases, read_panel, refuse_number

@@ -200,7 +200,7 @@ class Counts:
         return Counts(torch.expm1(log1p).round().long(), "mean", {"log1p_mean": log1p})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """What a method is, beside its original: printed by ``genar models NAME``."""
 

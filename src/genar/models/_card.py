@@ -9,7 +9,7 @@ from genar.encoders import ENCODERS
 _METRICS = {"pcc_200": "PCC-200", "mse": "MSE", "mae": "MAE", "coverage_90": "90 % coverage"}
 
 
-def write_card(facts: Mapping, n_weights: int, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def card_markdown(facts: Mapping, n_weights: int, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The card as Markdown with the hub's header.
 
     ``facts`` are those of ``config.json``; ``scores``: section -> method -> metric -> value, or (value, low, high),

@@ -24,7 +24,7 @@ from genar.errors import InputError
 from genar.fetch.models import download_model, is_hub_id, upload_model
 from genar.genes import Panel
 from genar.models import Model, model_class
-from genar.models._card import write_card
+from genar.models._card import card_markdown
 
 FORMAT = 2
 _ATTENTION_BYTES, _CARD_BYTES = 1 << 30, 1 << 20
@@ -103,7 +103,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
         }
         (temporary / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
         kept = checkpoint.card if checkpoint.card_of in ("", checkpoint.sha256) else ""
-        card = kept or write_card(facts, _n_weights(checkpoint.model), {})
+        card = kept or card_markdown(facts, _n_weights(checkpoint.model), {})
         (temporary / CARD).write_text(card, encoding="utf-8")
     return folder
 
@@ -142,10 +142,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def rewrite_card(folder: Path, scores: Mapping[str, Mapping[str, Mapping]]) -> None:
-    """Write the card of a saved checkpoint anew, with ``scores`` (see ``_card.write_card``)."""
+    """Write the card of a saved checkpoint anew, with ``scores`` (see ``_card.card_markdown``)."""
     facts = _read_config(folder / CONFIG)
     model = model_class(facts["name"]).from_facts(facts["model"])
-    write_text(folder / CARD, write_card(facts, _n_weights(model), scores))
+    write_text(folder / CARD, card_markdown(facts, _n_weights(model), scores))
 
 
 def _n_weights(model: Model) -> int:

@@ -169,15 +169,17 @@ class Hist2ST(SectionRival):
     inputs = ("features", "patches")
     crop_px = 112
     card = Card(
-        "Hist2ST (Zeng et al., Briefings in Bioinformatics 2022)",
-        "Originally log10(1 + counts per 10,000 of the selected genes), and raw counts for the likelihood. Here "
-        "log2(1 + count), not divided by the library, as a difference from the training mean; raw counts as there.",
-        "Transformer, directed graph of the nearest spots, LSTM over its layers, likelihood and self-distillation with "
-        "their weights; both sides of the distillation learn.",
-        "Features stand for the convolutions over patches (input=patches has them); the altered copies are other views "
-        "of the same spots (where there is one view alone, dropout alters them), in preset small 2 of them, not 5.",
-        "A spot without a neighbour is its own neighbour, where the official mean is 0 / 0 and turns the whole section "
-        "to NaN; on a hexagonal array the six true neighbours count.",
+        title="Hist2ST (Zeng et al., Briefings in Bioinformatics 2022)",
+        target="Originally log10(1 + counts per 10,000 of the selected genes), and raw counts for the likelihood. "
+        "Here log2(1 + count), not divided by the library, as a difference from the training mean; raw counts as "
+        "there.",
+        kept="Transformer, directed graph of the nearest spots, LSTM over its layers, likelihood and "
+        "self-distillation with their weights; both sides of the distillation learn.",
+        lost="Features stand for the convolutions over patches (input=patches has them); the altered copies are other "
+        "views of the same spots (where there is one view alone, dropout alters them), in preset small 2 of them, not "
+        "5.",
+        mended="A spot without a neighbour is its own neighbour, where the official mean is 0 / 0 and turns the whole "
+        "section to NaN; on a hexagonal array the six true neighbours count.",
     )
 
     def __init__(self, n_features: int, n_genes: int, config: Hist2STConfig):

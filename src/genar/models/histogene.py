@@ -55,15 +55,17 @@ class HisToGene(SectionRival):
     inputs = ("features", "patches")
     crop_px = 112
     card = Card(
-        "HisToGene (Pang et al., bioRxiv 2021)",
-        "Originally log10(1 + counts per 10,000 of the selected genes). Here log2(1 + count), not divided by the "
-        "library, as a difference from the training mean.",
-        "Everything behind the first layer: spots as tokens, tables of columns and rows, pre-norm blocks, mean squared "
-        "error, one section a step.",
-        "The first layer takes features instead of 37,632 raw pixels of a patch of 112 px (input=patches has them).",
-        "Pixels are scaled to -1..1 before they enter a linear layer; columns and rows come from the coordinates and "
-        "stop at the last that was trained (a square array is numbered in pitches, a hexagonal one in half: predict on "
-        "the kind that it learned from); whole patients can be held out, not single sections of them.",
+        title="HisToGene (Pang et al., bioRxiv 2021)",
+        target="Originally log10(1 + counts per 10,000 of the selected genes). Here log2(1 + count), not divided by "
+        "the library, as a difference from the training mean.",
+        kept="Everything behind the first layer: spots as tokens, tables of columns and rows, pre-norm blocks, mean "
+        "squared error, one section a step.",
+        lost="The first layer takes features instead of 37,632 raw pixels of a patch of 112 px (input=patches has "
+        "them).",
+        mended="Pixels are scaled to -1..1 before they enter a linear layer; columns and rows come from the "
+        "coordinates and stop at the last that was trained (a square array is numbered in pitches, a hexagonal one in "
+        "half: predict on the kind that it learned from); whole patients can be held out, not single sections of "
+        "them.",
     )
 
     def __init__(self, n_features: int, n_genes: int, config: HisToGeneConfig):

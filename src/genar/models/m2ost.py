@@ -178,17 +178,17 @@ class M2OST(SectionRival):
     patch_settings: ClassVar[Mapping[str, Any]] = {"spots_per_step": 48}
     crops = (1.0, 2.0, 4.0)
     card = Card(
-        "M2OST (Wang et al., AAAI 2025)",
-        "Originally ln(1 + counts per million of the selected genes). Here log2(1 + count), not divided by the "
+        title="M2OST (Wang et al., AAAI 2025)",
+        target="Originally ln(1 + counts per million of the selected genes). Here log2(1 + count), not divided by the "
         "library, as a difference from the training mean.",
-        "Three streams, attention within and across them without the residual, the shared MLP, the channel gate, the "
-        "three CLS tokens as read-out.",
-        "No wider crop was embedded: streams 2 and 3 are the mean features of the spots within one and two pitches. "
-        "With one token a stream, attention within it has little to do, and the squares of three sizes are gone "
-        "(input=patches has them).",
-        "The middle quarter is cut at 3/8 to 5/8, so that the network runs; the three crops are turned alike and anew "
-        "in every step; norms that were declared and not used are left out; the test set chooses no epoch, and "
-        "correlation is per gene, not per spot.",
+        kept="Three streams, attention within and across them without the residual, the shared MLP, the channel gate, "
+        "the three CLS tokens as read-out.",
+        lost="No wider crop was embedded: streams 2 and 3 are the mean features of the spots within one and two "
+        "pitches. With one token a stream, attention within it has little to do, and the squares of three sizes are "
+        "gone (input=patches has them).",
+        mended="The middle quarter is cut at 3/8 to 5/8, so that the network runs; the three crops are turned alike "
+        "and anew in every step; norms that were declared and not used are left out; the test set chooses no epoch, "
+        "and correlation is per gene, not per spot.",
     )
 
     def __init__(self, n_features: int, n_genes: int, config: M2OSTConfig):

@@ -168,17 +168,18 @@ class Triplex(SectionRival):
     inputs = ("features", "patches")
     patch_settings: ClassVar[Mapping[str, Any]] = {"spots_per_step": 48}
     card = Card(
-        "TRIPLEX (Chung et al., CVPR 2024)",
-        "Originally ln(1 + counts per 10,000 of the selected genes), for ST sections smoothed over 3 x 3 spots. Here "
-        "log2(1 + count), neither divided by the library nor smoothed, as a difference from the training mean.",
-        "Three views, the neighbours' offset bias, the convolution over the array, fusion with the global token as "
-        "query, four heads and their distillation (3.1 times the squared error where all agree).",
-        "The spot's own token is its feature, not 49 tokens of a trained ResNet-18 (input=patches has them, and "
-        "its own ResNet-18, learning nothing from it, stands for the encoder of the wider views); the "
-        "surroundings are measured spots (5 x 5, or two rings on a hexagonal array), not tiles cut everywhere.",
-        "Attention drops nothing in a prediction; a section's own extent makes its grid, not the first section's; "
-        "empty cells do not count as filled; the neighbours' mean is over those present; outputs are not clamped "
-        "before the loss; labels are not smoothed; no test section chooses the epoch.",
+        title="TRIPLEX (Chung et al., CVPR 2024)",
+        target="Originally ln(1 + counts per 10,000 of the selected genes), for ST sections smoothed over 3 x 3 "
+        "spots. Here log2(1 + count), neither divided by the library nor smoothed, as a difference from the training "
+        "mean.",
+        kept="Three views, the neighbours' offset bias, the convolution over the array, fusion with the global token "
+        "as query, four heads and their distillation (3.1 times the squared error where all agree).",
+        lost="The spot's own token is its feature, not 49 tokens of a trained ResNet-18 (input=patches has them, and "
+        "its own ResNet-18, learning nothing from it, stands for the encoder of the wider views); the surroundings "
+        "are measured spots (5 x 5, or two rings on a hexagonal array), not tiles cut everywhere.",
+        mended="Attention drops nothing in a prediction; a section's own extent makes its grid, not the first "
+        "section's; empty cells do not count as filled; the neighbours' mean is over those present; outputs are not "
+        "clamped before the loss; labels are not smoothed; no test section chooses the epoch.",
     )
 
     def __init__(self, n_features: int, n_genes: int, config: TriplexConfig, fold: int = 4):

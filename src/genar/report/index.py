@@ -77,9 +77,9 @@ def write_report(
             "--image, --mpp and --bin-um tell how the truth of one run is read: give them with a run or a prediction, "
             "not with a folder of runs"
         )
-    found = {"": subjects(source, truth, read)} if not runs else {}
-    if len(found.get("", [])) == 1:
-        subject = found[""][0]
+    found = [] if runs else subjects(source, truth, read)
+    if len(found) == 1:
+        (subject,) = found
         for note in subject.notes:
             say(f"note: {note}")
         if gene and gene not in subject.predicted.var_names:
@@ -89,7 +89,7 @@ def write_report(
     names = runs or {source.name: source}
     with bar("writing pages", len(names)) as tick:
         for done, (name, path) in enumerate(names.items(), start=1):
-            for subject in found.get("") or subjects(path):
+            for subject in found or subjects(path):
                 page = out.with_name(_page_name(out.stem, name, subject.section, [entry.page for entry in entries]))
                 write_page(subject, page, say=say)
                 entries.append(_entry(subject, name, page))
