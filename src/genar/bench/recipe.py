@@ -162,7 +162,8 @@ def _recipe(path: Path, facts) -> Recipe:
     recipe = Recipe(
         str(facts.get("title", path.stem)), _cohorts(path, facts), methods,
         n_genes=_whole(path, "n_genes", facts.get("n_genes", defaults.N_GENES)),
-        seeds=_seeds(path, facts.get("seeds", list(Recipe.seeds))), protocol=str(facts.get("protocol", Recipe.protocol)),
+        seeds=_seeds(path, facts.get("seeds", list(Recipe.seeds))),
+        protocol=str(facts.get("protocol", Recipe.protocol)),
         held_out=tuple(map(str, facts.get("held_out", ()))), k=_whole(path, "k", facts.get("k", Recipe.k)),
         compare=_pairs(path, facts.get("compare", ()), names), tables=_tables(path, facts, names),
         figure=_figure(path, facts, names), groups=_groups(path, facts.get("groups")), name=path.stem,
