@@ -226,8 +226,9 @@ def _run_of(name: str) -> float:
     from genar.data.simulate import TissueConfig, write_tissue
     from genar.inference import predict_run
     from genar.models.checkpoint import load_checkpoint
-    from genar.runs import TrainPlan, train_run
+    from genar.runs import train_run
     from genar.settings import sort_settings
+    from genar.train_plan import TrainPlan
 
     tiny = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_epochs": 1, "samples": 2, "widths_um": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -22,8 +22,8 @@ from genar.features import Inputs
 from genar.models import Decoding, model_names
 from genar.models._decoding import DECODINGS
 from genar.models.genar import GenARConfig
-from genar.runs import TrainPlan
 from genar.settings import Settings, read_settings
+from genar.train_plan import TrainPlan
 from genar.training import TrainConfig
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]

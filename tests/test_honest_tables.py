@@ -17,7 +17,8 @@ from genar.report.figures import wilson
 from genar.report.index import write_report
 from genar.report.page import page_html
 from genar.report.subject import subjects
-from genar.runs import TrainPlan, train_run
+from genar.runs import train_run
+from genar.train_plan import TrainPlan
 
 
 def scores_of(predicted, truth, seed=0, resamples=300):

@@ -32,6 +32,7 @@ ROOMS = [
     "export",
     "recipes",
     "inference",
+    "train_plan",
     "runs",
     "demo",
     "lazyslide",

@@ -26,8 +26,9 @@ from genar.features import import_sections
 from genar.genes import RECIPES, select_panel
 from genar.models import model_class, model_names
 from genar.models.checkpoint import load_checkpoint
-from genar.runs import TrainPlan, train_run
+from genar.runs import train_run
 from genar.settings import Settings
+from genar.train_plan import TrainPlan
 
 N_GENES, N_FEATURES = 20, 12
 SMALL = {**TINY, "genar": {"width": 16, "depth": 1, "heads": 2, "components": 4}}

@@ -20,6 +20,7 @@ from genar.genes import fit_scales, select_panel
 from genar.inference import pitch_note
 from genar.models.checkpoint import load_checkpoint
 from genar.training import make_spots
+from genar.training_config import RESUME_FILE
 
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 NET = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "samples=2", "widths_um=[112]")
@@ -28,8 +29,9 @@ NET = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "sample
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Two sections, a run that held S2 out, and its features."""
-    from genar.runs import TrainPlan, train_run
+    from genar.runs import train_run
     from genar.settings import read_settings
+    from genar.train_plan import TrainPlan
 
     folder = tmp_path_factory.mktemp("home")
     tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0, counts_per_nucleus=20)
@@ -154,7 +156,7 @@ def test_another_gene_set_file_is_another_run(home, tmp_path, monkeypatch, capsy
         )  # fmt: skip
 
     def stopped(*_, folder, **__):
-        (folder / runs.RESUME_FILE).write_text("of a run that was stopped")
+        (folder / RESUME_FILE).write_text("of a run that was stopped")
         raise InputError("stopped")
 
     with monkeypatch.context() as patch:

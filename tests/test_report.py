@@ -17,8 +17,9 @@ from genar.report.index import write_report
 from genar.report.matrices import pack
 from genar.report.page import page_html, write_page
 from genar.report.subject import Subject, subjects
-from genar.runs import TrainPlan, train_run
+from genar.runs import train_run
 from genar.settings import Settings
+from genar.train_plan import TrainPlan
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 EPOCHS = {"max_epochs": 2, "validate_every": 1, "batch_size": 16, "validation_share": 0.2}

@@ -1,5 +1,5 @@
-"""What the commands and :class:`genar.runs.TrainPlan` take where nothing is said: here alone, so that ``genar --help``
-need not load what uses them."""
+"""What the commands and :class:`genar.train_plan.TrainPlan` take where nothing is said: here alone, so that
+``genar --help`` need not load what uses them."""
 
 MODEL, PRESET, RECIPE = "genar", "small", "default"
 PANEL, N_GENES = "clean", 200

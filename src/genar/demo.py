@@ -7,8 +7,9 @@ from genar.data.progress import Bar, no_bar
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.report.index import write_report
-from genar.runs import RunResult, TrainPlan, tidy, train_run
+from genar.runs import RunResult, tidy, train_run
 from genar.settings import Settings
+from genar.train_plan import TrainPlan
 
 TISSUE, N_GENES, SAMPLES = TissueConfig(), 100, 8
 """small enough for a few minutes on two cores"""

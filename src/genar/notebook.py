@@ -12,8 +12,9 @@ from genar.errors import InputError
 from genar.genes import Panel
 from genar.inference import predict_run
 from genar.models.checkpoint import Checkpoint
-from genar.runs import RunResult, TrainPlan, train_run
+from genar.runs import RunResult, train_run
 from genar.settings import read_settings, sort_decoding, sort_settings
+from genar.train_plan import TrainPlan
 
 _PATHS = ("weights", "features", "image")
 _ALONE = ("samples", "seed", "precision", "accumulate")  # settings that are options, too

@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,10 +17,9 @@ from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import defaults, encoders, machine, pixels, processes, streaming
+from genar import encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick, reading
-from genar.data.door import door, read_json
 from genar.data.files import LOCK, alone, json_ready, write_text
 from genar.data.progress import Bar, counted, no_bar
 from genar.data.sections import HELD_BYTES, Sections
@@ -29,7 +28,6 @@ from genar.evaluation import Aligned, Scores, align, align_both, intervals, scor
 from genar.evaluation.protocol import shared_patients_note
 from genar.features import (
     FeatureRecipe,
-    Inputs,
     StoredInputs,
     check_source,
     default_store,
@@ -38,90 +36,22 @@ from genar.features import (
 )
 from genar.genes import (
     ORDERS,
-    RECIPES,
     Panel,
     leak_note,
     order_by_sets,
     read_gene_sets,
     read_panel,
-    refuse_number,
     select_panel,
 )
 from genar.models import Decoding, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, unused_note, write_prediction
 from genar.report import maps
-from genar.settings import Settings
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
+from genar.train_plan import TrainPlan, claim_resume
 from genar.training import FitSummary, TrainConfig, fit, make_spots, split_validation, train_config_from_dict
-from genar.training_config import RESUME_FILE
 
-BASELINES = ("mean", "ridge")
 RESAMPLES = 1000  # of the spots, for the intervals of the scores
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What ``genar train`` was asked for."""
-
-    sections: Path
-    test: tuple[str, ...]
-    out: Path
-    model: str = defaults.MODEL
-    _: KW_ONLY
-    preset: str = defaults.PRESET
-    recipe: str = defaults.RECIPE
-    """training recipe: ``default`` or ``paper``"""
-    panel: str = defaults.PANEL
-    """a panel recipe or a file"""
-    n_genes: int | None = None
-    """of a selected panel, 200 where not given; a file is taken whole"""
-    encoder: str = defaults.ENCODER
-    weights: Path | None = None
-    patch: str = defaults.PATCH
-    views: int = defaults.VIEWS
-    features: Path | None = None
-    """folder of the feature stores; ``$GENAR_FEATURES`` or the user's cache where not given"""
-    mpp: float | None = None
-    device: str = "cpu"
-    """of the encoder, the training and the prediction, as ``machine.device`` gives it"""
-    settings: Settings = field(default_factory=Settings)
-    beside: tuple[str, ...] = BASELINES
-    """methods fitted and scored on the same spots and features"""
-    maps: bool = True
-    only: tuple[str, ...] = ()
-    """sections that take part; empty: all of the folder"""
-    image: Path | None = None
-    """folder of full-resolution images called ``<id>.tif``, for formats that come without"""
-    bin_um: float | None = None
-    """width of the spots of Visium HD, um"""
-    input: str = defaults.INPUT
-    """``features`` of an encoder, or ``patches``: the model end to end on pixels, without one"""
-    encoder_precision: str = defaults.PRECISION
-    """of the encoder's arithmetic: features of another precision are another store"""
-    devices: int | None = None
-    """processes of a machine that share the training; as torchrun or srun started them, else 1"""
-    num_nodes: int | None = None
-    """machines"""
-
-    def __post_init__(self):
-        encoders.check_name(self.encoder)
-        encoders.check_precision(self.encoder_precision)
-        if self.panel not in RECIPES and not Path(self.panel).is_file():
-            raise InputError(f"--panel {self.panel}: no such file, and none of the recipes {', '.join(RECIPES)}")
-        if Path(self.panel).is_file():
-            refuse_number(self.n_genes, self.panel)
-        elif self.n_genes is None:
-            object.__setattr__(self, "n_genes", defaults.N_GENES)
-        self.inputs.recipes(FeatureRecipe(self.encoder, "", self.patch, views=self.views or 1))
-
-    @property
-    def inputs(self) -> Inputs:
-        """What the model sees of a spot: as the settings say, else its own default where patches of any width can be
-        shown to the encoder."""
-        shown = self.input == "features" and self.patch == "hest" and not self.encoder.startswith(encoders.IMPORTED)
-        own = model_class(self.model).input_defaults.get(self.preset, {}) if shown else {}
-        return Inputs(**{**own, **self.settings.inputs})
 
 
 @dataclass
@@ -129,8 +59,11 @@ class RunResult:
     """Where things lie and what came out."""
 
     outputs: dict[str, Path]
+    """name -> file or folder"""
     scores: dict[str, dict[str, Scores]]
+    """held-out section -> method -> scores"""
     seconds: dict[str, float]
+    """stage -> time"""
 
 
 def train_run(
@@ -173,14 +106,14 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     if order is not None:
         model_settings["order"] = order
     cls.check_settings(plan.preset, model_settings, len(panel.genes))
-    resume = _claim_resume(plan, data=digests, panel=panel.sha256, order=order)
+    resume = claim_resume(plan, data=digests, panel=panel.sha256, order=order)
     panel.write(plan.out / "panel.json")
     clock.lap("read")
 
     say(f"{plan.input} of {len(training) + len(held_out)} sections: made where they are not stored")
     see = _seen_as_pixels if plan.input == "patches" else _embedded
     seen = see(plan, training, held_out, bar)
-    _claim_resume(plan, data=digests, panel=panel.sha256, order=order, features=seen.facts)
+    claim_resume(plan, data=digests, panel=panel.sha256, order=order, features=seen.facts)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)
@@ -328,53 +261,6 @@ def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[Ann
     names = [contract.name(section) for section in held_out]
     patches = dict(zip(names, asked.split([section.n_obs for section in held_out]), strict=True))
     return _Seen(recipe.facts, features, [], patches, learned)
-
-
-_PLACES = ("sections", "features", "weights", "image")  # the same from whatever folder the command is started
-
-
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What two plans of one run have in common, a value each: not where it lies, which of the GPUs a process has, nor
-    the name of its panel, whose genes are compared."""
-    plan = {**plan, "device": str(plan.get("device", "")).partition(":")[0]}
-    parts = plan["settings"].items()
-    settings = {f"{part}.{name}": value for part, values in parts for name, value in values.items()}
-    return {name: value for name, value in plan.items() if name not in ("out", "panel", "settings")} | settings
-
-
-def _unfinished(mark: Path) -> tuple[dict, dict[str, Any]]:
-    """What a run found so far, and its plan."""
-    what = ("record of the unfinished run", "delete its folder, or choose another --out")
-    facts = read_json(mark, *what)
-    with door(mark, *what):
-        return dict(facts.pop("found", {})), _flat(facts)
-
-
-def _claim_resume(plan: TrainPlan, **found) -> Path:
-    """Folder of the resume file. The plan and what it ``found`` so far are left there, so that no other goes on from
-    it."""
-    folder = plan.out / "resume"
-    facts = asdict(plan) | {name: path.resolve() for name in _PLACES if (path := getattr(plan, name))}
-    mine, found = json.loads(json.dumps(json_ready([facts, found])))
-    mark, kept = folder / "plan.json", {}
-    if (folder / RESUME_FILE).exists():
-        kept, there = _unfinished(mark)
-        if other := [name for name in found if found[name] != kept.get(name)]:
-            raise InputError(
-                f"{plan.out}: holds an unfinished run with other {' and '.join(other)}; repeat it as it was, or choose "
-                "another --out"
-            )
-        here = _flat(mine)
-        if other := [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]:
-            told = "; ".join(
-                f"{name} {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here" for name in other[:3]
-            )
-            raise InputError(
-                f"{plan.out}: holds an unfinished run with other settings ({told}{'; …' if len(other) > 3 else ''}); "
-                "repeat those, or choose another --out"
-            )
-    write_text(mark, json.dumps({**mine, "found": {**kept, **found}}, sort_keys=True, indent=1) + "\n")
-    return folder
 
 
 def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData], Panel, dict[str, str]]:

@@ -22,8 +22,8 @@ from genar.errors import InputError, first_names
 from genar.evaluation.protocol import Fold, folds
 from genar.features import Inputs, default_store
 from genar.genes import ORDERS
-from genar.runs import TrainPlan
 from genar.settings import Settings
+from genar.train_plan import TrainPlan
 
 
 @dataclass(frozen=True)

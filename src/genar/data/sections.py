@@ -18,7 +18,7 @@ HELD_BYTES = 2**30
 
 class Sections(Sequence[AnnData]):
     """The sections at ``refs`` with all their genes, one read at a time: the first whose counts and images fit
-    into ``held`` bytes together stay in memory."""
+    into ``held`` bytes together stay in memory. Reading one raises ``InputError`` as ``genar.read_section`` does."""
 
     def __init__(self, refs: Sequence[SectionRef], options: ReadOptions, held: int = HELD_BYTES):
         self._refs, self._options, self._room = refs, options, held
@@ -47,7 +47,7 @@ def _n_bytes(section: AnnData) -> int:
 
 
 def read_places(path: str | Path, *, bar: Bar = no_bar, **options) -> list[AnnData]:
-    """Every section that ``path`` names, its spots without counts and images: all that features are made of.
+    """Every section that ``path`` names, its N spots without genes [N, 0] and images: all that features are made of.
 
     ``options`` and errors as in :func:`genar.read_sections`.
     """

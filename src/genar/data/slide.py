@@ -54,7 +54,8 @@ class Slide(abc.ABC):
         return self.part((0, 0), self.size_px, longest_px)
 
     def part(self, corner_px: tuple[int, int], size_px: tuple[int, int], longest_px: int) -> np.ndarray:
-        """``size_px`` (W, H) of it from ``corner_px``, as :meth:`thumbnail` shows the whole."""
+        """``size_px`` (W, H) of it from ``corner_px``, uint8 [h, w, 3] with a longest side of ``longest_px``, as
+        :meth:`thumbnail` shows the whole. Raises ``InputError`` where the image is damaged."""
         (x, y), (width, height), canvas = corner_px, size_px, _Canvas(size_px, longest_px)
         step = int(_BLOCK_PX * self._level_near(canvas.downsample)[1])
         for top in range(0, height, step):
@@ -81,7 +82,8 @@ class Slide(abc.ABC):
     def read_patch_px(self, center_px, width_px: float, out_px: int) -> np.ndarray:
         """The square of ``width_px`` full-resolution px around ``center_px``, resampled to uint8 [out_px, out_px, 3].
 
-        Cut at whole pixels, as HEST's patches are: ``round(width_px)`` wide, from ``floor(center - half)``.
+        Cut at whole pixels, as HEST's patches are: ``round(width_px)`` wide, from ``floor(center - half)``. Raises
+        ``InputError`` where it is wider than any patch, or the image is damaged there.
         """
         if not 0 <= width_px <= _MAX_PATCH_PX:
             raise InputError(

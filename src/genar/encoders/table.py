@@ -19,6 +19,7 @@ class EncoderRow:
     """The facts of one encoder."""
 
     name: str
+    """As ``--encoder`` has it."""
     architecture: str
     """Name of the network in ``library``."""
     hub_id: str
@@ -26,9 +27,12 @@ class EncoderRow:
     width: int
     """F, length of the feature vector."""
     input_px: int
+    """Side of the image that the network takes."""
     mean: tuple[float, float, float]
+    """Subtracted of red, green and blue in 0..1, before they are divided by ``std``."""
     std: tuple[float, float, float]
     licence: str
+    """Of the weights."""
     mpp: float = 0.5
     """um per px at which the encoder expects tissue (for ImageNet networks: our convention)."""
     gated: bool = False
@@ -39,6 +43,7 @@ class EncoderRow:
     views: int = 8
     """Flips and turns of a patch stored by default."""
     source: str = ""
+    """The paper, or the page of the weights."""
     library: str = "timm"
     """Who builds the network: ``timm``, ``transformers``, or "" for a user's own."""
     arguments: Mapping = field(default_factory=dict)

@@ -23,10 +23,15 @@ new."""
 
 @dataclass(frozen=True)
 class FeatureRecipe:
-    """How patches become features; part of a store's name and of a checkpoint."""
+    """How patches become features; part of a store's name and of a checkpoint.
+
+    Raises ``InputError`` where patch, views, width or precision is none of those known.
+    """
 
     encoder: str
+    """Name of the encoder, as ``--encoder`` has it."""
     weights_sha256: str
+    """Hash of its weights; empty where they are not known yet."""
     patch: str = "hest"
     """Patch convention: ``hest`` (``width_um`` wide), ``genar`` (224 native px), ``stem`` (the spot's diameter, at
     least 224 native px)."""
@@ -47,7 +52,8 @@ class FeatureRecipe:
         check_precision(self.precision)
 
     def width_px(self, section: AnnData) -> float:
-        """Width of a patch of this section in full-resolution px."""
+        """Width of a patch of this section in full-resolution px. Raises ``InputError`` where its pixel size is not
+        known."""
         mpp = contract.mpp(section)
         if self.patch == "hest":
             return self.width_um / mpp
@@ -58,10 +64,13 @@ class FeatureRecipe:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What of the stored features a model sees of a spot, beyond the one patch."""
+    """What of the stored features a model sees of a spot, beyond the one patch.
+
+    Raises ``InputError`` where a width or a number is not above 0, or stands there twice.
+    """
 
     widths_um: tuple[float, ...] = ()
-    """widths of the patches of a spot, the first the recipe's own; empty: that one alone"""
+    """widths of the patches of a spot, um, the first the recipe's own; empty: that one alone"""
     context_spots: tuple[int, ...] = ()
     """for each number, the mean feature (of the last width) of so many nearest spots joins the spot's own"""
 

@@ -35,12 +35,15 @@ class Fetched:
     """What :func:`fetch_dataset` did."""
 
     folder: Path
+    """The data set's, in HEST-1k layout."""
     sections: tuple[str, ...]
+    """Ids of the sections that are there now."""
     revision: str
     """Commit of the source."""
     n_bytes: int
     """Bytes that came over the network."""
     n_files_new: int
+    """Files that came."""
     n_files_kept: int
     """Files that were there already, verified."""
 

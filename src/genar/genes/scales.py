@@ -31,6 +31,8 @@ class Scales:
     ``order[i]`` is the panel index of the gene at place i; ``sizes[k]`` the number of groups of scale k (the last:
     G). Group t of a scale of M groups holds places floor(t G / M) to floor((t + 1) G / M): every gene is in one
     group, and for sizes that divide G these are the blocks of adaptive average pooling.
+
+    Raises ``InputError`` where the order does not name every gene once, or the sizes do not grow up to G.
     """
 
     order: tuple[int, ...]

@@ -53,7 +53,7 @@ class Batch:
         return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
     def rows(self, rows: Tensor | slice) -> "Batch":
-        """Those spots alone."""
+        """Those spots alone, in the order of ``rows``: places int64 [n], a mask bool [B] or a slice."""
         return replace(self, **{name: t[rows] for name, t in vars(self).items() if t is not None})
 
     def sections(self) -> "list[Batch]":
@@ -82,11 +82,13 @@ class Spots:
     features: Tensor
     """float32 [N, views, F]"""
     coords_um: Tensor
+    """float32 [N, 2], as in :class:`Batch`, like the next two"""
     coords_unit: Tensor
     spot_ids: Tensor
     section: Tensor
     """int64 [N]: which section a spot belongs to, as a hash of its name; the spots of one lie together"""
     counts: Tensor | None = None
+    """int64 [N, G] in panel order; ``None`` where they are not known"""
     n_blocks: int = 1
     """equal blocks in F: patch widths and neighbours' means"""
     patches: Tensor | None = None
@@ -105,7 +107,8 @@ class Spots:
         return self.features.shape[2]
 
     def rows(self, rows: Tensor) -> "Spots":
-        """Those spots alone; the patches stay where they are."""
+        """Those spots alone, in the order of ``rows``: places int64 [n] or a mask bool [N]; the patches stay where they
+        are."""
         own = {name: t for name, t in vars(self).items() if isinstance(t, Tensor) and name != "patches"}
         if self.patches is not None and self.patch_rows is None:
             own["patch_rows"] = torch.arange(len(self))

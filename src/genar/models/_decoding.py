@@ -16,7 +16,7 @@ _QUANTILE_LAYERS = ("q05", "q25", "q50", "q75", "q95")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a prediction is made of the model's distributions."""
+    """How a prediction is made of the model's distributions. Raises ``InputError`` where a field is out of range."""
 
     decode: str = "mean"
     """``greedy`` (paper): the most likely class at every scale; ``mean``, ``median``, ``quantiles`` (the median, and

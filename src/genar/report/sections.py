@@ -33,10 +33,15 @@ class SectionReport:
     """One row of ``genar check``; what could not be read is ``None``."""
 
     section: str
+    """its id"""
     path: str
+    """the folder it lies in"""
     format: str
+    """as ``genar.data.formats`` names it, or ``simulated``"""
     n_spots: int | None = None
+    """all, those without counts too"""
     n_genes: int | None = None
+    """0 of a bare slide"""
     n_empty: int | None = None
     """spots without counts"""
     library_size: dict[str, float] | None = None
@@ -44,26 +49,39 @@ class SectionReport:
     raw_counts: bool | None = None
     """whether the counts are raw; ``False`` where they were refused"""
     counts_from: str = ""
+    """``X``, or the layer that they were found in"""
     mpp: float | None = None
+    """pixel size that is used, um per px"""
     mpp_by: dict[str, float] = field(default_factory=dict)
     """pixel size by ``metadata``, ``pitch`` and ``image``"""
     mpp_agree: bool | None = None
+    """whether these differ by 5 % at most"""
     size_px: tuple[int, int] | None = None
+    """of the image, (W, H)"""
     n_outside_image: int | None = None
+    """spots whose centre lies beyond it"""
     n_off_tissue: int | None = None
+    """spots whose centre lies off the tissue that was found"""
     gene_names: str = ""
     """``symbols``, ``Ensembl`` or ``mixed``"""
     species: str = ""
+    """``human`` or ``mouse``, by the genes' names; empty where they do not tell"""
     patient: str = ""
+    """as the metadata name it"""
     features: list[str] | None = None
     """stores found, by encoder"""
     panel_missing: list[str] | None = None
+    """genes of the panel that are not measured"""
     has_image: bool | None = None
     """whether a slide image is known; not known of a section that cannot be read"""
     note: str = ""
+    """what was left out, or is not there"""
     warnings: list[str] = field(default_factory=list)
+    """what to look at before a run"""
     faults: list[str] = field(default_factory=list)
+    """what would stop a run"""
     overlay: str = ""
+    """path of the picture of its spots on the tissue; empty where none was made"""
 
 
 @dataclass

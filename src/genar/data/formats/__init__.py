@@ -36,11 +36,18 @@ class SectionRef:
     """Where a section lies: its format, the folder and its id. ``read`` loads it."""
 
     format: str
+    """name of a module of ``genar.data.formats``"""
     root: Path
+    """the folder"""
     id: str
+    """the section's name there; of a slide its file's"""
 
     def read(self, options: ReadOptions | None = None, **more) -> AnnData:
-        """The section as the contract has it; ``more`` are fields of ``ReadOptions``, such as ``mpp`` (um per px)."""
+        """The section as the contract has it, N spots x all genes (a bare slide: x 0); ``more`` are fields of
+        ``ReadOptions``, such as ``mpp`` (um per px).
+
+        Raises ``InputError`` where a file is missing or damaged, or the section breaks the contract.
+        """
         with door(f"{self.root}:{self.id}", f"section ({self.format})", "are its files complete?"):
             return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
 
