@@ -37,6 +37,7 @@ ROOMS = [
     "demo",
     "lazyslide",
     "groups",
+    "panels",
     "bench",
     "_console",
     "_options",

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from genar import defaults
 from genar.data import contract, reading
 from genar.data.files import json_ready, refuse_foreign, write_text
 from genar.errors import InputError, first_names
@@ -45,7 +46,7 @@ def evaluate_run(
     against: AnnData | None = None,
     panel: Sequence[str] | None = None,
     genes: str = "same",
-    resamples: int = 1000,
+    resamples: int = defaults.RESAMPLES,
 ) -> Assessment:
     """Score a prediction, and another one ``against`` it, on the same spots and genes; write scores, intervals, maps.
 

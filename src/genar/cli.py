@@ -167,7 +167,7 @@ def features(
         ),
     ] = "",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = defaults.PRECISION,
-    batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Patches that go through the encoder at once.")] = defaults.BATCH_SIZE,
     workers: Annotated[int | None, typer.Option(help="Processes that read patches (default: by the machine).")] = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="Folder of features made elsewhere (.h5, .pt, .npy).")
@@ -210,7 +210,9 @@ def panel(
     n_genes: Annotated[
         int | None, typer.Option(help=f"Genes to take (default: {defaults.N_GENES}; paper: the whole intersection).")
     ] = None,
-    n_top: Annotated[int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")] = 241,
+    n_top: Annotated[
+        int, typer.Option(help="Recipe paper: rank cut by mean and by standard deviation.")
+    ] = defaults.PAPER_N_TOP,
     exclude: Annotated[str, typer.Option(help="Sections to leave out (held out), ID,ID.")] = "",
     aliases: Annotated[
         Path | None, typer.Option(help="Other names for genes of the file: a line each, name and name here.")
@@ -221,21 +223,14 @@ def panel(
 ) -> None:
     """Select the gene panel, or check a list of genes against the sections."""
     with _console.loading():
-        from genar.data import ReadOptions, Sections, find_sections, pick
-        from genar.genes import check_place, listed_panel, read_aliases, read_panel, refuse_number, select_panel
+        from genar.panels import panel_run
 
-    check_place(out)
-    refs = find_sections(sections)
-    left_out = pick(refs, ids(exclude))
-    chosen = Sections([ref for ref in refs if ref not in left_out], ReadOptions(**given(mpp=mpp, bin_um=bin_um)))
-    if Path(recipe).is_file():
-        refuse_number(n_genes, recipe)
-        selected = listed_panel(read_panel(recipe), chosen, read_aliases(aliases) if aliases else None)
-    else:
+    if not Path(recipe).is_file():
         refuse_beside(f"--recipe {recipe}", {"--aliases": aliases})
-        n_genes = defaults.N_GENES if n_genes is None and recipe != "paper" else n_genes
-        selected = select_panel(chosen, n_genes=n_genes, recipe=recipe, n_top=n_top, bar=_console.bar(json))
-    selected.write(out)
+    selected = panel_run(
+        sections, out, recipe=recipe, n_genes=n_genes, n_top=n_top, exclude=ids(exclude), aliases=aliases,
+        options=given(mpp=mpp, bin_um=bin_um), bar=_console.bar(json),
+    )  # fmt: skip
     say = _console.speaker(json)
     say(f"{len(selected.genes)} genes: {first_names(selected.genes, 8)}")
     if not Path(recipe).is_file():
@@ -399,7 +394,9 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Another prediction, .h5ad: paired differences.")] = None,
     panel: Annotated[Path | None, typer.Option(help="panel.json or a list: the genes that must be predicted.")] = None,
     genes: Annotated[str, typer.Option(help="same: refuse genes that differ; common: score those all have.")] = "same",
-    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples of the intervals; 0: none.")] = 1000,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Bootstrap resamples of the intervals; 0: none.")
+    ] = defaults.RESAMPLES,
     image: Image = None,
     bin_um: BinUm = None,
     mpp: Mpp = None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from genar.data import contract, find_sections, options_for, pick
+from genar.data import contract, find_sections, options_for, without
 from genar.data.files import refuse_foreign, write_text
 from genar.errors import InputError
 from genar.genes import Panel, Scales, fit_scales, group_names, over_representation, read_gene_sets, read_panel
@@ -65,9 +65,5 @@ def _of_model(source: str) -> tuple[Panel, Scales]:
 def _of_sections(source: str, file: Path, exclude: Sequence[str], options: Mapping) -> tuple[Panel, Scales]:
     panel = read_panel(file)
     refs = find_sections(source)
-    left_out = pick(refs, exclude)
-    kept = [ref for ref in refs if ref not in left_out]
-    if not kept:
-        raise InputError(f"{source}: every section is excluded; leave at least one to group the genes by")
     how, genes = options_for(refs, **options), list(panel.genes)
-    return panel, fit_scales(np.concatenate([contract.counts(ref.read(how), genes) for ref in kept]))
+    return panel, fit_scales(np.concatenate([contract.counts(ref.read(how), genes) for ref in without(refs, exclude)]))

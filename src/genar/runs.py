@@ -17,7 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 import genar
-from genar import encoders, machine, pixels, processes, streaming
+from genar import defaults, encoders, machine, pixels, processes, streaming
 from genar.assess import write_intervals
 from genar.data import contract, find_sections, options_for, pick, reading
 from genar.data.files import LOCK, alone, json_ready, write_text
@@ -50,8 +50,6 @@ from genar.report import maps
 from genar.streaming import AnySpots, CountFile, StoredSpots, count_moments, look_at
 from genar.train_plan import TrainPlan, claim_resume
 from genar.training import FitSummary, TrainConfig, fit, make_spots, split_validation, train_config_from_dict
-
-RESAMPLES = 1000  # of the spots, for the intervals of the scores
 
 
 @dataclass
@@ -191,11 +189,11 @@ def _predict_and_score(
             expected = predict_section(fitted, section, seen.features[name])
             aligned[rival] = align(expected, section, use=contract.LOG1P_MEAN)
         scores[name] = {method: score_aligned(one) for method, one in aligned.items()}
-        found[name] = intervals.compare(aligned, [(ours, rival) for rival in rivals], name, RESAMPLES)
+        found[name] = intervals.compare(aligned, [(ours, rival) for rival in rivals], name, defaults.RESAMPLES)
         for pair, gains in found[name][1].items():
             say(f"{name}: {pair}: " + intervals.differences_in_words(gains, "pcc_200", "mse"))
     if held_out:
-        outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, RESAMPLES)
+        outputs |= write_scores(plan.out, scores) | write_intervals(plan.out, found, defaults.RESAMPLES)
         rewrite_card(plan.out / "checkpoint", {name: _for_card(scores[name], found[name][0]) for name in scores})
     for section in held_out if plan.maps else ():  # last: a picture that fails loses nothing
         name = contract.name(section)

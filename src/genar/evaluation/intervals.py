@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from genar import defaults
 from genar.evaluation.metrics import PCC_TOPS, pair, pcc
 from genar.evaluation.scoring import Aligned
 
@@ -27,7 +28,7 @@ def seed_of(section: str) -> int:
     return int(hashlib.sha256(section.encode()).hexdigest()[:8], 16)
 
 
-def resample_weights(n_spots: int, n_resamples: int = 1000, *, seed: int = 0) -> np.ndarray:
+def resample_weights(n_spots: int, n_resamples: int = defaults.RESAMPLES, *, seed: int = 0) -> np.ndarray:
     """float32 [1 + R, N]: how often each spot is drawn, over N; a row sums to one. Row 0 is the spots themselves."""
     random = np.random.default_rng(seed)
     weights = np.ones((1 + n_resamples, n_spots), dtype=np.float32)
@@ -172,7 +173,7 @@ def compare(
     aligned: Mapping[str, Aligned],
     pairs: Sequence[tuple[str, str]],
     section: str,
-    resamples: int = 1000,
+    resamples: int = defaults.RESAMPLES,
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
     """Intervals of every method of a section, and of the differences of ``pairs`` of methods, on the same resamples.
 

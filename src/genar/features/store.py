@@ -20,6 +20,7 @@ from anndata import AnnData
 from filelock import FileLock, Timeout
 
 import genar
+from genar import defaults
 from genar.data import contract
 from genar.data.files import let_go, make_folder
 from genar.data.patches import CHUNK, Readers
@@ -28,7 +29,7 @@ from genar.encoders import Encoder, ImportedFeatures
 from genar.errors import InputError
 from genar.features.recipe import FeatureRecipe, store_path
 
-BATCH_SIZE = CHUNK
+BATCH_SIZE = defaults.BATCH_SIZE
 _BLANK_SD = 12.0  # of the values 0 to 255 of a patch; glass has 2 to 8, tissue 30 and more
 _MANY = 0.9
 

@@ -10,6 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
+from genar import defaults
 from genar.data import contract
 from genar.data.neighbours import nearest_spots
 from genar.data.progress import Bar, counted, no_bar
@@ -18,7 +19,7 @@ from genar.genes.panel import Panel
 
 # Mitochondrial and ribosomal genes; case-sensitive, so that mouse Rps genes stay, as in the paper's lists.
 DROPPED_PREFIXES = ("MT", "mt", "RPS", "RPL")
-PAPER_N_TOP = 241  # gives the 208 genes of the paper's HER2ST list
+PAPER_N_TOP = defaults.PAPER_N_TOP
 _BY_BOTH_RANKS = ("clean", "paper")
 _N_HVG = 2000
 _N_NEIGHBOURS = 6

@@ -17,8 +17,6 @@ from genar.errors import InputError
 from genar.evaluation import align, align_both, intervals, metrics, score_aligned
 from genar.genes import Scales
 
-_RESAMPLES = 1000
-
 
 @dataclass
 class Subject:
@@ -125,7 +123,7 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
     subject.methods, subject.differences = _scores_of_run(home, subject.section)
     if not subject.methods:
-        found, _ = intervals.compare(aligned, [], subject.section, _RESAMPLES)
+        found, _ = intervals.compare(aligned, [], subject.section)
         n_undefined = {m: int(np.isnan(metrics.pcc(one.log2, one.truth_log2)).sum()) for m, one in aligned.items()}
         subject.methods = {method: {**values, "n_undefined": n_undefined[method]} for method, values in found.items()}
         subject.notes += ("the baselines mean and ridge are scored by a training run, not by a prediction alone",)

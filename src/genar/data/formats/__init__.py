@@ -116,6 +116,15 @@ def pick(refs: list[SectionRef], ids: Iterable[str]) -> list[SectionRef]:
     return found
 
 
+def without(refs: list[SectionRef], ids: Iterable[str]) -> list[SectionRef]:
+    """``refs`` but those with the given ids; ``InputError`` where one is unknown, or nothing is left."""
+    left_out = pick(refs, ids)
+    kept = [ref for ref in refs if ref not in left_out]
+    if not kept:
+        raise InputError(f"{refs[0].root}: every section is excluded; leave at least one")
+    return kept
+
+
 def _parts(section: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in section.split(","))
 
