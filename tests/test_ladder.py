@@ -45,7 +45,7 @@ ROOMS = [
     "cli",
     "__main__",
 ]  # each imports itself and those before
-EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.errors", "genar.evaluation")
+EVALUATION_SEES = ("genar.data.contract", "genar.data.files", "genar.defaults", "genar.errors", "genar.evaluation")
 
 
 def module_name(path):

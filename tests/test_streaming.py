@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from genar import inference, prediction, runs, streaming
+from genar import defaults, inference, prediction, runs, streaming
 from genar.data import SectionRef, contract
 from genar.data.progress import no_bar
 from genar.errors import InputError
@@ -259,7 +259,7 @@ def test_validation_spots_are_no_training_spots(stored, held):
 
 @pytest.fixture
 def plan(tissue, tissue_sections, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RESAMPLES", 10)
+    monkeypatch.setattr(defaults, "RESAMPLES", 10)
     for section in tissue_sections:
         np.save(tmp_path / f"{contract.name(section)}.npy", values_of(section)[:, 0].astype(np.float32))
     import_sections(tissue_sections, tmp_path, "made", tmp_path / "store")
