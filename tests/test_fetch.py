@@ -20,6 +20,7 @@ from PIL import Image
 import commands
 from genar import fetch
 from genar.data import open_slide, read_sections
+from genar.data.files import LOCK
 from genar.errors import InputError
 from genar.fetch import her2st, hub, transfer
 from genar.fetch.transfer import RemoteFile
@@ -468,8 +469,8 @@ def test_more_bytes_than_were_stated(source, tmp_path):
 
 
 def test_one_fetch_a_folder(hest, fetch_, tmp_path):
-    (tmp_path / "out/.fetch").mkdir(parents=True)
-    with FileLock(tmp_path / "out/.fetch/lock"):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / LOCK):
         code, line, _ = fetch_()
     assert (code, "another fetch is writing there" in line) == (2, True)
     assert fetch_()[0] == 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from genar.data import contract, open_slide
 from genar.data.patches import Readers
 from genar.data.progress import Bar, no_bar
+from genar.data.slide import image_head
 from genar.errors import InputError
 from genar.features import FeatureRecipe, Inputs, default_workers
 from genar.models import Model, model_class, model_names
@@ -100,10 +101,8 @@ def input_settings(input: str, name: str, preset: str, settings: Mapping, inputs
 def check_images(sections: Sequence[AnnData], *, needed: bool = False) -> None:
     """Refuse spots outside of their image and, where pixels are ``needed``, sections without one, by ``InputError``."""
     for section in sections:
-        path = contract.slide_path(section)
-        if path is not None:
-            with contextlib.closing(open_slide(path)) as slide:
-                contract.check_inside(section, slide.size_px)
+        if (path := contract.slide_path(section)) is not None:
+            contract.check_inside(section, image_head(path)[0])
         elif needed:
             raise InputError(f"{contract.no_image_message(section, '--input patches')}; or train on features")
 

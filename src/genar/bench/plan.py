@@ -1,6 +1,5 @@
 """The runs of a recipe: which sections are held out together, what is trained where, and what is missing for it."""
 
-import glob
 import hashlib
 import json
 import re
@@ -20,7 +19,7 @@ from genar.data.files import json_ready
 from genar.data.reading import named_image
 from genar.errors import InputError, first_names
 from genar.evaluation.protocol import Fold, folds
-from genar.features import Inputs, default_store
+from genar.features import Inputs, default_store, stores_of
 from genar.genes import ORDERS
 from genar.settings import Settings
 from genar.train_plan import TrainPlan
@@ -279,6 +278,6 @@ def _missing_images(refs: Iterable[SectionRef], options: ReadOptions) -> list[st
 
 
 def _has_features(store: Path, section: str, encoder: str) -> bool:
-    heads = (read_json(path, "feature store") for path in store.glob(f"{glob.escape(section)}-*.zarr/zarr.json"))
+    heads = (read_json(path / "zarr.json", "feature store") for path in stores_of(section, store))
     facts = (head.get("attributes", {}) for head in heads)
     return any((one.get("section"), one.get("encoder")) == (section, encoder) for one in facts)

@@ -7,10 +7,11 @@ from pathlib import Path
 from anndata import AnnData
 
 from genar.data.door import door
+from genar.data.files import MARK
 from genar.errors import InputError
 from genar.export.geojson import write_geojson
 from genar.export.spatialdata import write_spatialdata
-from genar.export.tissuumaps import write_tissuumaps
+from genar.export.tissuumaps import UID, write_tissuumaps
 from genar.export.vitessce import write_vitessce
 
 __all__ = [
@@ -33,7 +34,7 @@ FORMATS = {
 _SUFFIXES = {".geojson": "geojson", ".json": "geojson", ".zarr": "spatialdata", ".tmap": "tissuumaps"}
 _IN_A_FOLDER = {"vitessce.json", "prediction.sdata.zarr"}
 _IN_A_STORE = {"images/he", "shapes/spots", "tables/table"}
-_MARK = {"geojson": rb'"software":\s*"GenAR"', "tissuumaps": rb'"uid":\s*"genar"'}
+_MARKS = {"geojson": ("software", MARK), "tissuumaps": ("uid", UID)}  # members of the file, and their value
 _MARK_WITHIN = 1 << 16  # bytes of a file
 
 
@@ -68,9 +69,9 @@ def refuse_foreign(path: Path) -> None:
         holds_store = there <= _IN_A_FOLDER and any(path.glob("*.zarr/tables/*/uns/genar/prediction"))
         if is_store or holds_store or not there:
             return
-    elif path.is_file() and (mark := _MARK.get(_SUFFIXES.get(path.suffix.lower(), ""))):
+    elif path.is_file() and (mark := _MARKS.get(_SUFFIXES.get(path.suffix.lower(), ""))):
         with path.open("rb") as file:
-            if re.search(mark, file.read(_MARK_WITHIN)):
+            if re.search(rb'"%s":\s*"%s"' % tuple(part.encode() for part in mark), file.read(_MARK_WITHIN)):
                 return
     elif path.suffix == ".h5ad" and path.is_file():
         import h5py

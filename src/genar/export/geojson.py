@@ -8,10 +8,9 @@ import numpy as np
 from anndata import AnnData
 
 from genar.data import contract
-from genar.data.files import write_text
+from genar.data.files import MARK, replacing
 from genar.export._common import cut
 
-SOFTWARE = "GenAR"  # a member that tells its own files from others
 _CORNERS = 24  # of the polygon that stands for a round spot
 _DECIMALS = 4
 
@@ -27,29 +26,31 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
     """
     predicted = cut(predicted, genes)
     chosen = [str(name) for name in predicted.var_names]
-    values = dict(zip(chosen, contract.counts(predicted, chosen).T, strict=True))
+    names, counts, means = chosen, contract.counts(predicted, chosen), np.empty((predicted.n_obs, 0))
     if "mean" in predicted.layers:
-        means = contract.layer(predicted, "mean").astype(np.float64).round(_DECIMALS)
-        values |= {f"{gene} mean": column for gene, column in zip(chosen, means.T, strict=True)}
-    measured = {name: column.tolist() for name, column in values.items()}
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [ring], "isEllipse": True},
-            "properties": {
-                "objectType": "detection",
-                "name": str(barcode),
-                "measurements": {name: column[i] for name, column in measured.items()},
-            },
-        }
-        for i, (barcode, ring) in enumerate(zip(predicted.obs_names, _rings(predicted), strict=True))
-    ]
-    write_text(path, json.dumps({"type": "FeatureCollection", "software": SOFTWARE, "features": features}))
+        means = contract.layer(predicted, "mean")
+        names = [*chosen, *(f"{gene} mean" for gene in chosen)]
+    rings = _rings(predicted)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(f'{{"type": "FeatureCollection", "software": "{MARK}", "features": [')
+        for i, barcode in enumerate(predicted.obs_names):  # a spot at a time: as objects all would take ten times more
+            values = [*counts[i].tolist(), *means[i].astype(np.float64).round(_DECIMALS).tolist()]
+            spot = {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [rings[i].tolist()], "isEllipse": True},
+                "properties": {
+                    "objectType": "detection",
+                    "name": str(barcode),
+                    "measurements": dict(zip(names, values, strict=True)),
+                },
+            }
+            file.write(f"{', ' if i else ''}{json.dumps(spot)}")
+        file.write("]}")
     return Path(path)
 
 
-def _rings(section: AnnData) -> list:
-    """The closed outline of each spot, [N][corners + 1][2] px."""
+def _rings(section: AnnData) -> np.ndarray:
+    """The closed outline of each spot, [N, corners + 1, 2] px."""
     angle = 2 * np.pi * np.append(np.arange(_CORNERS), 0) / _CORNERS
     circle = np.stack([np.cos(angle), np.sin(angle)], axis=1) * contract.spot_diameter_px(section) / 2
-    return (contract.coords_px(section)[:, None] + circle).round(2).tolist()
+    return (contract.coords_px(section)[:, None] + circle).round(2)

@@ -13,7 +13,7 @@ from genar.data.files import replacing, write_text
 from genar.export._common import IMAGE_PX, cut, expected
 from genar.report.maps import background
 
-_UID = "genar"
+UID = "genar"
 _DISC = 0.85  # of its diameter is the size of a disc: TissUUmaps (3.2) draws it wider
 
 
@@ -56,7 +56,7 @@ def write_tissuumaps(predicted: AnnData, path: str | Path, *, genes: Sequence[st
         "shape_gr_rand": False, "shape_gr_dict": False,
     }  # fmt: skip
     markers = {
-        "title": "Predicted genes", "name": "Predicted genes", "comment": "Expected counts", "uid": _UID,
+        "title": "Predicted genes", "name": "Predicted genes", "comment": "Expected counts", "uid": UID,
         "autoLoad": True, "hideSettings": True, "path": spots.name, "expectedHeader": header, "expectedRadios": radios,
         "dropdownOptions": [
             {"optionName": name, "name": name, "expectedHeader.cb_col": f"gene {name}"} for name in names
@@ -69,7 +69,7 @@ def write_tissuumaps(predicted: AnnData, path: str | Path, *, genes: Sequence[st
         "markerFiles": [markers],
         "mpp": mpp,
         # a spot is as wide as it is in the tissue, whatever the zoom: scale_factor is in px of the image
-        "settings": [{"module": "glUtils", "function": "_useAbsoluteMarkerSize", "value": {_UID: True}}],
+        "settings": [{"module": "glUtils", "function": "_useAbsoluteMarkerSize", "value": {UID: True}}],
     }
     write_text(path, json.dumps(project, indent=1))
     return path

@@ -3,7 +3,7 @@
 from genar.features.imports import find_feature_file, import_features, import_recipe, read_foreign_features
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
-from genar.features.store import BATCH_SIZE, Busy, check_source, embed
+from genar.features.store import BATCH_SIZE, Busy, check_source, embed, stores_of
 from genar.features.stored import StoredInputs, read_features, read_inputs
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "read_inputs",
     "recipe_of",
     "store_path",
+    "stores_of",
 ]

@@ -4,7 +4,6 @@ Every file is verified by size and hash before it appears under its name; what i
 an interrupted fetch goes on at the byte where it stopped. ``fetch.json`` in the folder says what came from where.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import genar
 from genar.data.datasets import Dataset, dataset
-from genar.data.files import let_go, make_folder, write_text
+from genar.data.files import alone, make_folder, write_text
 from genar.data.progress import Bar, no_bar
 from genar.errors import InputError
 from genar.fetch import her2st, hub
@@ -258,29 +257,15 @@ def _begun(task: _Task, coming: list[RemoteFile]) -> int:
 
 @contextmanager
 def _alone(out: Path):
-    """Keep a second fetch out of the same folder. The lock goes with the process; an empty folder goes, too."""
-    from filelock import FileLock, Timeout
-
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: expected a folder to fetch into, found a file")
-    parts, is_new = out / _PARTS, not out.exists()
-    make_folder(parts)
-    lock = FileLock(parts / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{out}: another fetch is writing there; wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        is_empty = not any(path.is_file() for path in parts.rglob("*") if path.name != "lock")
-        for folder in [path for path in parts.iterdir() if path.is_dir()] if is_empty else []:
-            shutil.rmtree(folder, ignore_errors=True)
-        let_go(lock)
-        with contextlib.suppress(OSError):  # another fetch may have begun there
-            parts.rmdir()
-            if is_new:
-                out.rmdir()
+    """Keep a second fetch out of the same folder; at the end a folder of parts without any goes."""
+    with alone(out, "fetch"):
+        parts = out / _PARTS
+        make_folder(parts)
+        try:
+            yield
+        finally:
+            if not any(path.is_file() for path in parts.rglob("*")):
+                shutil.rmtree(parts, ignore_errors=True)
 
 
 def _human(n_bytes: float) -> str:

@@ -17,11 +17,10 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from genar.data import contract
-from genar.data.files import file_part, replacing
+from genar.data.files import MARK, file_part, replacing
 from genar.data.slide import closeup, open_slide
 from genar.errors import InputError
 
-_SOFTWARE = "GenAR"  # in the pictures, so that others are not taken for them
 _BACKGROUND_PX = 1000
 _COLOURS = "viridis"  # readable without colour vision, and in grey
 _TITLE, _GENE = 40, 28  # letters of a line that is as wide as a map, and of a gene's name in it
@@ -246,7 +245,7 @@ def refuse_foreign(path: Path) -> None:
     """``InputError`` where something lies at ``path`` that is no picture of GenAR's: it might be somebody's slide."""
     if path.exists():
         with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path) as found:
-            if found.info.get("Software") == _SOFTWARE:
+            if found.info.get("Software") == MARK:
                 return
         raise InputError(f"{path}: is there already, and no picture of GenAR's; choose another --out, or delete it")
 
@@ -257,7 +256,7 @@ def _save(figure: Figure, path: Path) -> Path:
     if path.suffix == ".png":
         refuse_foreign(path)
         # a quicker compression than the default, of files a twentieth larger
-        how = {"metadata": {"Software": _SOFTWARE}, "pil_kwargs": {"compress_level": 3}}
+        how = {"metadata": {"Software": MARK}, "pil_kwargs": {"compress_level": 3}}
     lay_out(figure, _DPI)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, **how)

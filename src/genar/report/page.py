@@ -18,7 +18,7 @@ from markupsafe import Markup
 import genar
 from genar.data import contract
 from genar.data.door import door
-from genar.data.files import json_ready, refuse_foreign, write_text
+from genar.data.files import MARK, json_ready, refuse_foreign, write_text
 from genar.report import figures
 from genar.report.matrices import pack
 from genar.report.subject import Subject
@@ -34,7 +34,7 @@ _DRAWN = {"samples": "{} trajectories", "seed": "seed {}"}
 _LARGE_BYTES = 15 << 20
 
 
-GENERATOR = 'name="generator" content="GenAR"'
+GENERATOR = f'name="generator" content="{MARK}"'
 
 
 def write_page(subject: Subject, path: Path, *, gene: str = "", say: Callable[[str], None] = print) -> Path:

@@ -1,7 +1,6 @@
 """What ``genar check`` says of sections and slides, before hours are spent on them. Loads neither torch nor a whole
 image."""
 
-import glob
 import hashlib
 import re
 import warnings
@@ -19,6 +18,7 @@ from genar.data.reading import ReadOptions, disagreeing
 from genar.data.slide import image_head
 from genar.data.tissue import on_tissue, tissue_of
 from genar.errors import InputError, NoRawCountsError, SectionWarning
+from genar.features import stores_of
 from genar.genes import Panel
 from genar.report import maps
 
@@ -200,7 +200,7 @@ def _look_at_features(section: AnnData, store: Path | None, row: SectionReport) 
     import zarr
 
     row.features = []
-    for path in sorted(store.glob(f"{glob.escape(contract.name(section))}-*.zarr")):
+    for path in stores_of(contract.name(section), store):
         try:
             with door(path, "feature store", "delete it and embed again"):
                 check_zarr(path, "delete it and embed again")
