@@ -176,6 +176,10 @@ def test_choosing_spots_leaves_the_patches_where_they_are():
         (["--model", "st_net", "--input", "patches", "--set", "input=features"], "pass --input features"),
         (["--model", "st_net", "--input", "patches", "--set", "context_spots=4"], "context_spots are of features"),
         (["--model", "st_net", "--input", "patches", "--patch", "round"], "patch convention"),
+        (
+            ["--model", "st_net", "--input", "patches", "--encoder", "resnet18", "--views", "8", "--features", "f"],
+            "--encoder, --views, --features would do nothing here",
+        ),
     ],
 )
 def test_refusals_are_one_line_before_any_work(words, told, tissue, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from genar.features import Inputs
 from genar.genes import read_gene_sets, read_panel, select_panel
 from genar.genes.panel import read_aliases
 from genar.genes.selection import RECIPES, _Moments
-from genar.inference import pitch_note
+from genar.inference import pitch_note, predict_run
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2
 from genar.models.checkpoint import load_checkpoint
@@ -208,10 +208,36 @@ def test_spots_of_a_bare_slide_lie_as_far_apart_as_in_the_training(
     assert f"{predicted.n_obs} spots, {pitch} um apart" in capsys.readouterr().out
 
 
+def test_spots_of_a_bare_slide_are_as_wide_as_in_the_training(trained):
+    """What a spot of 100 um has captured is not what one of 55 um has; and patches ``stem`` are as wide as the spot."""
+    checkpoint, slide = load_checkpoint(trained / "run"), trained / "tissue" / "wsis" / "B.tif"
+    assert checkpoint.training["spot_diameter_um"] == 55
+    wide = replace(checkpoint, training={**checkpoint.training, "spot_diameter_um": 100.0})
+    store = {"features": trained / "features"}
+    of_55, of_100 = (predict_run(slide, one, None, reading={"mpp": 0.7}, **store) for one in (checkpoint, wide))
+    assert [contract.spot_diameter_px(one) * 0.7 for one in (of_55, of_100)] == pytest.approx([55, 100])
+    (picture,) = of_100.uns["spatial"].values()  # what scanpy draws by
+    assert picture["scalefactors"]["spot_diameter_fullres"] == pytest.approx(100 / 0.7)
+    told = predict_run(slide, wide, None, reading={"mpp": 0.7, "spot_um": 70}, **store)
+    assert contract.spot_diameter_px(told) * 0.7 == pytest.approx(70)
+
+
+@pytest.mark.parametrize(("width", "told"), [(55, False), (60, False), (100, True), (0, False)])
+def test_spots_of_another_width_than_in_training_are_told(trained, width, told):
+    checkpoint, section = load_checkpoint(trained / "run"), read_section(trained / "tissue" / "st" / "B.h5ad")
+    section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM] = float(width)
+    said: list[str] = []
+    predict_run(section, checkpoint, None, features=trained / "features", say=said.append)
+    note = f"note: counts are of spots 55 um wide, as in the model's training; here they are {width} um wide"
+    assert (note in said) == told
+
+
 @pytest.mark.parametrize("told", [0, -5, "far", None, float("inf"), float("nan")])
 def test_a_distance_of_spots_that_is_none_is_not_used(trained, told):
     checkpoint = load_checkpoint(trained / "run")
-    assert replace(checkpoint, training={**checkpoint.training, "pitch_um": told}).pitch_um == 0
+    lengths = {"pitch_um": told, "spot_diameter_um": told}
+    strange = replace(checkpoint, training={**checkpoint.training, **lengths})
+    assert (strange.pitch_um, strange.spot_um) == (0, 0)
 
 
 def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeypatch, capsys):

@@ -311,6 +311,13 @@ def train(
         from genar import runs
         from genar.settings import read_settings
 
+    if input == "patches":
+        own = {"--encoder": (encoder, defaults.ENCODER), "--encoder-precision": (encoder_precision, defaults.PRECISION)}
+        refuse_beside(
+            "--input patches (no encoder looks at them)",
+            {name: value for name, (value, usual) in own.items() if value != usual}
+            | {"--weights": weights, "--views": views or None, "--features": features},
+        )
     settings = read_settings(config, set_ or [], model)
     settings.train.update(given(precision=precision, seed=seed, accumulate=accumulate))
     settings.decoding.update(given(samples=samples))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata
 from anndata import AnnData
+from torch import Tensor
 
 from genar import encoders, machine, pixels
 from genar.data import contract, read_section
@@ -23,7 +24,7 @@ from genar.prediction import decoding, held_bytes, predict_section, predict_to_f
 from genar.report import maps
 
 STREAMED_BYTES = 2**29  # a prediction of more is not held in memory
-_PITCH = 0.2  # spots may lie so much nearer or farther than in training, as a share
+_ALIKE = 0.2  # by what share spots may lie nearer or farther, or be wider or narrower, than in training
 
 
 def predict_run(
@@ -46,8 +47,8 @@ def predict_run(
     ``revision``), embedding it where its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix
     of ``out`` say one of the formats of ``genar.export``.
 
-    ``reading`` holds the options of ``genar.read_section``; but the spots of a bare slide lie as far apart as those
-    that the model was trained on, unless ``spacing_um`` is there.
+    ``reading`` holds the options of ``genar.read_section``; but the spots of a bare slide are as wide and lie as far
+    apart as those that the model was trained on, unless ``spot_um`` and ``spacing_um`` are there.
 
     A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
     backed mode); the other formats are made in memory. Without ``out`` nothing is written.
@@ -61,21 +62,21 @@ def predict_run(
         refuse_foreign(out)
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
     if not isinstance(section, AnnData):
-        spacing = {"spacing_um": checkpoint.pitch_um} if checkpoint.pitch_um else {}
-        section = read_section(section, **{**spacing, **(reading or {})})
+        like_training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um}
+        told = {name: value for name, value in like_training.items() if value}
+        section = read_section(section, **{**told, **(reading or {})})
     checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
-    if section.n_vars == 0 and out is not None:
-        maps.refuse_foreign(_overlay_of(out))
-    if section.n_vars == 0 and (pitch := section.uns[contract.GENAR].get(contract.PITCH_UM)):
-        say(f"{section.n_obs} spots, {pitch:.4g} um apart")
+    if not contract.has_counts(section):
+        if out is not None:
+            maps.refuse_foreign(_overlay_of(out))
+        if pitch := section.uns[contract.GENAR].get(contract.PITCH_UM):
+            say(f"{section.n_obs} spots, {pitch:.4g} um apart")
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
     with scratch_beside(out or Path(tempfile.gettempdir(), "genar")) as scratch:
         if pixels.takes_patches(checkpoint.features):
-            with door("checkpoint", "recipe of patches"):
-                recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
-            values, patches = pixels.no_features(section.n_obs), pixels.read_pixels([section], recipe, scratch, bar=bar)
+            values, patches = pixels.no_features(section.n_obs), _patches_for(checkpoint, section, scratch, bar)
         else:
             say(f"features of {section.n_obs} spots: made where they are not stored")
             store = features or default_store()
@@ -90,7 +91,8 @@ def predict_run(
         del patches  # it may lie in the folder that goes now
     if note := unused_note(checkpoint.model, how or {}, predicted.layers):
         say(note)
-    for note in filter(None, (contract.trained_on_note(predicted), pitch_note(checkpoint, section))):
+    notes = contract.trained_on_note(predicted), pitch_note(checkpoint, section), width_note(checkpoint, section)
+    for note in filter(None, notes):
         say(f"note: {note}")
     if out is None or predicted.isbacked:
         return predicted
@@ -106,10 +108,22 @@ def pitch_note(checkpoint: Checkpoint, section: AnnData) -> str:
     it was trained on; else nothing."""
     here, there = section.uns[contract.GENAR].get(contract.PITCH_UM, 0), checkpoint.pitch_um
     looks = checkpoint.features.get("context_spots") or checkpoint.model.unit == "section"
-    if not (looks and here > 0 and there) or abs(here / there - 1) <= _PITCH:
+    if not (looks and here > 0 and there) or _alike(here, there):
         return ""
-    remedy = f"; --spacing-um {there:.4g} lays them so" if section.n_vars == 0 else ""
+    remedy = f"; --spacing-um {there:.4g} lays them so" if not contract.has_counts(section) else ""
     return f"the model looks at neighbours {there:.4g} um away, as in its training; here are {here:.4g} um{remedy}"
+
+
+def width_note(checkpoint: Checkpoint, section: AnnData) -> str:
+    """What to say where spots are wider or narrower than those that the model was trained on; else nothing."""
+    here, there = section.uns[contract.GENAR].get(contract.SPOT_DIAMETER_UM, 0), checkpoint.spot_um
+    if not (here > 0 and there) or _alike(here, there):
+        return ""
+    return f"counts are of spots {there:.4g} um wide, as in the model's training; here they are {here:.4g} um wide"
+
+
+def _alike(here: float, there: float) -> bool:
+    return abs(here / there - 1) <= _ALIKE
 
 
 def _kind(out: Path, asked: str | None) -> str:
@@ -119,6 +133,13 @@ def _kind(out: Path, asked: str | None) -> str:
     if asked == "h5ad":
         raise InputError(f"--out {out}: h5ad ends in .h5ad; name it {out.stem}.h5ad")
     return format_of(out, asked, ".h5ad")
+
+
+def _patches_for(checkpoint: Checkpoint, section: AnnData, scratch: Path, bar: Bar) -> Tensor:
+    """Pixels of a section as the checkpoint's model was trained on; where they are many, in a file in ``scratch``."""
+    with door("checkpoint", "recipe of patches"):
+        recipe = pixels.PixelRecipe.from_facts(checkpoint.features)
+    return pixels.read_pixels([section], recipe, scratch, bar=bar)
 
 
 def _features_for(

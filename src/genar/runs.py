@@ -280,7 +280,7 @@ def _read(plan: TrainPlan, say, bar: Bar) -> tuple[list[AnnData], list[AnnData],
     digests: dict[str, str] = {}
 
     def sound(section: AnnData) -> AnnData:
-        if section.n_vars == 0:
+        if not contract.has_counts(section):
             raise InputError(
                 f"section {contract.name(section)}: a slide without counts; train on sections that have them, and "
                 "give slides to `genar predict`"
@@ -355,7 +355,10 @@ def _training_facts(
         "sections": [contract.name(s) for s in training],
         "held_out": [contract.name(s) for s in held_out],
         "patients": sorted(_patients(training)),
-        contract.PITCH_UM: median([float(s.uns[contract.GENAR].get(contract.PITCH_UM, 0)) for s in training]),
+        **{
+            name: median([float(s.uns[contract.GENAR].get(name, 0)) for s in training])
+            for name in (contract.PITCH_UM, contract.SPOT_DIAMETER_UM)
+        },
         contract.SIMULATED: any(map(contract.of_simulation, training)),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: mean.tolist(),

@@ -189,6 +189,11 @@ def mpp(adata: AnnData) -> float:
     return float(facts[MPP])
 
 
+def has_counts(adata: AnnData) -> bool:
+    """Whether anything was measured: spots laid on a bare slide have no genes."""
+    return adata.n_vars > 0
+
+
 def spot_diameter_px(adata: AnnData) -> float:
     """Diameter of a spot in full-resolution px; 55 um where it is not known (0)."""
     return (float(adata.uns.get(GENAR, {}).get(SPOT_DIAMETER_UM, 0)) or VISIUM_SPOT_UM) / mpp(adata)
@@ -259,7 +264,7 @@ def expected_log2(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
 
 def _of_genes(adata: AnnData, genes: list[str]):
     """The columns of X."""
-    if genes and adata.n_vars == 0:
+    if genes and not has_counts(adata):
         raise InputError(f"section {name(adata)}: a slide without counts; name sections that have them")
     place = adata.var_names.get_indexer(genes)
     if missing := [gene for gene, found in zip(genes, place, strict=True) if found < 0]:

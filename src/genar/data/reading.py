@@ -37,9 +37,11 @@ class ReadOptions:
     """width of the spots into which Visium HD bins are pooled, um; 56 is about the diameter of a Visium spot"""
     spacing_um: float = 100.0
     """pitch of the grid laid on a bare slide, um; 100 is Visium's"""
+    spot_um: float = contract.VISIUM_SPOT_UM
+    """diameter of the spots laid on a bare slide, um"""
 
     def __post_init__(self):
-        for name in ("mpp", "bin_um", "spacing_um"):
+        for name in ("mpp", "bin_um", "spacing_um", "spot_um"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e5:
                 raise InputError(f"--{name.replace('_', '-')} must be a positive number of um, found {value}")

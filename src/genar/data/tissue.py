@@ -122,14 +122,19 @@ def on_tissue(xy_px: np.ndarray, mask: np.ndarray, size_px: tuple[int, int]) -> 
 
 
 def place_spots(
-    slide: str | Path, *, spacing_um: float = 100.0, mpp: float | None = None, section: str = ""
+    slide: str | Path,
+    *,
+    spacing_um: float = 100.0,
+    spot_um: float = contract.VISIUM_SPOT_UM,
+    mpp: float | None = None,
+    section: str = "",
 ) -> AnnData:
     """Spots on the tissue of a bare slide: N spots x 0 genes, as the contract has it, named by row and column.
 
-    A square grid of ``spacing_um`` um over the whole slide; spots whose centre lies on tissue stay. ``mpp`` (um per px)
-    overrides the pixel size; ``section`` is its name, the file's where none is given. Raises ``InputError`` where no
-    pixel size is known or the image's tag says a finer one than any scanner's, no tissue is found or none of it lies on
-    the grid.
+    A square grid of ``spacing_um`` um over the whole slide; spots whose centre lies on tissue stay, round and
+    ``spot_um`` um wide. ``mpp`` (um per px) overrides the pixel size; ``section`` is its name, the file's where none is
+    given. Raises ``InputError`` where no pixel size is known or the image's tag says a finer one than any scanner's, no
+    tissue is found or none of it lies on the grid.
 
     >>> spots = genar.place_spots("tissue/wsis/SIM2.tif", spacing_um=200, mpp=2.0)
     >>> spots.n_vars, spots.obsm["spatial"].shape[1]
@@ -161,10 +166,10 @@ def place_spots(
     adata = AnnData(sparse.csr_matrix((int(kept.sum()), 0), dtype=np.float32), obs=obs)
     adata.obsm[contract.SPATIAL] = xy[kept]
     scale = view.shape[1] / size_px[0]
-    factors = {"spot_diameter_fullres": contract.VISIUM_SPOT_UM / mpp_used, "tissue_hires_scalef": scale}
+    factors = {"spot_diameter_fullres": spot_um / mpp_used, "tissue_hires_scalef": scale}
     adata.uns[contract.SPATIAL] = {section: {"images": {"hires": view}, "scalefactors": factors}}
     by = {} if mpp else {"image": mpp_used}
     return contract.new_section(
-        adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=contract.VISIUM_SPOT_UM,
+        adata, section=section, slide=slide, mpp=mpp_used, spot_diameter_um=spot_um,
         pitch_um=spacing_um, source="slide", mpp_by=by,
     )  # fmt: skip

@@ -54,7 +54,15 @@ class Checkpoint:
     @property
     def pitch_um(self) -> float:
         """Distance of the training's spots, um; 0 where it is not told."""
-        told = self.training.get("pitch_um")
+        return self._length("pitch_um")
+
+    @property
+    def spot_um(self) -> float:
+        """Diameter of the training's spots, um; 0 where it is not told."""
+        return self._length("spot_diameter_um")
+
+    def _length(self, name: str) -> float:
+        told = self.training.get(name)
         return float(told) if isinstance(told, int | float) and 0 < told < math.inf else 0.0
 
     @classmethod

@@ -153,7 +153,7 @@ def _look_at_counts(section: AnnData, row: SectionReport) -> None:
     row.mpp, row.mpp_by = contract.mpp(section), dict(facts[contract.MPP_BY])
     row.mpp_agree = not disagreeing(row.mpp_by)
     row.patient, row.note, row.counts_from = facts[contract.PATIENT], facts[contract.NOTE], facts[contract.COUNTS_FROM]
-    if section.n_vars == 0:
+    if not contract.has_counts(section):
         return
     row.raw_counts, row.n_empty = True, int((library == 0).sum())
     row.library_size = {"min": int(library.min()), "median": float(np.median(library)), "max": int(library.max())}
@@ -213,7 +213,7 @@ def _look_at_features(section: AnnData, store: Path | None, row: SectionReport) 
 
 
 def _look_at_panel(section: AnnData, panel: Panel | None, row: SectionReport) -> None:
-    if panel is None or section.n_vars == 0:
+    if panel is None or not contract.has_counts(section):
         return
     known = set(section.var_names)
     row.panel_missing = [gene for gene in panel.genes if gene not in known]
@@ -272,7 +272,7 @@ def _free_name(ref: SectionRef, rows: Sequence[SectionReport]) -> str:
 
 def _fingerprint(section: AnnData) -> str:
     """Hash of counts and positions, whatever the names; empty where there are no counts."""
-    if section.n_vars == 0:
+    if not contract.has_counts(section):
         return ""
     x = section.X
     digest = hashlib.sha256(contract.coords_px(section).round(2).tobytes())

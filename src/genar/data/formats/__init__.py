@@ -132,7 +132,8 @@ def _parts(section: str) -> tuple[str, ...]:
 def read_section(path: str | Path, *, format: str | None = None, **options) -> AnnData:
     """Read the one section that ``path`` names: N spots x all genes, slots as in :mod:`genar.data.contract`.
 
-    ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``.
+    ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``,
+    ``spot_um``.
     Raises ``InputError`` where ``path`` names none or several, or where the section breaks the contract.
 
     >>> section = genar.read_section("tissue:SIM1")

@@ -45,7 +45,8 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         raise InputError(f"section {section}: --image names the image of counts, and this is an image itself")
     path = root / section if (root / section).is_file() else _slides(root)[section]
     name = section if section in _slides(root) else path.stem  # two may have one stem
-    return place_spots(path, spacing_um=options.spacing_um, mpp=options.mpp or _mpp_of_hest(path), section=name)
+    mpp = options.mpp or _mpp_of_hest(path)
+    return place_spots(path, spacing_um=options.spacing_um, spot_um=options.spot_um, mpp=mpp, section=name)
 
 
 def _mpp_of_hest(slide: Path) -> float | None:
