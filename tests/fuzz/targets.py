@@ -16,6 +16,7 @@ from scipy import sparse
 from genar import assess, settings
 from genar.bench.recipe import read_recipe
 from genar.data import contract, find_sections, open_slide, pyramid
+from genar.data.patients import patient_in_table
 from genar.data.reading import ReadOptions
 from genar.data.slide import glance, image_head
 from genar.data.tissue import place_spots
@@ -206,6 +207,7 @@ def seed_panels(folder: Path) -> None:
     (folder / "panel.txt").write_text("A\nB # b\nC\n")
     (folder / "aliases.txt").write_text("A X\nB\tY\n")
     (folder / "sets.gmt").write_text("S1\tabout\tA\tB\nS2\t\tC\n")
+    (folder / "patients.csv").write_text("section,patient\nP1,Ann\nP2,Bea\n")
 
 
 def enter_panels(work: Path) -> None:
@@ -217,6 +219,7 @@ def enter_panels(work: Path) -> None:
         "panel.txt": read_panel,
         "aliases.txt": read_aliases,
         "sets.gmt": read_gene_sets,
+        "patients.csv": lambda path: patient_in_table(path.parent, "P1"),
     }.items():
         try:
             read(work / name)

@@ -33,6 +33,7 @@ _HEAP_HEAD = 16  # bytes of its head, and of the head of each part
 _LONGEST = 200  # characters of a library's own words
 # Exceptions of libraries that are none of Python's own kinds; looked up when something is raised: nothing is imported.
 _OF_LIBRARIES = (
+    ("_csv", "Error"),
     ("anndata._io.specs.registry", "IORegistryError"),
     ("imagecodecs", "DelayedImportError"),
     ("openslide", "OpenSlideError"),

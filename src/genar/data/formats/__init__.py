@@ -15,8 +15,9 @@ from types import ModuleType
 
 from anndata import AnnData
 
-from genar.data.contract import section_key, slide_path
+from genar.data.contract import GENAR, PATIENT, section_key, slide_path
 from genar.data.door import door
+from genar.data.patients import patient_in_table
 from genar.data.reading import ReadOptions
 from genar.errors import InputError
 
@@ -44,12 +45,15 @@ class SectionRef:
 
     def read(self, options: ReadOptions | None = None, **more) -> AnnData:
         """The section as the contract has it, N spots x all genes (a bare slide: x 0); ``more`` are fields of
-        ``ReadOptions``, such as ``mpp`` (um per px).
+        ``ReadOptions``, such as ``mpp`` (um per px). A table ``patients.csv`` beside it says whose it is.
 
         Raises ``InputError`` where a file is missing or damaged, or the section breaks the contract.
         """
         with door(f"{self.root}:{self.id}", f"section ({self.format})", "are its files complete?"):
-            return format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
+            section = format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
+        if patient := patient_in_table(self.root, self.id):
+            section.uns[GENAR][PATIENT] = patient
+        return section
 
     def image(self, options: ReadOptions) -> Path | None:
         """The section's image, or ``None``; read are the counts only where the format cannot tell without them.
