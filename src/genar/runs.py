@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -35,11 +35,10 @@ from genar.features import (
     recipe_of,
 )
 from genar.genes import (
-    ORDERS,
     Panel,
+    gene_sets_of,
     leak_note,
     order_by_sets,
-    read_gene_sets,
     read_panel,
     select_panel,
 )
@@ -91,7 +90,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     config = train_config_from_dict(plan.settings.train, plan.recipe, cls.train_defaults)
     how = decoding(cls, plan.settings.decoding)
     model_settings = pixels.input_settings(plan.input, plan.model, plan.preset, plan.settings.model, plan.inputs)
-    model_settings, sets = _gene_sets(model_settings)
+    model_settings, sets = gene_sets_of(model_settings)
     cls.check_settings(plan.preset, model_settings)
     cls.check_decoding(plan.preset, model_settings, how)
     if plan.settings.train and not cls.gradient:
@@ -314,14 +313,6 @@ def _cut(
 
 def _patients(sections: list[AnnData]) -> set[str]:
     return {str(section.uns[contract.GENAR][contract.PATIENT]) for section in sections} - {""}
-
-
-def _gene_sets(settings: Mapping) -> tuple[dict, dict | None]:
-    """Settings of the model and, where ``order`` names a GMT file, its gene sets."""
-    order = settings.get("order")
-    if isinstance(order, str) and order not in ORDERS:
-        return {name: value for name, value in settings.items() if name != "order"}, read_gene_sets(order)
-    return dict(settings), None
 
 
 def _baseline(name: str, spots: AnySpots, beside: Checkpoint) -> Checkpoint:

@@ -16,8 +16,8 @@ from genar.data.door import door
 from genar.data.yaml_text import load_yaml
 from genar.errors import InputError
 from genar.evaluation.protocol import PROTOCOLS
-from genar.genes import ORDERS, read_gene_sets, read_panel
 from genar.genes import RECIPES as PANEL_RECIPES
+from genar.genes import gene_sets_of, read_panel
 from genar.models import model_class
 from genar.prediction import decoding
 from genar.settings import Settings, read_settings
@@ -235,10 +235,8 @@ def _method(path: Path, entry, shared: Mapping) -> Method:
         train_config_from_dict(settings.train, method.recipe)
         if "seed" in settings.train:
             raise InputError("seed is the recipe's: seeds")
-        own = {name: value for name, value in settings.model.items() if name != "order"}
+        own, _ = gene_sets_of(settings.model)
         cls.check_settings(method.preset, own)
-        if isinstance(order := settings.model.get("order"), str) and order not in ORDERS:
-            read_gene_sets(order)
         cls.check_decoding(method.preset, own, decoding(cls, {"decode": "mean", **settings.decoding}))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
@@ -347,7 +345,7 @@ def _groups(path: Path, entry) -> GroupsOfRecipe | None:
 def _check_size(path: Path, method: Method, cohort: Cohort, n_genes: int) -> None:
     """Settings that cannot fit the panel, whose genes may be chosen later but whose length is known."""
     n_genes = len(read_panel(cohort.panel).genes) if Path(cohort.panel).is_file() else n_genes
-    own = {name: value for name, value in method.settings.model.items() if name != "order"}
+    own, _ = gene_sets_of(method.settings.model)
     try:
         model_class(method.model).check_settings(method.preset, own, n_genes)
     except InputError as error:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from genar.data.door import door
 from genar.errors import InputError
-from genar.genes.scales import Scales
+from genar.genes.scales import ORDERS, Scales
 
 
 def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -34,6 +34,15 @@ def read_gene_sets(path: str | Path) -> dict[str, tuple[str, ...]]:
     if not sets:
         raise InputError(f"{path}: holds no gene set")
     return sets
+
+
+def gene_sets_of(settings: Mapping) -> tuple[dict, dict[str, tuple[str, ...]] | None]:
+    """A model's settings without an ``order`` that names a GMT file, and the gene sets of that file; or all of them,
+    and ``None``. Raises ``InputError`` as :func:`read_gene_sets` does."""
+    order = settings.get("order")
+    if not isinstance(order, str) or order in ORDERS:
+        return dict(settings), None
+    return {name: value for name, value in settings.items() if name != "order"}, read_gene_sets(order)
 
 
 def order_by_sets(genes: Sequence[str], sets: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
