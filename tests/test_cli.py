@@ -393,6 +393,7 @@ def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch,
 def test_the_demo_is_not_made_twice(tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "report.html").write_text("")
     assert run(monkeypatch, "demo", "--out", tmp_path) == 2
     assert_one_line(capsys, "delete the folder, or give another --out")
     assert not (tmp_path / "simulated_tissue").exists()

@@ -413,7 +413,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 # --- SpatialData
 
 
-def write_spatialdata(path, n=12, *, channels=3):
+def write_spatialdata(path, n=12, *, channels=3, name="he"):
     """A store written by the spatialdata package; image and spots have different transformations to "global"."""
     sd = pytest.importorskip("spatialdata")
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
@@ -431,7 +431,7 @@ def write_spatialdata(path, n=12, *, channels=3):
     table.obs_names, table.var_names = names[::-1], [f"G{i}" for i in range(4)]
     table.obs["region"], table.obs["instance_id"] = pd.Categorical(["spots"] * n), names[::-1]
     table = TableModel.parse(table, region="spots", region_key="region", instance_key="instance_id")
-    sd.SpatialData(images={"he": image}, shapes={"spots": shapes}, tables={"table": table}).write(path)
+    sd.SpatialData(images={name: image}, shapes={"spots": shapes}, tables={"table": table}).write(path)
     return pixels, (xy + np.array([10, -5]))[::-1], table
 
 
@@ -462,6 +462,13 @@ def test_spatialdata_gives_counts_positions_in_px_of_its_image_and_patches(tmp_p
     with pytest.raises(InputError, match=r"S1.*--mpp"):
         read_section(tmp_path / "S1.zarr")
     assert [ref.format for ref in find_sections(tmp_path)] == ["spatialdata"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["hires", "lowres"])
+def test_small_pictures_of_space_ranger_are_no_slide(tmp_path, kind):
+    write_spatialdata(tmp_path / "S1.zarr", name=f"P1_{kind}_image")
+    assert contract.slide_path(read_section(tmp_path / "S1.zarr", mpp=0.6)) is None
 
 
 @pytest.mark.filterwarnings("ignore")

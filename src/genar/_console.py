@@ -36,9 +36,12 @@ _TOLD_EVERY_S = 60
 _WIDEST = 10_000  # characters of a table
 _INTERRUPTED, _WRONG = 130, 2
 _SOON_S = 0.05
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # of the processor's allocator, and of a GPU's
 WRONG = "wrong input"
 """status beside exit code 2"""
-console = Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 240)
+console = Console(
+    highlight=False, markup=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 240
+)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
 
@@ -64,6 +67,10 @@ def one_line():
         _stop(f"error: {error}; start the same command again to go on", 1)
     except StoppedError as error:
         _stop("" if rank else str(error), error.exit_code)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        _stop(f"error: out of memory ({str(error).splitlines()[-1][-120:]}): make the model or its batches smaller", 1)
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code != _INTERRUPTED:  # typer makes an exit of the interrupt
             raise
@@ -215,7 +222,7 @@ def bar(quiet: bool, unit: str = "spots"):
         if quiet or not console.is_terminal:
             yield _told(label, counts) if not quiet and not processes.rank() else lambda done, total: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(label, total=total, rate="")
 
@@ -236,7 +243,7 @@ def _told(label: str, counts: str) -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= _TOLD_EVERY_S and done < total:
             last = time.monotonic()
-            console.print(f"{label}: {done:,} of {total:,} {counts}", markup=False)
+            console.print(f"{label}: {done:,} of {total:,} {counts}")
 
     return tick
 
@@ -311,7 +318,7 @@ def show(table: Table) -> None:
     if Measurement.get(console, console.options.update(width=_WIDEST), table).minimum <= console.width:
         return console.print(table)
     if table.title:
-        console.print(str(table.title), markup=False)
+        console.print(str(table.title))
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows.add_column(no_wrap=True)

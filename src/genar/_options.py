@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from genar import _console
+from genar import _console, defaults
 from genar.errors import InputError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on standard output.")]
@@ -68,6 +68,18 @@ def refuse_beside(what: str, options: Mapping[str, object]) -> None:
     """``InputError`` where options are given that mean nothing beside ``what``."""
     if unused := [name for name, value in options.items() if value not in (None, "")]:
         raise InputError(f"{what}: {', '.join(unused)} would do nothing here; leave it out")
+
+
+def refuse_beside_patches(**options) -> None:
+    """``InputError`` where options of features are given beside ``--input patches``, and are not their defaults."""
+    usual = {"encoder": defaults.ENCODER, "views": defaults.VIEWS, "encoder_precision": defaults.PRECISION}
+    given = {f"--{name.replace('_', '-')}": (value, usual.get(name)) for name, value in options.items()}
+    refuse_beside("--input patches (no encoder looks at them)", changed(given))
+
+
+def changed(options: Mapping[str, tuple[object, object]]) -> dict[str, object]:
+    """The options, each a value and its default, whose value is another than that."""
+    return {name: value for name, (value, usual) in options.items() if value != usual}
 
 
 def given(**options) -> dict:

@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from genar import defaults
 from genar.data import contract, reading
-from genar.data.files import json_ready, refuse_foreign, write_text
+from genar.data.files import drop_own, json_ready, refuse_foreign, write_text
 from genar.errors import InputError, first_names
 from genar.evaluation import MEAN_SUFFIX, Aligned, Scores, align_both, intervals, score_aligned, write_scores
 from genar.evaluation.calibration import zero_reliability
@@ -20,6 +20,11 @@ from genar.evaluation.intervals import Interval
 from genar.report import maps
 
 GENES = ("same", "common")
+_OF_SCORES = {
+    "intervals.csv": "section,method,metric,", "intervals.json": '"resamples"',
+    "zero_reliability.csv": "section,method,low,",
+}  # fmt: skip
+"""files that not every scoring writes, and how they begin"""
 
 
 @dataclass
@@ -185,6 +190,8 @@ def _intervals(aligned: Mapping[str, Aligned], section: str, resamples: int):
 def _write_tables(out: Path, aligned, section: str, found, differences, resamples: int) -> dict[str, Path]:
     """``intervals.csv`` and ``intervals.json``; ``zero_reliability.csv`` for methods with a probability of zero."""
     outputs: dict[str, Path] = {}
+    for name, beginning in _OF_SCORES.items():
+        drop_own(out / name, beginning)
     if found:
         outputs = write_intervals(out, {section: (found, differences)}, resamples)
     bins = [

@@ -27,10 +27,12 @@ from genar._options import (
     Store,
     Views,
     Weights,
+    changed,
     given,
     ids,
     numbers,
     refuse_beside,
+    refuse_beside_patches,
 )
 from genar.errors import InputError, first_names, named
 
@@ -117,7 +119,7 @@ def check(
         print(f"warning: {line}", file=sys.stderr)
     for fault in result.all_faults:
         print("error: " + " ".join(fault.split()), file=sys.stderr)
-    overlays = {f"overlay {row.section}": row.overlay for row in result.sections if row.overlay}
+    overlays = {f"overlay {Path(row.overlay).stem}": row.overlay for row in result.sections if row.overlay}
     rows = [asdict(row) for row in result.sections]
     wrong = {"status": _console.WRONG, "error": "; ".join(result.all_faults)} if result.all_faults else {}
     figures = {"sections": rows, "faults": result.all_faults, "duplicates": result.duplicates}
@@ -188,7 +190,10 @@ def features(
     out = out or embedding.default_store()
     read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um, bar=_console.bar(json))
     if import_ is not None:
-        own = {"--weights": weights, "--widths-um": widths_um, "--workers": workers}
+        own = {"--weights": weights, "--widths-um": widths_um, "--workers": workers} | changed({
+            "--patch": (patch, defaults.PATCH), "--views": (views, defaults.VIEWS),
+            "--precision": (precision, defaults.PRECISION), "--batch-size": (batch_size, defaults.BATCH_SIZE),
+        })  # fmt: skip
         refuse_beside(f"--import {import_}", own)
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = numbers(widths_um, "--widths-um") or (defaults.WIDTHS_UM if patch == defaults.PATCH else ())
@@ -225,8 +230,8 @@ def panel(
     with _console.loading():
         from genar.panels import panel_run
 
-    if not Path(recipe).is_file():
-        refuse_beside(f"--recipe {recipe}", {"--aliases": aliases})
+    own = {} if recipe == "paper" else changed({"--n-top": (n_top, defaults.PAPER_N_TOP)})
+    refuse_beside(f"--recipe {recipe}", own if Path(recipe).is_file() else {"--aliases": aliases, **own})
     selected = panel_run(
         sections, out, recipe=recipe, n_genes=n_genes, n_top=n_top, exclude=ids(exclude), aliases=aliases,
         options=given(mpp=mpp, bin_um=bin_um), bar=_console.bar(json),
@@ -312,11 +317,8 @@ def train(
         from genar.settings import read_settings
 
     if input == "patches":
-        own = {"--encoder": (encoder, defaults.ENCODER), "--encoder-precision": (encoder_precision, defaults.PRECISION)}
-        refuse_beside(
-            "--input patches (no encoder looks at them)",
-            {name: value for name, (value, usual) in own.items() if value != usual}
-            | {"--weights": weights, "--views": views or None, "--features": features},
+        refuse_beside_patches(
+            encoder=encoder, views=views, encoder_precision=encoder_precision, weights=weights, features=features
         )
     settings = read_settings(config, set_ or [], model)
     settings.train.update(given(precision=precision, seed=seed, accumulate=accumulate))
@@ -492,6 +494,9 @@ def bench(
     with _console.loading():
         from genar import bench as benching
 
+    if toy:
+        own = {"--data": data, "--features": features, "--image": image, "--bin-um": bin_um, "--mpp": mpp}
+        refuse_beside("--toy (its sections are simulated)", own)
     made = benching.read_recipe(recipe)
     how = {
         "features": features, "device": machine.device(device), "say": _console.speaker(json),

@@ -20,9 +20,12 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
 
     Raises ``InputError`` where ``out`` holds a finished demo, before anything is made.
     """
+    page = out / "report.html"
     if (out / "run" / "run.json").exists():
         tidy(out / "run")
-        raise InputError(f"{out}: holds a finished demo; delete the folder, or give another --out")
+        if page.exists():
+            raise InputError(f"{out}: holds a finished demo; delete the folder, or give another --out")
+        return RunResult(write_report(out / "run", page, say=say), {}, {})  # it was stopped while that was written
     tissue = out / "simulated_tissue"
     say("simulating two tissue sections (no patient's)")
     write_tissue(tissue, ("SIM1", "SIM2"), seed, TISSUE)
@@ -32,5 +35,5 @@ def demo_run(out: Path, *, seed: int = 0, say: Callable[[str], None] = print, ba
     )  # fmt: skip
     result = train_run(plan, say=say, bar=bar)
     result.outputs["simulated tissue"] = tissue
-    result.outputs |= write_report(out / "run", out / "report.html", say=say)
+    result.outputs |= write_report(out / "run", page, say=say)
     return result

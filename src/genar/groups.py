@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from genar.data import contract, find_sections, options_for, without
-from genar.data.files import refuse_foreign, write_text
+from genar.data.files import drop_own, refuse_foreign, write_text
 from genar.errors import InputError
 from genar.genes import Panel, Scales, fit_scales, group_names, over_representation, read_gene_sets, read_panel
 from genar.models.checkpoint import load_checkpoint
@@ -51,6 +51,8 @@ def groups_run(
     if sets is not None:
         outputs["gene sets"] = out / "sets.csv"
         write_text(outputs["gene sets"], sets.to_csv(index=False, float_format="%.6g"))
+    else:
+        drop_own(out / "sets.csv", "group,set,")
     return Groups(groups, sets, outputs)
 
 

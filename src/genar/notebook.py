@@ -8,6 +8,7 @@ from pathlib import Path
 from anndata import AnnData
 
 from genar import _console, machine
+from genar._options import ids, refuse_beside_patches
 from genar.errors import InputError
 from genar.genes import Panel
 from genar.inference import predict_run
@@ -59,6 +60,9 @@ def train(
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"train: option {name!r} is not known" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if options.get("input") == "patches":
+        of_features = ("encoder", "views", "encoder_precision", "weights", "features")
+        refuse_beside_patches(**{name: options[name] for name in of_features if name in options})
     options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     merged = read_settings(None if config is None else Path(config), (), model)
     alone = {name: value for name in _ALONE if (value := options.pop(name, None)) is not None}
@@ -66,7 +70,10 @@ def train(
         for name, values in vars(merged).items():
             values |= getattr(given, name)
     panel = _written(panel, Path(out)) if isinstance(panel, Panel) else str(panel)
-    test = tuple(part.strip() for part in test.split(",") if part.strip()) if isinstance(test, str) else tuple(test)
+    test = tuple(ids(test)) if isinstance(test, str) else tuple(test)
+    for name in ("only", "beside"):
+        if isinstance(options.get(name), str):
+            options[name] = tuple(ids(options[name]))
     plan = TrainPlan(
         Path(sections), test, Path(out), model, settings=merged,
         panel=panel, device=machine.device(device), **options,

@@ -1,6 +1,7 @@
 """Checkpoint and section in, AnnData of counts out."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -143,6 +144,24 @@ def _blocks(
 ) -> Iterator[tuple[Counts, Counts]]:
     """Point counts and expectations of about ``_BLOCK`` spots after the other, predicted ``size`` at a time; of all at
     once where the model's unit is the section."""
+    with _asleep(checkpoint.model):
+        yield from _predicted(checkpoint, section, features, how, patches, size, progress)
+
+
+@contextmanager
+def _asleep(model: Model) -> Iterator[None]:
+    """Without dropout meanwhile, whatever a loop of the user's left it in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _predicted(
+    checkpoint: Checkpoint, section: AnnData, features: Rows, how: Decoding, patches: Tensor | None, size: int, progress
+) -> Iterator[tuple[Counts, Counts]]:
     model, n_spots = checkpoint.model, section.n_obs
     expected = of_expectation(how)
     places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)

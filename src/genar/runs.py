@@ -32,6 +32,7 @@ from genar.features import (
     check_source,
     default_store,
     embed_sections,
+    imported_sha256,
     recipe_of,
 )
 from genar.genes import (
@@ -42,7 +43,7 @@ from genar.genes import (
     read_panel,
     select_panel,
 )
-from genar.models import Decoding, Spots, model_class
+from genar.models import Decoding, Model, Spots, model_class
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, unused_note, write_prediction
 from genar.report import maps
@@ -93,8 +94,8 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     model_settings, sets = gene_sets_of(model_settings)
     cls.check_settings(plan.preset, model_settings)
     cls.check_decoding(plan.preset, model_settings, how)
-    if plan.settings.train and not cls.gradient:
-        say(f"note: model {plan.model} is fitted at once, and does not use {', '.join(plan.settings.train)}")
+    if unused := _unused(plan, cls, config):
+        say(f"note: {unused}")
     if (plan.out / "run.json").exists():
         tidy(plan.out)
         raise InputError(f"{plan.out}: holds a finished run already; choose another --out, or delete it first")
@@ -110,7 +111,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     say(f"{plan.input} of {len(training) + len(held_out)} sections: made where they are not stored")
     see = _seen_as_pixels if plan.input == "patches" else _embedded
     seen = see(plan, training, held_out, bar)
-    claim_resume(plan, data=digests, panel=panel.sha256, order=order, features=seen.facts)
+    claim_resume(plan, data=digests, panel=panel.sha256, order=order, features=seen.facts, **seen.imported)
     clock.lap(plan.input)
 
     spots = _training_spots(plan, training, seen, panel, resume)
@@ -120,7 +121,9 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     say(f"training {plan.model} on {len(spots)} spots of {of}, {len(panel.genes)} genes{streamed}")
     torch.manual_seed(config.seed)
     # the order of genes is learnt, too; a model that is fitted at once chooses no epoch, and learns from all
-    learnt_from, _ = split_validation(spots, config.validation_share if cls.gradient else 0)
+    learnt_from, held = split_validation(spots, config.validation_share if cls.gradient else 0)
+    if config.validation_share and cls.gradient and held is None:
+        say(f"note: no section has spots enough for a strip of {config.validation_share:g}: no epoch is chosen")
     model = cls.create(spots.n_features, look_at(cls, learnt_from), plan.preset, model_settings)
     summary = fit(model, spots, config, folder=resume, log=say, progress=progress, group=group, device=plan.device)
     if rank:
@@ -141,6 +144,17 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     _write_run(plan, config, how, checkpoint, digests, seen.stores, clock)
     outputs["run"] = plan.out / "run.json"
     return RunResult(outputs, scores, clock.seconds)
+
+
+def _unused(plan: TrainPlan, cls: type[Model], config: TrainConfig) -> str:
+    """What to say of settings that the user gave and that this training does not use."""
+    if not cls.gradient:
+        names = [*plan.settings.train, *(["recipe"] if plan.recipe != defaults.RECIPE else [])]
+        return f"model {plan.model} is fitted at once, and does not use {', '.join(names)}" if names else ""
+    names = [name for name in ("validate_every", "patience", "validation_samples") if name in plan.settings.train]
+    if names and not config.validation_share:
+        return f"nothing is held out to choose the epoch on (validation_share 0): {', '.join(names)} are not used"
+    return ""
 
 
 def tidy(out: Path) -> None:
@@ -217,6 +231,8 @@ class _Seen:
     """of the held-out sections"""
     training_patches: Tensor | None = None
     """of all training sections, one after the other"""
+    imported: dict[str, dict[str, str]] = field(default_factory=dict)
+    """hashes of features that were made elsewhere, which no recipe tells apart"""
 
 
 def _check_sources(plan: TrainPlan, sections: Sequence[AnnData]) -> None:
@@ -247,7 +263,11 @@ def _embedded(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData],
     features = {n: StoredInputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
     for one in features.values():
         one.check()  # damage shows before the long work
-    return _Seen(asdict(recipe) | asdict(inputs), features, stores)
+    foreign = {
+        n: imported_sha256(made[n]) for made in stores for n in made if plan.encoder.startswith(encoders.IMPORTED)
+    }
+    imported = {"imported features": foreign} if foreign else {}
+    return _Seen(asdict(recipe) | asdict(inputs), features, stores, imported=imported)
 
 
 def _seen_as_pixels(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData], bar: Bar) -> _Seen:

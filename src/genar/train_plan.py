@@ -76,6 +76,8 @@ class TrainPlan:
     def __post_init__(self):
         encoders.check_name(self.encoder)
         encoders.check_precision(self.encoder_precision)
+        for name in self.beside:
+            model_class(name)
         if self.panel not in RECIPES and not Path(self.panel).is_file():
             raise InputError(f"--panel {self.panel}: no such file, and none of the recipes {', '.join(RECIPES)}")
         if Path(self.panel).is_file():

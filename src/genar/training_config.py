@@ -45,8 +45,8 @@ class TrainConfig:
     """of the averaged weights, per step, from the end of the warm-up or two thirds of a short training on; 0 keeps the
     last weights"""
     validation_share: float = 0.0
-    """share of each training section's spots (a third, a tenth, …; below a half), in one strip, on which the epoch is
-    chosen; 0 trains on all for max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots
+    """share of each training section's spots, in one strip, on which the epoch is chosen: below a half, and the
+    nearest of a half, a third, a quarter, …; 0 trains on all for max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots
     are worth more"""
     validate_every: int = 3
     """epochs between validations; the last is one, too"""

@@ -10,6 +10,7 @@ import pandas as pd
 from genar.bench.plan import Plan, folds
 from genar.bench.recipe import Cohort, find_beside
 from genar.data import Sections, contract
+from genar.data.door import read_json
 from genar.data.files import write_text
 from genar.errors import InputError
 from genar.genes import cluster_order, read_panel, select_panel
@@ -19,6 +20,9 @@ def write_groups(plan: Plan, home: Path) -> dict[str, Path]:
     """For each cohort ``panel_<data>.txt`` (all genes of recipe ``paper``, else the modelled), ``groups_<data>`` as
     CSV and JSON; and ``groups.csv``, how they agree with the paper's. What it is called -> where it lies."""
     outputs, rows = {}, {}
+    printed = {
+        cohort.name: _printed_groups(plan, cohort) for cohort in plan.recipe.cohorts
+    }  # before anything is written
     for cohort in plan.recipe.cohorts:
         name = cohort.name or "sections"
         listed, groups = _panel_and_groups(plan, cohort)
@@ -29,7 +33,7 @@ def write_groups(plan: Plan, home: Path) -> dict[str, Path]:
         ):
             write_text(path, text)
             outputs[path.stem.replace("_", " ") + ("" if path.suffix == ".txt" else f" ({path.suffix[1:]})")] = path
-        rows[name] = _compare(plan, cohort, listed, groups)
+        rows[name] = _compare(plan, cohort, listed, groups, printed[cohort.name])
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("data")
     write_text(home / "groups.csv", frame.to_csv(float_format="%.6g"))
     return {"groups beside the paper's": home / "groups.csv", **outputs}
@@ -63,7 +67,27 @@ def _table(groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _compare(plan: Plan, cohort: Cohort, listed: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict:
+def _printed_groups(plan: Plan, cohort: Cohort) -> dict[str, list[str]]:
+    """The paper's groups, where the recipe names a file of them; else none. Raises ``InputError`` where it is none."""
+    asked = plan.recipe.groups
+    if asked is None or not asked.groups:
+        return {}
+    path, what = _file(asked.groups, cohort), "JSON of groups, each a list of genes"
+    groups = read_json(path, what)
+    if not groups or not all(
+        isinstance(one, list) and all(isinstance(gene, str) for gene in one) for one in groups.values()
+    ):
+        raise InputError(f"{path}: expected {what}, found {str(groups)[:80]}")
+    return groups
+
+
+def _compare(
+    plan: Plan,
+    cohort: Cohort,
+    listed: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    theirs: Mapping[str, Sequence[str]],
+) -> dict:
     """How panel and groups agree with the paper's, where the recipe names those."""
     asked = plan.recipe.groups
     assert asked is not None
@@ -71,8 +95,7 @@ def _compare(plan: Plan, cohort: Cohort, listed: Sequence[str], groups: Mapping[
     if asked.genes:
         printed = read_panel(_file(asked.genes, cohort)).genes
         row |= {"paper_n_genes": len(printed), "n_shared": len(set(printed) & set(listed))}
-    if asked.groups:
-        theirs = json.loads(_file(asked.groups, cohort).read_text(encoding="utf-8"))
+    if theirs:
         row |= {"paper_n_groups": len(theirs), "paper_largest_group": max(map(len, theirs.values()))}
         row["adjusted_rand_index"] = _agreement(groups, theirs)
     return row

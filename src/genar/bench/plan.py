@@ -15,11 +15,11 @@ from genar import defaults, encoders
 from genar.bench.recipe import Cohort, Method, Recipe
 from genar.data import ReadOptions, SectionRef, find_sections, options_for
 from genar.data.door import read_json
-from genar.data.files import json_ready
+from genar.data.files import json_ready, stores_of
 from genar.data.reading import named_image
 from genar.errors import InputError, first_names
 from genar.evaluation.protocol import Fold, folds
-from genar.features import Inputs, default_store, stores_of
+from genar.features import Inputs, default_store
 from genar.genes import ORDERS
 from genar.settings import Settings
 from genar.train_plan import TrainPlan

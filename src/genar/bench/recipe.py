@@ -31,6 +31,9 @@ _METHOD_FIELDS = {"name", "model", "preset", "recipe", "set", "encoder", "views"
 _TABLE_FIELDS = {"rows", "paper", "dataset"}
 _FIGURE_FIELDS = {"genes", "methods", "section"}
 _DATASET = "{dataset}"
+_SHIPPED = (Path(), Path("recipes"))  # as the package's own may be named: recipes/NAME.yaml, NAME.yaml, NAME
+_OWN_TABLES = ("runs", "differences", "by_section", "groups")
+"""files of a bench that no table of a recipe may replace"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def _recipe(path: Path, facts) -> Recipe:
         n_genes=_whole(path, "n_genes", facts.get("n_genes", defaults.N_GENES)),
         seeds=_seeds(path, facts.get("seeds", list(Recipe.seeds))),
         protocol=str(facts.get("protocol", Recipe.protocol)),
-        held_out=tuple(map(str, facts.get("held_out", ()))), k=_whole(path, "k", facts.get("k", Recipe.k)),
+        held_out=tuple(_names(path, "held_out", facts.get("held_out", []))),
+        k=_whole(path, "k", facts.get("k", Recipe.k)),
         compare=_pairs(path, facts.get("compare", ()), names), tables=_tables(path, facts, names),
         figure=_figure(path, facts, names), groups=_groups(path, facts.get("groups")), name=path.stem,
     )  # fmt: skip
@@ -174,7 +178,7 @@ def _recipe(path: Path, facts) -> Recipe:
 
 def _read_yaml(name: str) -> tuple[Path, object]:
     path = Path(name)
-    if not path.is_file():
+    if not path.is_file() and path.parent in _SHIPPED and path.suffix in ("", ".yaml"):  # not a file of somebody's own
         path = next((p for p in shipped() if p.name == f"{path.stem}.yaml"), path)
     if not path.is_file():
         raise InputError(f"recipe {name}: no such file; recipes of the package are {', '.join(recipe_names())}")
@@ -196,14 +200,22 @@ def _whole(path: Path, key: str, value) -> int:
     return value
 
 
+def _names(path: Path, key: str, value) -> list[str]:
+    if not isinstance(value, list):
+        raise InputError(f"{path}: {key} must be a list, found {value!r}; write [{value}]")
+    return [str(name) for name in value]
+
+
 def _seeds(path: Path, seeds) -> tuple[int, ...]:
     if (
         not isinstance(seeds, list)
         or not seeds
-        or not all(type(s) is int for s in seeds)
+        or not all(type(s) is int and 0 <= s < 2**32 for s in seeds)
         or len(set(seeds)) < len(seeds)
     ):
-        raise InputError(f"{path}: seeds must be a list of whole numbers, each once, found {seeds!r}")
+        raise InputError(
+            f"{path}: seeds must be a list of whole numbers from 0 to 4294967295, each once, found {seeds!r}"
+        )
     return tuple(seeds)
 
 
@@ -229,7 +241,7 @@ def _method(path: Path, entry, shared: Mapping) -> Method:
         method = Method(
             str(entry["name"]), str(entry["model"]), preset=str(entry.get("preset", Method.preset)),
             recipe=str(entry.get("recipe", Method.recipe)), settings=settings, encoder=str(entry["encoder"]),
-            held_out=tuple(map(str, entry.get("held_out", ()))), views=_views(entry["views"]),
+            held_out=tuple(_names(path, "held_out", entry.get("held_out", []))), views=_views(entry["views"]),
         )  # fmt: skip
         encoders.check_name(method.encoder)
         train_config_from_dict(settings.train, method.recipe)
@@ -255,12 +267,12 @@ def _cohorts(path: Path, facts: Mapping) -> tuple[Cohort, ...]:
     if "sections" in facts:
         if "datasets" in facts:
             raise InputError(f"{path}: expected sections or datasets, found both")
-        ids = list(map(str, facts["sections"]))
+        ids = _names(path, "sections", facts["sections"])
         if unknown := sorted(set(patients) - set(ids)):
             raise InputError(f"{path}: patients names {unknown[0]!r}, which is none of the sections {', '.join(ids)}")
         sections = {section: patients.get(section, "") for section in ids}
         return (Cohort("", sections, _panel(path, panel, "")),)
-    made = tuple(_of_dataset(path, str(name), panel, patients) for name in facts["datasets"])
+    made = tuple(_of_dataset(path, str(name), panel, patients) for name in _names(path, "datasets", facts["datasets"]))
     known = {section for cohort in made for section in cohort.sections}
     if unknown := sorted(set(patients) - known):
         raise InputError(f"{path}: patients names {unknown[0]!r}, which is no section of the data sets")
@@ -312,8 +324,11 @@ def _tables(path: Path, facts: Mapping, names: Sequence[str]) -> tuple[TableOfRe
         rows = entry["rows"] if isinstance(entry["rows"], dict) else {row: row for row in entry["rows"]}
         rows = {str(row): str(method) for row, method in rows.items()}
         _known(path, f"table {name}", list(rows.values()), names)
-        if str(name) == whole.name or not str(name).replace("_", "").isalnum():
-            raise InputError(f"{path}: a table's name is that of its file, of letters, digits and _, found {name!r}")
+        if str(name) in (whole.name, *_OWN_TABLES) or not str(name).replace("_", "").isalnum():
+            raise InputError(
+                f"{path}: a table's name is that of its file, of letters, digits and _, and none of "
+                f"{', '.join((whole.name, *_OWN_TABLES))}; found {name!r}"
+            )
         tables.append(TableOfRecipe(str(name), rows, str(entry.get("paper", "")), str(entry.get("dataset", ""))))
     return tuple(tables) if names else ()
 

@@ -48,7 +48,8 @@ def make_toy(recipe: Recipe, folder: Path) -> tuple[Recipe, Path, Path]:
     genes = _genes(tissue)
     write_text(folder / "panel.txt", "\n".join(genes) + "\n")
     toy = replace(
-        recipe, title=f"{recipe.title} (toy: simulated tissue, not a result)", n_genes=N_GENES, seeds=recipe.seeds[:1],
+        recipe, title=f"{recipe.title} (toy: simulated tissue, not a result)", name=f"{recipe.name}_toy",
+        n_genes=N_GENES, seeds=recipe.seeds[:1],
         cohorts=tuple(_cohort(cohort, folder / "panel.txt") for cohort in recipe.cohorts),
         methods=tuple(toy_method(method) for method in recipe.methods), k=2,
         held_out=tuple(SECTIONS)[:1] if recipe.protocol == "section" else (),

@@ -17,8 +17,9 @@ Other files name the slots by the constants here. A section is an AnnData of N s
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -45,6 +46,7 @@ SIMULATED = "simulated"
 VISIUM_SPOT_UM = 55.0
 _COARSEST_UM = 4.0
 _NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:")
+_LONGEST_NAME = 200  # bytes
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{11}")
 _DENSE_AT_ONCE = 1 << 22  # values
 
@@ -82,7 +84,7 @@ def new_section(
     adata.X = _as_csr(adata.X)
     adata.uns[GENAR] = {
         SECTION: section,
-        SLIDE: str(slide),
+        SLIDE: str(Path(slide).absolute()) if slide else "",  # whatever folder it is read from later
         MPP: float(mpp),
         SPOT_DIAMETER_UM: float(spot_diameter_um),
         PITCH_UM: float(pitch_um),
@@ -92,7 +94,7 @@ def new_section(
         COUNTS_FROM: counts_from,
         NOTE: note,
     }
-    check(adata)
+    check(adata, counts_from)
     adata.obs[LIBRARY_SIZE] = np.asarray(adata.X.sum(axis=1)).ravel().astype(np.int64)
     return adata
 
@@ -123,7 +125,8 @@ def patient_of(stated: object) -> str:
 
 def check_name(section: object) -> None:
     """Refuse an id that is no name of a file: results are written under it. Raises ``InputError``."""
-    if not isinstance(section, str) or _NO_NAME.search(section) or section.strip(". ") == "" or len(section) > 200:
+    is_name = isinstance(section, str) and section.strip(". ") and not _NO_NAME.search(section)
+    if not is_name or len(str(section).encode()) > _LONGEST_NAME:
         shown = str(section)[:60]
         raise InputError(f"section {shown!r}: its id must be a plain name, without / \\ : or line ends; rename it")
 
@@ -314,7 +317,7 @@ def digest(adata: AnnData) -> str:
     return found.hexdigest()
 
 
-def check(adata: AnnData) -> None:
+def check(adata: AnnData, counts_from: str = "X") -> None:
     """Refuse what is not a section of raw counts.
 
     Raises ``InputError`` with one line that names the section, what was found and what to do: no spots, spot or gene
@@ -325,7 +328,7 @@ def check(adata: AnnData) -> None:
     if adata.n_obs == 0:
         raise InputError(f"{where}: expected at least one spot, found none; is this the right file?")
     check_names(adata, where)
-    check_counts(adata, where)
+    check_counts(adata, where, counts_from)
     if SPATIAL not in adata.obsm:
         raise InputError(f'{where}: expected spot centres in obsm["{SPATIAL}"], found none; add them in px, (x, y)')
     xy = np.asarray(adata.obsm[SPATIAL])
@@ -333,6 +336,33 @@ def check(adata: AnnData) -> None:
         raise InputError(f'{where}: obsm["{SPATIAL}"] must be finite numbers [N, 2], found shape {xy.shape}')
     if adata.n_obs > 1 and not np.ptp(xy, axis=0).any():
         raise InputError(f"{where}: all {adata.n_obs} spots lie at the same point; expected one centre per spot")
+
+
+def check_prediction(adata: AnnData, where: str = "") -> None:
+    """``InputError`` where a prediction of any method cannot be shown: a name that is missing or stands twice, a place
+    or a value (of X or a layer) that is NaN or infinite."""
+    check_names(adata, where or "the prediction")
+    told = f"{where}: " if where else ""
+    if not np.isfinite(coords_px(adata)).all():
+        raise InputError(f"{told}obsm['{SPATIAL}'] holds NaN or infinite places; expected px of every spot")
+    for part, values in matrices(adata):
+        if not np.isfinite(stored(values)).all():
+            raise InputError(
+                f"{told}{part} holds NaN or infinite values; expected counts: predict again, or leave it out"
+            )
+
+
+def matrices(adata: AnnData) -> Iterator[tuple[str, Any]]:
+    """X and the layers, each with the words that name it."""
+    if adata.X is not None:
+        yield "X", in_memory(adata.X)
+    for layer_name in layer_names(adata):
+        yield f"layers['{layer_name}']", in_memory(adata.layers[layer_name])
+
+
+def stored(values) -> np.ndarray:
+    """The values of a matrix that are written down: all but the zeros of a sparse one."""
+    return values.data if sparse.issparse(values) else np.asarray(values)
 
 
 def check_names(adata: AnnData, where: str) -> None:
@@ -385,29 +415,31 @@ def check_same_places(predicted: AnnData, truth: AnnData, who: str) -> None:
         )
 
 
-def check_counts(adata: AnnData, where: str) -> None:
-    """``NoRawCountsError`` where X holds other things than raw counts."""
+def check_counts(adata: AnnData, where: str, counts_from: str = "X") -> None:
+    """``NoRawCountsError`` where X, which may have come from a layer, holds other things than raw counts."""
     if adata.X is None:
         raise NoRawCountsError(
             f"{where}: X is missing; expected raw counts there (perhaps they are in layers['counts'])"
         )
-    x = in_memory(adata.X)
+    x, held = in_memory(adata.X), f"{where}: {counts_from} holds"
     values = np.asarray(x.data if sparse.issparse(x) else x)  # pyright: ignore
     if not np.isfinite(values).all():
-        raise NoRawCountsError(f"{where}: X holds NaN or infinite values; expected raw counts, whole numbers >= 0")
+        raise NoRawCountsError(f"{held} NaN or infinite values; expected raw counts, whole numbers >= 0")
     if (values < 0).any():
-        raise NoRawCountsError(f"{where}: X holds negative values (least {values.min():g}); expected raw counts >= 0")
+        raise NoRawCountsError(f"{held} negative values (least {values.min():g}); expected raw counts >= 0")
     fractional = values != np.rint(values)
     if fractional.any():
         found = f"fractional values such as {values[fractional].flat[0]:g}"
         if values.max() < 25:  # ln(1 + count) of any real spot stays below 20
             found += f" and a maximum of {values.max():.2f}, so it looks log-transformed"
         place = "perhaps in layers['counts'] or .raw"
-        if adata.raw is not None:
+        if counts_from != "X":
+            place = f"{counts_from} goes before X: delete it where X holds them"
+        elif adata.raw is not None:
             place = ".raw is not read: where it holds them, adata.layers['counts'] = adata.raw[:, adata.var_names].X"
-        raise NoRawCountsError(f"{where}: X holds {found}; expected raw counts ({place})")
+        raise NoRawCountsError(f"{held} {found}; expected raw counts ({place})")
     if values.size and values.max() >= 2**31:
-        raise NoRawCountsError(f"{where}: X holds {values.max():g}; expected raw counts below 2^31")
+        raise NoRawCountsError(f"{held} {values.max():g}; expected raw counts below 2^31")
 
 
 def check_inside(adata: AnnData, size_px: tuple[int, int]) -> None:

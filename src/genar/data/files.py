@@ -3,6 +3,7 @@ killed process left under such a name goes when the file is written again."""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import platform
@@ -191,6 +192,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     with contextlib.suppress(NotADirectoryError):  # below a file there is nothing
         path.unlink(missing_ok=True)
+
+
+def stores_of(section: str, store: Path) -> list[Path]:
+    """The whole feature stores in the folder ``store`` whose name begins with this section's id: their attributes say
+    whose they are."""
+    return sorted(store.glob(f"{glob.escape(section)}-*.zarr"))
+
+
+def drop_own(path: Path, beginning: str) -> None:
+    """Delete the file at ``path`` where its head has the ``beginning`` of one of GenAR's: an earlier result that would
+    be taken for a part of this one."""
+    if path.is_file():
+        with path.open("rb") as file:
+            is_own = beginning.encode() in file.read(1 << 12)
+        if is_own:
+            path.unlink()
 
 
 def refuse_foreign(path: Path, beginning: str) -> None:

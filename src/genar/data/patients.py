@@ -2,7 +2,9 @@
 
 import csv
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from genar.data.door import SMALL_BYTES, door, open_text
@@ -10,21 +12,30 @@ from genar.errors import InputError, SectionWarning
 
 TABLE = "patients.csv"
 _COLUMNS = ("section", "patient")
-_ABOVE = 2  # folders: of FOLDER/P1/outs the table lies in FOLDER
 
 
 def patient_in_table(root: Path, section: str) -> str:
-    """Who ``section`` is of, by ``patients.csv`` (columns ``section`` and ``patient``) in its folder ``root`` or above;
-    empty where no table names it.
+    """Who ``section`` is of, by ``patients.csv`` (columns ``section`` and ``patient``) in the folder ``root`` of
+    sections, or around the section's own (``P1/outs``, ``P1``); empty where no table names it.
 
     A table of other columns is the user's own and told of by ``SectionWarning``. Raises ``InputError`` where the file
     is no text, or gives a section two patients.
     """
-    for folder in (root, *root.absolute().parents[:_ABOVE]):
+    for folder in _folders(root, section):
         path = folder / TABLE
         if path.is_file() and (found := _read(path).get(section, "")):
             return found
     return ""
+
+
+def _folders(root: Path, section: str) -> Iterator[Path]:
+    folder = Path(os.path.abspath(root))
+    yield folder
+    if folder.name == "outs":
+        folder = folder.parent
+        yield folder
+    if folder.name == section:
+        yield folder.parent
 
 
 def _read(path: Path) -> dict[str, str]:

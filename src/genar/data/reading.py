@@ -22,6 +22,7 @@ SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".mrxs", ".s
 # Two sources of the pixel size that differ by more are worth a warning.
 MPP_TOLERANCE = 0.05
 VISIUM_PITCH_UM = 100.0
+_FINEST_UM = 0.1  # pixel size of an image's tag that is believed
 MPP_SOURCES = {"metadata": "the metadata", "pitch": "the spot pitch", "image": "the image's tag"}
 
 
@@ -98,6 +99,8 @@ def pixel_size(
             "pass --mpp (um per px)"
         )
     used, mpp = next(iter(by.items()))
+    if used == "image":
+        refuse_fine_tag(f"section {section}", mpp)
     if disagreeing(by):
         told = ", ".join(f"{value:.4f} um by {MPP_SOURCES[source]}" for source, value in by.items())
         warnings.warn(
@@ -106,6 +109,21 @@ def pixel_size(
             stacklevel=2,
         )
     return mpp, by
+
+
+def refuse_fine_tag(where: object, mpp: float) -> None:
+    """``InputError`` where an image's tag, the only source, says a finer pixel (um) than any scanner's."""
+    if mpp < _FINEST_UM:
+        raise InputError(
+            f"{where}: the image's tag says {mpp:.4g} um a pixel, finer than any scanner; TIFFs of the HEST library "
+            f"say a tenth of the truth: pass --mpp {10 * mpp:.4g}, or --mpp {mpp:.4g} if it is so"
+        )
+
+
+def stated_mpp(adata) -> float | None:
+    """Pixel size (um) by Space Ranger's scalefactors, where they are kept."""
+    factors = (library.get("scalefactors", {}) for library in contract.libraries(adata))
+    return next((one["microns_per_pixel"] for one in factors if "microns_per_pixel" in one), None)
 
 
 def disagreeing(by: dict[str, float]) -> bool:

@@ -30,7 +30,9 @@ _BLOCK_PX = 1024  # slides are looked through in blocks this wide
 _SQUARE = 0.05  # by which the sides of a pixel may differ
 _OME_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _TIFF_SUFFIXES = {".tif", ".tiff", ".svs", ".btf", ".tf8"}
-_PHOTOMETRIC = {0: "inverted grey", 3: "a palette", 5: "CMYK"}  # of TIFFs: those whose numbers are no red, green, blue
+# Of TIFFs: those whose numbers are no red, green, blue; YCbCr where the codec does not turn it into that.
+_PHOTOMETRIC = {0: "inverted grey", 3: "a palette", 5: "CMYK", 8: "CIELab", 9: "CIELab", 10: "CIELab"}
+_YCBCR, _PLAIN_CODECS = 6, {1, 5, 8, 32773, 32946, 50000}
 
 
 class Slide(abc.ABC):
@@ -420,7 +422,10 @@ def _largest_page(path: Path):
         deep = page.dtype != np.uint8 or page.shape[:2] != (page.imagelength, page.imagewidth)
         if deep or page.ndim > 3 or (page.ndim == 3 and page.shape[2] < 3):
             raise InputError(f"{path}: expected an 8-bit RGB image, found shape {page.shape} of {page.dtype}")
-        if kind := _PHOTOMETRIC.get(int(page.photometric)):
+        kind = _PHOTOMETRIC.get(int(page.photometric))
+        if int(page.photometric) == _YCBCR and int(page.compression) in _PLAIN_CODECS:
+            kind = "YCbCr"
+        if kind:
             raise InputError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to RGB")
         yield page
 

@@ -15,12 +15,12 @@ from anndata import AnnData
 from scipy import ndimage, sparse
 
 from genar.data import contract
+from genar.data.reading import refuse_fine_tag
 from genar.data.slide import glance, image_head
 from genar.errors import InputError
 
 VIEW_UM = 8.0  # width of a pixel of the view on which tissue is looked for
 _LONGEST_PX = 4000
-_FINEST_UM = 0.1  # pixel size of an image's tag
 # Excess of green, natural units of optical density. Tissue has a place above STRONG and reaches as far as WEAK.
 _STRONG, _WEAK = 0.06, 0.015
 _SOLID, _TEXTURE = 0.2, 0.02  # paler than SOLID, it must vary by TEXTURE (sd of the optical density within 16 um)
@@ -145,11 +145,8 @@ def place_spots(
     if not spacing_um > 0:
         raise InputError(f"--spacing-um must be positive, found {spacing_um}")
     view, mask, size_px, mpp_used = tissue_of(slide, mpp)
-    if not mpp and mpp_used < _FINEST_UM:
-        raise InputError(
-            f"{slide}: its tag says {mpp_used:.4g} um a pixel, finer than any scanner; TIFFs of the HEST library say "
-            f"a tenth of the truth: pass --mpp {10 * mpp_used:.4g}, or --mpp {mpp_used:.4g} if it is so"
-        )
+    if not mpp:
+        refuse_fine_tag(slide, mpp_used)
     step = spacing_um / mpp_used
     if step < 1:
         raise InputError(f"{slide}: --spacing-um {spacing_um:g} is less than a pixel ({mpp_used:g} um)")

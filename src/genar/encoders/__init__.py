@@ -20,6 +20,7 @@ from genar.encoders.networks import (
 from genar.encoders.outside import is_function, is_timm, load_function, load_timm, timm_row
 from genar.encoders.table import DEFAULT, ENCODERS, IMPORTED, EncoderRow, encoder_row
 from genar.encoders.weights import embedded_lite0, find_weights, fit_weights, read_state
+from genar.errors import InputError
 
 __all__ = [
     "DEFAULT",
@@ -40,6 +41,13 @@ __all__ = [
 ]
 
 
+def _of_precision(encoder: Encoder, asked: str) -> Encoder:
+    """``InputError`` where features come in another precision than was asked for: made elsewhere, or by own code."""
+    if encoder.precision != asked:
+        raise InputError(f"encoder {encoder.row.name}: computes in {encoder.precision}, not in {asked}; leave it out")
+    return encoder
+
+
 def load_encoder(
     name: str = DEFAULT, *, weights: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
 ) -> Encoder:
@@ -57,10 +65,10 @@ def load_encoder(
     check_name(name)
     given = Path(weights) if weights is not None else None
     if name.startswith(IMPORTED):
-        return ImportedFeatures(name)
+        return _of_precision(ImportedFeatures(name), precision)
     if name not in ENCODERS:
         load = load_function if is_function(name) else load_timm
-        return load(name, weights=given, device=device, precision=precision)
+        return _of_precision(load(name, weights=given, device=device, precision=precision), precision)
     row = ENCODERS[name]
     if row.library == "transformers":
         return _load_transformers(row, given, device, precision)

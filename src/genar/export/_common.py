@@ -16,7 +16,7 @@ IMAGE_PX = 4000
 
 def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
     """The prediction with ``genes`` alone (all where none is named). Raises ``InputError`` where one, the counts or the
-    positions are missing, or a value is NaN or infinite."""
+    positions are missing, a name stands twice, or a place or a value is NaN or infinite."""
     genes = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
     if not predicted.n_obs:
         raise InputError("the prediction has no spots; expected at least one")
@@ -31,21 +31,18 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
         raise InputError("no X: expected predicted counts there, as `genar predict` writes them")
     predicted = predicted[:, genes] if genes else predicted
     predicted = predicted.to_memory() if predicted.isbacked else predicted.copy()
-    layers = {f"layers['{name}']": predicted.layers[name] for name in contract.layer_names(predicted)}
-    for where, values in {"X": predicted.X, **layers}.items():
-        if not np.isfinite(values.data if sparse.issparse(values) else values).all():  # pyright: ignore
-            raise InputError(f"{where} holds NaN or infinite values; expected counts: predict again, or leave it out")
+    contract.check_prediction(predicted)
     return predicted
 
 
 def expected(predicted: AnnData) -> np.ndarray:
     """Expected counts [N, G]; where the prediction has the expectation of ln(1 + count) alone, what that is in counts,
-    and where it has neither, its counts."""
+    and where it has neither, its X."""
     if contract.MEAN in predicted.layers:
         return contract.layer(predicted, contract.MEAN).astype(np.float64)
     if contract.LOG1P_MEAN in predicted.layers:
         return np.expm1(contract.layer(predicted, contract.LOG1P_MEAN).astype(np.float64))
-    return contract.counts(predicted).astype(np.float64)
+    return contract.values(predicted, list(predicted.var_names))
 
 
 def plain_table(predicted: AnnData) -> AnnData:

@@ -26,7 +26,9 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
     """
     predicted = cut(predicted, genes)
     chosen = [str(name) for name in predicted.var_names]
-    names, counts, means = chosen, contract.counts(predicted, chosen), np.empty((predicted.n_obs, 0))
+    names, counts, means = chosen, contract.values(predicted, chosen), np.empty((predicted.n_obs, 0))
+    whole = (counts == np.rint(counts)).all()  # other methods' may be fractional
+    counts = counts.astype(np.int64) if whole else counts.round(_DECIMALS)
     if "mean" in predicted.layers:
         means = contract.layer(predicted, "mean")
         names = [*chosen, *(f"{gene} mean" for gene in chosen)]

@@ -1,9 +1,15 @@
 """The feature store: every spot of a section embedded once, found again by its recipe, resumed where it stopped."""
 
-from genar.features.imports import find_feature_file, import_features, import_recipe, read_foreign_features
+from genar.features.imports import (
+    find_feature_file,
+    import_features,
+    import_recipe,
+    imported_sha256,
+    read_foreign_features,
+)
 from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
-from genar.features.store import BATCH_SIZE, Busy, check_source, embed, stores_of
+from genar.features.store import BATCH_SIZE, Busy, check_source, embed
 from genar.features.stored import StoredInputs, read_features, read_inputs
 
 __all__ = [
@@ -22,10 +28,10 @@ __all__ = [
     "import_features",
     "import_recipe",
     "import_sections",
+    "imported_sha256",
     "read_features",
     "read_foreign_features",
     "read_inputs",
     "recipe_of",
     "store_path",
-    "stores_of",
 ]

@@ -4,6 +4,7 @@ Rows are matched to spots by barcode where the file has them, else by position (
 spots' centres by half a patch, the same for all), else taken in the order of the spots, which must be as many.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from genar.features.stored import read_features
 _SUFFIXES = (".h5", ".pt", ".npy")
 _FOLDERS = (".", "h5_files", "pt_files")  # CLAM's and TRIDENT's
 _FEATURES, _COORDS, _BARCODES = ("features", "embeddings", "feats"), ("coords",), ("barcodes", "barcode")
+IMPORTED_SHA256 = "imported_sha256"
 _TOLERANCE_PX = 2.0  # corners are whole pixels
 
 
@@ -62,8 +64,17 @@ def import_features(section: AnnData, file: Path, recipe: FeatureRecipe, store: 
     with replacing(path) as temporary:
         group = new_store(temporary, section, recipe, features.shape[1], dtype="float32", rows_per_chunk=256)
         group["features"][:] = features[:, None]  # pyright: ignore
-        group.attrs.update({"imported_from": file.name, "n_done": section.n_obs})
+        digest = hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()
+        group.attrs.update({"imported_from": file.name, IMPORTED_SHA256: digest, "n_done": section.n_obs})
     return path
+
+
+def imported_sha256(store: Path) -> str:
+    """Hash of the features in a store that were made elsewhere; empty where an older release imported them."""
+    import zarr
+
+    with door(store, "feature store"):
+        return str(zarr.open_group(store, mode="r").attrs.get(IMPORTED_SHA256, ""))
 
 
 def read_foreign_features(file: Path, section: AnnData) -> np.ndarray:

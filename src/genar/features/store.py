@@ -7,7 +7,6 @@ ends. Chunks are always cut at the same spots, so that a resumed store holds the
 """
 
 import contextlib
-import glob
 import os
 import shutil
 import warnings
@@ -72,12 +71,6 @@ def embed(
         path.with_suffix(".lock").unlink(missing_ok=True)
     progress(section.n_obs, section.n_obs)
     return path
-
-
-def stores_of(section: str, store: Path) -> list[Path]:
-    """The whole stores in the folder ``store`` whose name begins with this section's id: their attributes say whose
-    they are."""
-    return sorted(store.glob(f"{glob.escape(section)}-*.zarr"))
 
 
 def check_source(section: AnnData, encoder: Encoder, recipe: FeatureRecipe, store: Path) -> None:

@@ -10,6 +10,7 @@ from genar.errors import InputError
 
 DECODINGS = ("greedy", "mean", "median", "quantiles", "sample")
 MOMENTS = ("mean", "log1p_mean", "p_zero", "sd")
+_COLDEST = 1e-6  # below, logits overflow
 _QUANTILE = re.compile(r"q(\d\d)")
 _QUANTILE_LAYERS = ("q05", "q25", "q50", "q75", "q95")
 
@@ -49,8 +50,8 @@ class Decoding:
             raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}")
         if self.steps < 0:
             raise InputError(f"steps must be at least 0, found {self.steps}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be > 0, found {self.temperature}")
+        if not self.temperature >= _COLDEST:
+            raise InputError(f"temperature must be at least {_COLDEST}, found {self.temperature}; greedy is colder")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise InputError(f"top_k must be >= 0 and top_p in (0, 1], found {self.top_k} and {self.top_p}")
         for name in self.layers:

@@ -101,11 +101,11 @@ class GenARConfig:
             raise InputError(f"model: {self.n_features} features are not {self.n_blocks} equal blocks")
         if self.linear_start and not (self.components and self.start_at_frequencies):
             raise InputError("model: linear_start needs components > 0 and start_at_frequencies; set it to false")
-        if not (self.sigma_base > 0 and self.mlp_ratio * self.width >= 1):
+        if not (self.sigma_base > 0 and 1 <= self.mlp_ratio * self.width <= _MOST):
             raise InputError("model: sigma_base must be > 0, and mlp_ratio as large that the layer within has a unit")
         for name in ("max_count", "token_noise", "count_basis", "components", "sigma_slope", "group_temperature"):
-            if getattr(self, name) < 0:
-                raise InputError(f"model: {name} must not be negative, found {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise InputError(f"model: {name} must be at least 0 (at most {_MOST}), found {getattr(self, name)}")
         if self.scale_weights and not (min(self.scale_weights) >= 0 and sum(self.scale_weights) > 0):
             raise InputError("model: scale_weights must not be negative, and not all zero")
 

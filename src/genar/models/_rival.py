@@ -26,6 +26,9 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(one for one in several if isinstance(one, int | float) and not isinstance(one, bool))
 
 
+_MOST = 1_000_000  # of anything
+
+
 class Rival(Model):
     """A published method in this package's harness: sized by a configuration and by the training data.
 
@@ -89,8 +92,10 @@ class Rival(Model):
         for name, value in settings.items():
             for default, one in zip(_numbers(defaults[name]), _numbers(value), strict=False):
                 least = 1 if type(default) is int and default > 0 and name not in cls.may_be_none else 0
-                if not one >= least:
-                    raise InputError(f"model {cls._name()}: {name} must be at least {least}, found {value}")
+                if not least <= one <= _MOST:
+                    raise InputError(
+                        f"model {cls._name()}: {name} must be at least {least} (at most {_MOST}), found {value}"
+                    )
                 if "dropout" in name and not one < 1:
                     raise InputError(f"model {cls._name()}: {name} must be in [0, 1), found {value}")
 

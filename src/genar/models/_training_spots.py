@@ -41,8 +41,11 @@ def left_out_parts(spots: Spots) -> Tensor:
 
 
 def strips(coords_um: Tensor, n_strips: int = _N_PARTS) -> Tensor:
-    """int64 [N]: vertical strips of one section with equal numbers of spots."""
-    rank = coords_um[:, 0].argsort(stable=True).argsort(stable=True)
+    """int64 [N]: vertical strips of one section with equal numbers of spots, the same in any order of the spots: on a
+    grid a column that two strips share is cut across."""
+    order = coords_um[:, 1].argsort(stable=True)
+    order = order[coords_um[order, 0].argsort(stable=True)]
+    rank = order.argsort(stable=True)
     return rank * min(n_strips, len(rank)) // len(rank)
 
 

@@ -312,10 +312,14 @@ class GenAR(Model):
 
     # -- generation -------------------------------------------------------------------------------------------------
 
+    @property
+    def _at_once(self) -> int:
+        """Trajectories that are generated at a time."""
+        return max(1, min(_TRAJECTORIES, _MOST_LOGITS // (self.scales.n_genes * (self.config.max_count + 1))))
+
     def predict(self, batch: Batch, how: Decoding = DEFAULT) -> Counts:
         """See :meth:`generate`; spots go through in blocks of one shape."""
-        trajectories = min(_TRAJECTORIES, _MOST_LOGITS // (self.scales.n_genes * (self.config.max_count + 1)))
-        block = max(1, trajectories // how.trajectories)
+        block = max(1, self._at_once // how.trajectories)
         return in_blocks(lambda part: self.generate(part, how), batch, block)
 
     @torch.no_grad()
@@ -334,23 +338,26 @@ class GenAR(Model):
         s = how.trajectories
         n_draws = sum(self.sizes) if how.decode == "sample" else sum(self.sizes[:-1])
         drawn = how.decode == "sample" or s > 1
-        draws = (
-            uniforms(batch.spot_ids, how.seed, s, n_draws).flatten(0, 1).to(batch.features.device) if drawn else None
-        )
-        with arithmetic:
-            inputs = self._last_inputs(batch, how, draws, cache)
-            with as_it_comes(batch.features.device.type):
-                logits = self.head.logits(*inputs)  # [B S, G, V]
-        if how.kept or how.decode not in ("greedy", "sample"):
-            p = logits.softmax(dim=2).unflatten(0, (-1, s))
-            p = p[:, 0] if s == 1 else p.mean(dim=1)  # [B, G, V]
+        if drawn:
+            draws = uniforms(batch.spot_ids, how.seed, s, n_draws).to(batch.features.device).split(self._at_once, dim=1)
         else:
-            p = logits[:, :, :0]  # nobody reads it
+            draws = (None,)
+        means, logits, drawn_last = [], torch.empty(0), None
+        for part in draws:
+            n, drawn_last = (1, None) if part is None else (part.shape[1], part.flatten(0, 1))
+            with arithmetic:
+                inputs = self._last_inputs(batch, how, n, drawn_last, cache)
+                with as_it_comes(batch.features.device.type):
+                    logits = self.head.logits(*inputs)  # [B n, G, V]
+            if how.kept or how.decode not in ("greedy", "sample"):
+                p = logits.softmax(dim=2).unflatten(0, (-1, n))
+                means.append((n / s, p[:, 0] if n == 1 else p.mean(dim=1)))  # [B, G, V]
+        p = _weighted(means) if means else logits[:, :, :0]  # nobody reads that
         if how.decode == "greedy":
             point = logits.max(dim=2).indices  # twice as fast as argmax
         elif how.decode == "sample":
-            assert draws is not None
-            point = draw(logits, draws[:, self.layout.places[-1]], how)
+            assert drawn_last is not None
+            point = draw(logits, drawn_last[:, self.layout.places[-1]], how)
         elif how.decode == "mean":
             point = summarise(p, ("mean",))["mean"].round().long()
         else:
@@ -362,7 +369,7 @@ class GenAR(Model):
         """Squared error gives a value and no distribution: one trajectory, and expectations alone."""
         refuse_distribution(how)
         how = replace(how, samples=1)
-        inputs = self._last_inputs(batch, how, None, cache)
+        inputs = self._last_inputs(batch, how, 1, None, cache)
         assert isinstance(self.head, ValueHead)
         with as_it_comes(batch.features.device.type):
             value = self.head.values(*inputs)[0][:, self.layout.inverse]
@@ -372,13 +379,13 @@ class GenAR(Model):
         return Counts(torch.expm1(value).round().long(), how.decode, layers)
 
     def _last_inputs(
-        self, batch: Batch, how: Decoding, draws: Tensor | None, cache: bool
+        self, batch: Batch, how: Decoding, n: int, draws: Tensor | None, cache: bool
     ) -> tuple[slice, Tensor, tuple[LinearStart, Tensor] | None]:
-        """What the head takes at the last scale, after every coarser one: for B S trajectories, genes in cluster
-        order."""
-        h = self.condition(batch).repeat_interleave(how.trajectories, dim=0)  # [B S, D]
+        """What the head takes at the last scale, after every coarser one: for ``n`` trajectories of
+        each spot, by ``draws`` [B n, sum M], genes in cluster order."""
+        h = self.condition(batch).repeat_interleave(n, dim=0)  # [B n, D]
         known = self._known(batch)
-        known = None if known is None else known.repeat_interleave(how.trajectories, dim=0)
+        known = None if known is None else known.repeat_interleave(n, dim=0)
         table, steering = self.embed.rows(), self._steering(h)
         caches = [Cache(self.layout.n_cached) for _ in self.blocks] if cache else None
         tokens = torch.zeros(len(h), 0, dtype=torch.long, device=h.device)
@@ -482,6 +489,16 @@ class GenAR(Model):
     def from_facts(cls, facts: dict) -> "GenAR":
         """Inverse of :meth:`facts`."""
         return cls(config_from_dict(facts["config"]), Scales.from_dict(facts["scales"]))
+
+
+def _weighted(parts: list[tuple[float, Tensor]]) -> Tensor:
+    """The mean of parts that stand for a share each; the only one as it is."""
+    if len(parts) == 1:
+        return parts[0][1]
+    total = torch.zeros_like(parts[0][1])
+    for share, part in parts:
+        total.add_(part, alpha=share)
+    return total
 
 
 MODEL = GenAR

@@ -14,7 +14,7 @@ import pandas as pd
 from anndata import AnnData
 from matplotlib.figure import Figure
 
-from genar.data import contract
+from genar.data import contract, reading
 from genar.data.door import door
 from genar.data.files import plain, refuse_foreign, write_text
 from genar.data.progress import Bar, no_bar
@@ -87,6 +87,8 @@ def write_report(
         return {"report": write_page(subject, out, gene=gene, say=say)}
     entries: list[_Entry] = []
     names = runs or {source.name: source}
+    if gene:
+        _refuse_unknown(gene, names)
     with bar("writing pages", len(names)) as tick:
         for done, (name, path) in enumerate(names.items(), start=1):
             for subject in found or subjects(path):
@@ -97,6 +99,15 @@ def write_report(
     _write_index(entries, out, source.name or str(source), gene, _methods(source))
     pages = {f"{entry.run} {entry.section}": out.with_name(entry.page) for entry in entries}
     return {"index": out, **pages}
+
+
+def _refuse_unknown(gene: str, runs: Mapping[str, Path]) -> None:
+    """``InputError``, before any page is written, where no prediction of a section has the gene."""
+    known: dict[str, bool] = {}
+    for path in (file for run in runs.values() for file in (run / "predictions").glob("*.h5ad")):
+        known[path.stem] = known.get(path.stem, False) or gene in reading.read_adata(path).var_names
+    if absent := [section for section, has in known.items() if not has]:
+        raise InputError(f"--gene {gene}: no prediction of section {absent[0]} has it")
 
 
 def _runs(folder: Path) -> dict[str, Path]:

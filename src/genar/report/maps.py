@@ -1,6 +1,7 @@
 """Static maps: spots coloured by counts over the H&E, truth beside prediction (as in the paper's figure 3)."""
 
 import contextlib
+import glob
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,10 +112,15 @@ def write_section_maps(predicted: AnnData, truth: AnnData, per_gene: pd.DataFram
     """One map for the best, the median and the worst gene by ``per_gene["pcc"]``, and all of them on one page."""
     name, rows = contract.name(truth), []
     for rank, genes in genes_to_show(per_gene).items():
+        written = []
         for gene in genes:
             value = per_gene.loc[gene, "pcc"]
             rows.append((gene, f"{rank} of {len(per_gene)} genes, PCC {value:.3f}"))
-            write_gene_map(predicted, truth, gene, folder / f"{name}_{rank}_{file_part(gene)}.png", title=rows[-1][1])
+            path = folder / f"{name}_{rank}_{file_part(gene)}.png"
+            written.append(write_gene_map(predicted, truth, gene, path, title=rows[-1][1]))
+        for earlier in folder.glob(f"{glob.escape(name)}_{rank}_*.png"):
+            if earlier not in written and _is_own(earlier):  # of another prediction's scores
+                earlier.unlink()
     write_gene_maps(predicted, truth, rows, folder / f"{name}_overview.png")
 
 
@@ -243,11 +249,14 @@ def lay_out(figure: Figure, dpi: int) -> None:
 
 def refuse_foreign(path: Path) -> None:
     """``InputError`` where something lies at ``path`` that is no picture of GenAR's: it might be somebody's slide."""
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path) as found:
-            if found.info.get("Software") == MARK:
-                return
+    if path.exists() and not _is_own(path):
         raise InputError(f"{path}: is there already, and no picture of GenAR's; choose another --out, or delete it")
+
+
+def _is_own(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path) as found:
+        return found.info.get("Software") == MARK
+    return False
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -14,11 +14,12 @@ from anndata import AnnData
 
 from genar.data import SectionRef, contract, find_sections, options_for
 from genar.data.door import check_zarr, door
+from genar.data.files import stores_of
+from genar.data.formats import USED_BY
 from genar.data.reading import ReadOptions, disagreeing
 from genar.data.slide import image_head
 from genar.data.tissue import on_tissue, tissue_of
 from genar.errors import InputError, NoRawCountsError, SectionWarning
-from genar.features import stores_of
 from genar.genes import Panel
 from genar.report import maps
 
@@ -114,7 +115,9 @@ def check_sections(
     for path in paths:
         try:
             refs = find_sections(path)
-            how = options_for(refs, **options)
+            formats = {ref.format for ref in refs}
+            used = {name: value for name, value in options.items() if USED_BY.get(name, refs[0].format) in formats}
+            how = options_for(refs, **used)
         except InputError as error:
             faults.append(str(error))
             continue

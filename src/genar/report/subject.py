@@ -12,6 +12,7 @@ from anndata import AnnData
 
 from genar.data import ReadOptions, contract, find_sections, open_slide, options_for, pick, reading
 from genar.data.door import door, read_json
+from genar.data.formats import USED_BY
 from genar.data.truth import read_truth
 from genar.errors import InputError
 from genar.evaluation import align, align_both, intervals, metrics, score_aligned
@@ -112,6 +113,9 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
         subject.checkpoint = read_json(config, "checkpoint's configuration") if config.is_file() else {}
     if note := contract.trained_on_note(predicted):
         subject.notes += (note,)
+    if truth is None and not subject.run and (unused := sorted({*read} - {"image"})):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise InputError(f"{names}: how a truth is read; name it with --truth")
     section = read_truth(str(truth), predicted, **read) if truth is not None else _truth_of_run(subject, read)
     if section is None:
         return subject
@@ -121,7 +125,11 @@ def _made_of(path: Path, truth: str | Path | None, home: Path | None, read: Mapp
     if contract.name(section) != subject.section:
         subject.notes += (f"the truth is of section {contract.name(section)}, the prediction of {subject.section}",)
     subject.truth, subject.scores, subject.per_gene = section[predicted.obs_names], scores.summary, scores.per_gene
-    subject.methods, subject.differences = _scores_of_run(home, subject.section)
+    scored = subject.run.get("data", {}).get(subject.section)
+    if scored in (None, contract.digest(section)):
+        subject.methods, subject.differences = _scores_of_run(home, subject.section)
+    else:
+        subject.notes += ("the truth is not the one that the run scored: the scores are of the one shown here",)
     if not subject.methods:
         found, _ = intervals.compare(aligned, [], subject.section)
         n_undefined = {m: int(np.isnan(metrics.pcc(one.log2, one.truth_log2)).sum()) for m, one in aligned.items()}
@@ -147,18 +155,23 @@ def _read(path: Path) -> AnnData:
         raise InputError(f"{path}: a measured section; expected a prediction, with this as --truth")
     if not predicted.n_obs or not predicted.n_vars:
         raise InputError(f"{path}: {predicted.n_obs} spots and {predicted.n_vars} genes; expected at least one of each")
+    contract.check_prediction(predicted, str(path))
+    for part, values in contract.matrices(predicted):
+        if (contract.stored(values) < 0).any():
+            raise InputError(f"{path}: {part} holds values below 0; expected counts: predict again, or set them to 0")
     return predicted
 
 
 def _truth_of_run(subject: Subject, read: Mapping[str, Any]) -> AnnData | None:
-    """The section where the run found it; a note and ``None`` where it is no more, or is of other counts."""
+    """The section where the run found it; a note and ``None`` where it is no more, or is of other spots."""
     plan = subject.run.get("plan")
     if plan is None:
         return None
     folder = Path(plan["sections"])
     try:
         refs = pick(find_sections(folder), [subject.section])
-        options = options_for(refs, **{**{name: plan[name] for name in ("mpp", "image", "bin_um")}, **read})
+        names = ("mpp", "image", *(name for name, kind in USED_BY.items() if kind == refs[0].format and name in plan))
+        options = options_for(refs, **{**{name: plan[name] for name in names}, **read})
         section = refs[0].read(options)
         align(subject.predicted, section)
     except InputError as error:

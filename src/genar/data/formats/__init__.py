@@ -6,7 +6,9 @@ A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sectio
 ``image(root, id, options) -> Path | None``.
 """
 
+import contextlib
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,13 +18,18 @@ from types import ModuleType
 from anndata import AnnData
 
 from genar.data.contract import GENAR, PATIENT, section_key, slide_path
+from genar.data.contract import name as name_of
 from genar.data.door import door
 from genar.data.patients import patient_in_table
 from genar.data.reading import ReadOptions
-from genar.errors import InputError
+from genar.errors import InputError, SectionWarning, first_names
 
 # Files of this folder, in the order in which they are asked: what is told by more comes first.
 FORMATS = ("hest", "visium_hd", "visium", "spatialdata", "legacy_st", "h5ad", "slide")
+
+
+# Options that sections of one format alone are read by.
+USED_BY = {"bin_um": "visium_hd", "spacing_um": "slide", "spot_um": "slide"}
 
 
 def format_module(name: str) -> ModuleType:
@@ -51,7 +58,7 @@ class SectionRef:
         """
         with door(f"{self.root}:{self.id}", f"section ({self.format})", "are its files complete?"):
             section = format_module(self.format).read(self.root, self.id, options or ReadOptions(**more))
-        if patient := patient_in_table(self.root, self.id):
+        if patient := patient_in_table(self.root, name_of(section)):
             section.uns[GENAR][PATIENT] = patient
         return section
 
@@ -94,10 +101,28 @@ def _near(path: Path) -> str:
 
 
 def _in_folder(folder: Path, modules: Sequence[ModuleType]) -> list[SectionRef]:
-    for module in modules:
+    for number, module in enumerate(modules):
         if ids := sorted(module.sections(folder), key=section_key):
+            _tell_of_others(folder, module, modules[number + 1 :], ids)
             return [SectionRef(module.__name__.rpartition(".")[2], folder, section) for section in ids]
     raise InputError(f"{folder}: no sections found; expected {_expected(modules)}")
+
+
+def _tell_of_others(folder: Path, taken: ModuleType, modules: Sequence[ModuleType], ids: Sequence[str]) -> None:
+    """Warn of sections of other formats in the folder, which are not read; slides among them are images of those that
+    are, AnnData files and SpatialData stores mostly predictions."""
+    others = []
+    for module in modules:
+        with contextlib.suppress(InputError):  # what is wrong with them is said when they are read
+            found = module.sections(folder) if module.NAME not in ("slide", "h5ad", "spatialdata") else []
+            others += [f"{one} ({module.NAME})" for one in found if one not in ids]
+    if others:
+        warnings.warn(
+            f"{folder}: read as format {taken.NAME}; not read are {first_names(others)}: give each format a folder of "
+            "its own",
+            SectionWarning,
+            stacklevel=4,
+        )
 
 
 def _expected(modules: Sequence[ModuleType]) -> str:
@@ -167,8 +192,16 @@ def read_sections(
 
 
 def options_for(refs: Sequence[SectionRef], **options) -> ReadOptions:
-    """The options for these sections; ``InputError`` where one image is named for several of them."""
-    how = ReadOptions(**{name: value for name, value in options.items() if value is not None})
+    """The options for these sections; ``InputError`` where one image is named for several of them, or an option means
+    nothing to any of them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() & USED_BY.keys():
+        if refs and all(ref.format != USED_BY[name] for ref in refs):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for format {USED_BY[name]}, and none of the sections of "
+                f"{refs[0].root} is of that ({', '.join(sorted({ref.format for ref in refs}))}); leave it out"
+            )
+    how = ReadOptions(**given)
     if len(refs) > 1 and how.image is not None and how.image.is_file():
         raise InputError(
             f"{how.image}: one image for {len(refs)} sections ({', '.join(ref.id for ref in refs)}); name one section, "

@@ -24,7 +24,8 @@ def sections(root: Path) -> list[str]:
 
 def of_file(path: Path) -> tuple[Path, str] | None:
     """Folder and id of a section's own ``st/<id>.h5ad``."""
-    return (path.parent.parent, path.stem) if path.suffix == ".h5ad" and path.parent.name == "st" else None
+    folder = path.absolute().parent  # named from within the folder, too
+    return (folder.parent, path.stem) if path.suffix == ".h5ad" and folder.name == "st" else None
 
 
 def image(root: Path, section: str, options: ReadOptions) -> Path | None:
@@ -46,6 +47,9 @@ def read(root: Path, section: str, options: ReadOptions) -> anndata.AnnData:
     pitch_um, diameter_um, stated = (
         number(path, key, metadata.get(key)) for key in ("inter_spot_dist", "spot_diameter", "pixel_size_um_estimated")
     )
+    if not pitch_um and reading.looks_like_visium(adata):
+        pitch_um, diameter_um = reading.VISIUM_PITCH_UM, diameter_um or contract.VISIUM_SPOT_UM
+    stated = stated or reading.stated_mpp(adata)
     by_pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else None
     mpp, by = reading.pixel_size(section, options, metadata_mpp=stated, pitch_mpp=by_pitch, slide=slide)
     diameter_um = diameter_um or reading.stated_diameter_px(adata) * mpp

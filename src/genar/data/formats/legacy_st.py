@@ -161,13 +161,17 @@ def _selections(root: Path) -> dict[str, Path]:
 def _counts_of(root: Path, section: str, selection: Path) -> Path | None:
     """Those beside its selection, else in another folder."""
     beside = (path for suffix in _COUNTS if (path := selection.with_name(f"{section}{suffix}")).is_file())
-    found = (
-        path
-        for suffix in _COUNTS
-        for where in ("", "*/")
-        for path in root.glob(f"{where}{glob.escape(section)}{suffix}")
-    )
-    return next(beside, None) or next(found, None)
+    if (found := next(beside, None)) is not None:
+        return found
+    by_folder: dict[Path, Path] = {}
+    for suffix in _COUNTS:
+        for where in ("", "*/"):
+            for path in sorted(root.glob(f"{where}{glob.escape(section)}{suffix}")):
+                by_folder.setdefault(path.parent, path)
+    if len(by_folder) > 1:
+        one, other = list(by_folder.values())[:2]
+        raise InputError(f"section {section}: two tables of counts ({one}, {other}); leave one of them there")
+    return next(iter(by_folder.values()), None)
 
 
 def _image_of(root: Path, section: str) -> Path | None:

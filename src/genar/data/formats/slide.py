@@ -51,8 +51,9 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
 
 def _mpp_of_hest(slide: Path) -> float | None:
     """Pixel size by the metadata beside a slide in HEST's layout, whose TIFFs say a tenth of it in their tags."""
-    path = slide.parent.parent / "metadata" / f"{slide.stem}.json"
-    if slide.parent.name != "wsis" or not path.is_file():
+    folder = slide.absolute().parent  # named from within the folder, too
+    path = folder.parent / "metadata" / f"{slide.stem}.json"
+    if folder.name != "wsis" or not path.is_file():
         return None
     facts = read_json(path, "JSON, the sample's row of the HEST table")
     return number(path, "pixel_size_um_estimated", facts.get("pixel_size_um_estimated")) or None

@@ -29,6 +29,10 @@ def sections(root: Path) -> list[str]:
     return [path.stem for path in root.glob("*.zarr") if not path.name.startswith(".") and _is_store(path)]
 
 
+# Space Ranger's small pictures, as spatialdata-io names them: no slides.
+_DOWNSAMPLED = ("_hires_image", "_lowres_image")
+
+
 def _is_store(folder: Path) -> bool:
     for name in ("zarr.json", ".zattrs"):
         try:
@@ -99,6 +103,7 @@ def _image_name(store, region: str, given: Path | None, path: Path) -> str | Non
     """
     of_shapes = _transformations(store.shapes[region])
     images = {n: image for n, image in store.images.items() if set(of_shapes) & set(_transformations(image))}
+    images = {name: image for name, image in images.items() if not name.endswith(_DOWNSAMPLED)}
     looks = {name: _looks(image) for name, image in images.items()}
     if given is None:
         return max(looks, key=lambda name: (looks[name][0], looks[name][1] * looks[name][2]), default=None)

@@ -4,6 +4,7 @@ A section is an ``outs`` folder; a folder of several is several sections, each c
 The full-resolution image is not among the outputs: it is named apart (``--image``). Spot centres are 100 um apart.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ def _is_outs(folder: Path) -> bool:
 def folders(root: Path, is_one) -> dict[str, Path]:
     """Section id -> folder of each that ``is_one`` in ``root``; an ``outs`` folder is called like the one around it."""
     if is_one(root):
-        around = root.resolve()
+        around = Path(os.path.abspath(root))  # not resolved: a link is called as it is called
         return {(around.parent if around.name == "outs" else around).name: root}
     if (root / "outs").is_dir() and is_one(root / "outs"):
-        return {root.resolve().name: root / "outs"}
+        return {Path(os.path.abspath(root)).name: root / "outs"}
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         for candidate in (folder, folder / "outs"):
@@ -112,6 +113,10 @@ def read_matrix(folder: Path) -> AnnData:
         raise InputError(f"{folder}: matrix of shape {x.shape} for {len(barcodes)} barcodes and {len(features)} genes")
     if "feature_type" in features:  # antibodies and the like are left out
         expression = (features["feature_type"] == "Gene Expression").to_numpy()
+        if not expression.any():
+            raise InputError(
+                f"{folder}: no gene expression among the features of the matrix; is it of antibodies alone?"
+            )
         x, features = x[:, expression], features.loc[expression]
     adata = AnnData(x.astype(np.float32), obs=pd.DataFrame(index=pd.Index(barcodes)))
     adata.var = pd.DataFrame({"gene_ids": features["id"].to_numpy()}, index=pd.Index(features["name"].to_numpy()))

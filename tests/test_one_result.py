@@ -1,0 +1,239 @@
+"""Predictions of other methods are shown as they are, or refused; no result stands beside another's; options that would
+do nothing are refused."""
+
+import json
+import shutil
+
+import anndata
+import numpy as np
+import pytest
+
+from commands import run
+from genar import bench
+from genar.data import contract
+from genar.errors import InputError
+from genar.export import write_export
+from genar.report.subject import subjects
+from test_overwriting_and_order import home  # noqa: F401
+
+RECIPE = """
+title: x
+sections: [S1, S2]
+encoder: genar.bench.toy:narrow_encoder
+panel: clean
+n_genes: 20
+seeds: [1]
+methods: [{name: ridge, model: ridge}, {name: mean, model: mean}]
+"""
+
+
+@pytest.fixture
+def predicted(home):  # noqa: F811
+    return anndata.read_h5ad(home / "run" / "predictions" / "S2.h5ad")
+
+
+def told(capsys):
+    got = capsys.readouterr()
+    return " ".join((got.out + got.err).split())
+
+
+def nan_place(adata):
+    adata.obsm["spatial"][0, 0] = np.nan
+
+
+def twin_gene(adata):
+    names = list(adata.var_names)
+    adata.var_names = [names[1], *names[1:]]
+
+
+def twin_spot(adata):
+    names = list(adata.obs_names)
+    adata.obs_names = [names[1], *names[1:]]
+
+
+def infinite(adata):
+    adata.layers["mean"][0, 0] = np.inf
+
+
+def negative(adata):
+    adata.layers["mean"][0, 0] = -5
+
+
+@pytest.mark.filterwarnings("ignore:.*names are not unique")
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (nan_place, "obsm['spatial'] holds NaN or infinite places"),
+        (twin_gene, "gene name"),
+        (twin_spot, "spot name"),
+        (infinite, "layers['mean'] holds NaN or infinite values"),
+        (negative, "layers['mean'] holds values below 0"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(predicted, tmp_path, monkeypatch, capsys, damage, words):
+    damage(predicted)
+    predicted.write_h5ad(tmp_path / "p.h5ad")
+    assert run(monkeypatch, "report", tmp_path / "p.h5ad", "--out", tmp_path / "p.html") == 2
+    assert words in told(capsys)
+    for name in ("p.geojson", "p.tmap", "p.zarr"):
+        if damage is not negative:  # values of other programs' own, which draw them
+            assert run(monkeypatch, "export", tmp_path / "p.h5ad", "--out", tmp_path / name) == 2
+            assert words in told(capsys)
+            assert not (tmp_path / name).exists()
+
+
+def test_fractional_counts_are_exported_as_they_are(predicted, tmp_path):
+    first, gene = str(predicted.obs_names[0]), str(predicted.var_names[0])
+    values = np.full(predicted.shape, 0.4)
+    values[0, 0] = 1.5
+    predicted.X = values
+    for name in contract.layer_names(predicted):
+        del predicted.layers[name]
+    spots = json.loads(write_export(predicted, tmp_path / "p.geojson")["geojson"].read_text())["features"]
+    assert [s["properties"]["measurements"][gene] for s in spots[:2]] == [1.5, 0.4]
+    write_export(predicted, tmp_path / "p.tmap")
+    table = (tmp_path / "p_tmap.csv").read_text().splitlines()
+    at = table[0].split(",").index(f"gene {gene}")
+    assert next(row.split(",")[at] for row in table if f",{first}," in f"{row},") == "1.5"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_scores_of_a_page_are_of_the_truth_it_shows(home, tmp_path, named):  # noqa: F811
+    made = tmp_path / "made"
+    shutil.copytree(home, made)
+    (before,) = subjects(made / "run")
+    assert "ridge" in before.methods
+    facts = json.loads((made / "run" / "run.json").read_text())
+    facts["plan"]["sections"] = str(made / "tissue")
+    (made / "run" / "run.json").write_text(json.dumps(facts))
+    path = made / "tissue" / "st" / "S2.h5ad"
+    other = anndata.read_h5ad(path)
+    other.X = np.random.default_rng(0).poisson(5, other.shape).astype(np.float32)
+    other.write_h5ad(path)
+    (after,) = subjects(made / "run", f"{made / 'tissue'}:S2" if named else None)
+    assert "the truth is not the one that the run scored: the scores are of the one shown here" in after.notes
+    assert set(after.methods) == {"prediction", "prediction_mean"}
+    assert after.methods["prediction_mean"]["pcc_200"][0] == pytest.approx(after.scores["pcc_200"])
+    assert abs(after.scores["pcc_200"]) < 0.2
+
+
+def test_nothing_of_an_earlier_scoring_stays(home, predicted, tmp_path, monkeypatch):  # noqa: F811
+    truth, out = f"{home / 'tissue'}:S2", tmp_path / "scores"
+    first = home / "run" / "predictions" / "S2.h5ad"
+    assert run(monkeypatch, "evaluate", first, truth, "--out", out, "--resamples", 20) == 0
+    assert (out / "intervals.csv").exists()
+    assert (out / "zero_reliability.csv").exists()
+    for name in contract.layer_names(predicted):
+        del predicted.layers[name]
+    predicted.X = np.random.default_rng(1).poisson(3, predicted.shape).astype(np.float32)
+    predicted.write_h5ad(tmp_path / "other.h5ad")
+    (out / "maps" / "S2_best_mine.png").write_bytes(b"a user's")
+    assert run(monkeypatch, "evaluate", tmp_path / "other.h5ad", truth, "--out", out, "--resamples", 0) == 0
+    assert not (out / "intervals.csv").exists()
+    assert not (out / "intervals.json").exists()
+    assert not (out / "zero_reliability.csv").exists()
+    kinds = sorted(path.name.split("_")[1] for path in (out / "maps").glob("S2_*_*.png"))
+    assert kinds == ["best", "best", "median", "worst"]  # and what is not GenAR's
+
+
+def test_gene_sets_of_an_earlier_call_do_not_stay(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    genes = json.loads((home / "run" / "panel.json").read_text())["genes"]
+    (tmp_path / "sets.gmt").write_text("[acyl] kinase [/x]\tabout\t" + "\t".join(genes[:5]) + "\n")
+    words = ("groups", home / "run", "--out", tmp_path / "g")
+    assert run(monkeypatch, *words, "--gmt", tmp_path / "sets.gmt") == 0
+    assert "[acyl] kinase [/x]" in told(capsys)  # no markup
+    assert (tmp_path / "g" / "sets.csv").exists()
+    assert run(monkeypatch, *words) == 0
+    assert not (tmp_path / "g" / "sets.csv").exists()
+
+
+def test_a_recipe_that_is_not_there_is_no_other_one(tmp_path):
+    for name in (tmp_path / "her2st_small.yaml", "folder/her2st_small.yaml", "her2st_small.txt"):
+        with pytest.raises(InputError, match="no such file; recipes of the package are"):
+            bench.read_recipe(str(name))
+    assert bench.read_recipe("her2st_small.yaml") == bench.read_recipe("her2st_small")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[S1, S2]", "S1", r"sections must be a list, found 'S1'; write \[S1\]"),
+        ("title: x", "held_out: S1", r"held_out must be a list"),
+        ("sections: [S1, S2]", "datasets: her2st", r"datasets must be a list"),
+        ("seeds: [1]", "seeds: [-1]", "from 0 to 4294967295"),
+        ("seeds: [1]", "seeds: [4294967296]", "from 0 to 4294967295"),
+        (
+            "title: x",
+            "tables: {runs: [ridge]}",
+            "and none of table, runs, differences, by_section, groups; found 'runs'",
+        ),
+    ],
+)
+def test_recipes_that_say_something_else_than_meant(tmp_path, old, new, words):
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace(old, new))
+    with pytest.raises(InputError, match=words):
+        bench.read_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    words = ("bench", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert run(monkeypatch, *words, "--data", home / "tissue", "--features", home / "store") == 0
+    before = (tmp_path / "out" / "table.md").read_bytes()
+    assert run(monkeypatch, *words, "--toy") == 0
+    assert (tmp_path / "out" / "table.md").read_bytes() == before
+    assert "(toy: simulated tissue" in (tmp_path / "out" / "mine_toy" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"1": ', "{}", '{"1": "A B"}', '["A"]'])
+def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home, tmp_path, monkeypatch, text):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text(text)
+    (tmp_path / "g.yaml").write_text(RECIPE.split("seeds")[0] + "groups: {groups: bad.json}\n")
+    with pytest.raises(InputError, match=r"bad\.json"):
+        bench.bench_run(bench.read_recipe("g.yaml"), home / "tissue", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("groups*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (
+            "features TISSUE --import . --encoder my --patch genar --views 8 --precision bf16 --batch-size 3",
+            "--patch, --views, --precision, --batch-size",
+        ),
+        ("bench her2st_small --out OUT --toy --data x --features y --mpp 0.1", "--data, --features, --mpp"),
+        ("panel TISSUE --recipe hvg --n-top 5 --out OUT", "--n-top"),
+        ("report PREDICTION --mpp 0.3 --bin-um 8 --out OUT.html", "--bin-um, --mpp"),
+        ("train TISSUE --bin-um 8 --test S2 --out OUT", "--bin-um is for format visium_hd"),
+        ("features TISSUE --spacing-um 50 --out OUT", "--spacing-um is for format slide"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, capsys, words, unused):  # noqa: F811
+    shutil.copy(home / "run" / "predictions" / "S2.h5ad", tmp_path / "p.h5ad")
+    places = {"TISSUE": home / "tissue", "OUT": tmp_path / "o", "OUT.html": tmp_path / "o.html"}
+    places["PREDICTION"] = tmp_path / "p.h5ad"
+    assert run(monkeypatch, *(places.get(word, word) for word in words.split())) == 2
+    assert unused in told(capsys)
+
+
+def test_a_demo_that_was_stopped_at_its_page_gets_it(home, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(home / "run", tmp_path / "demo" / "run")
+    assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 0
+    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 2
+
+
+def test_an_index_of_a_gene_that_none_has_writes_no_page(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(home / "run", tmp_path / "runs" / "one")
+    assert run(monkeypatch, "report", tmp_path / "runs", "--gene", "NOPE", "--out", tmp_path / "i.html") == 2
+    assert "--gene NOPE: no prediction of section S2 has it" in told(capsys)
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_overlays_of_sections_of_one_name_are_all_named(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+    shutil.copytree(home / "tissue", tmp_path / "again")
+    assert run(monkeypatch, "check", home / "tissue", tmp_path / "again", "--out", tmp_path / "o", "--json") == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert sorted(outputs) == ["overlay S1", "overlay S1_2", "overlay S2", "overlay S2_2"]
