@@ -39,9 +39,8 @@ _SOON_S = 0.05
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # of the processor's allocator, and of a GPU's
 WRONG = "wrong input"
 """status beside exit code 2"""
-console = Console(
-    highlight=False, markup=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 240
-)
+_WIDTH = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 240
+console = Console(highlight=False, markup=False, width=_WIDTH)
 SHOWN = ("pcc_10", "pcc_50", "pcc_200", "pcc_fixed", "mse", "mae", "rvd", "n_undefined")
 
 

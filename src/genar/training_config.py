@@ -46,8 +46,8 @@ class TrainConfig:
     last weights"""
     validation_share: float = 0.0
     """share of each training section's spots, in one strip, on which the epoch is chosen: below a half, and the
-    nearest of a half, a third, a quarter, …; 0 trains on all for max_epochs: a few epochs from a calibrated start leave nothing to choose, and the spots
-    are worth more"""
+    nearest of a half, a third, a quarter, …; 0 trains on all for max_epochs: a few epochs from a calibrated start leave
+    nothing to choose, and the spots are worth more"""
     validate_every: int = 3
     """epochs between validations; the last is one, too"""
     patience: int = 4
