@@ -103,6 +103,20 @@ def test_sections_of_another_format_are_told(tmp_path):
         assert [ref.id for ref in find_sections(tmp_path)] == ["H1"]
 
 
+def test_half_a_section_is_told(tmp_path):
+    for name in ("P1", "P2"):
+        write_visium(tmp_path / "v" / name / "outs")
+    shutil.rmtree(tmp_path / "v" / "P2" / "outs" / "spatial")
+    with pytest.warns(SectionWarning, match=r"left out are P2 \(no spatial/\): is the copy complete"):
+        assert [ref.id for ref in find_sections(tmp_path / "v")] == ["P1"]
+    (tmp_path / "l").mkdir()
+    for name in ("X1", "X2"):
+        write_legacy(tmp_path / "l", name)
+    (tmp_path / "l" / "X2.tsv.gz").unlink()
+    with pytest.warns(SectionWarning, match=r"left out are X2 \(no counts\)"):
+        assert [ref.id for ref in find_sections(tmp_path / "l")] == ["X1"]
+
+
 @pytest.mark.parametrize(("mode", "told"), [("YCbCr", "YCbCr"), ("LAB", "CIELab")])
 def test_colours_that_are_not_rgb_are_refused(tmp_path, mode, told):
     Image.new("RGB", (300, 300), (200, 120, 180)).convert(mode).save(tmp_path / "y.tif")

@@ -2,8 +2,9 @@
 
 A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sections(root) -> list of ids`` (empty where
 ``root`` is not of this format) and ``read(root, id, options) -> AnnData``; one that knows single files has
-``of_file(path) -> (root, id) | None``, too, and one that knows the image without the counts
-``image(root, id, options) -> Path | None``.
+``of_file(path) -> (root, id) | None``, too, one that knows the image without the counts
+``image(root, id, options) -> Path | None``, and one that can tell half of a section ``incomplete(root) -> list of
+words``.
 """
 
 import contextlib
@@ -104,6 +105,9 @@ def _in_folder(folder: Path, modules: Sequence[ModuleType]) -> list[SectionRef]:
     for number, module in enumerate(modules):
         if ids := sorted(module.sections(folder), key=section_key):
             _tell_of_others(folder, module, modules[number + 1 :], ids)
+            if lacking := getattr(module, "incomplete", lambda root: [])(folder):
+                told = f"{folder}: left out are {first_names(lacking)}: is the copy complete?"
+                warnings.warn(told, SectionWarning, stacklevel=3)
             return [SectionRef(module.__name__.rpartition(".")[2], folder, section) for section in ids]
     raise InputError(f"{folder}: no sections found; expected {_expected(modules)}")
 

@@ -33,6 +33,12 @@ def sections(root: Path) -> list[str]:
     return [section for section, selection in _selections(root).items() if _counts_of(root, section, selection)]
 
 
+def incomplete(root: Path) -> list[str]:
+    """Sections of ``root`` whose spots are selected, but that have no counts."""
+    found = _selections(root).items()
+    return [f"{section} (no counts)" for section, selection in found if not _counts_of(root, section, selection)]
+
+
 def image(root: Path, section: str, options: ReadOptions) -> Path | None:
     """The one that ``--image`` names, or that among the files."""
     return reading.named_image(section, options) or _image_of(root, section)

@@ -31,6 +31,17 @@ def sections(root: Path) -> list[str]:
     return list(folders(root, _is_outs))
 
 
+def incomplete(root: Path) -> list[str]:
+    """Folders of ``root`` that hold counts as Space Ranger writes them, but no places of spots."""
+    held = ((folder, outs) for folder in sorted(root.iterdir()) for outs in (folder, folder / "outs"))
+    found = [f"{folder.name} (no spatial/)" for folder, outs in held if _has_matrix(outs) and not _is_outs(outs)]
+    return list(dict.fromkeys(found))
+
+
+def _has_matrix(folder: Path) -> bool:
+    return (folder / f"{_MATRIX}.h5").is_file() or (folder / _MATRIX).is_dir()
+
+
 def of_file(path: Path) -> tuple[Path, str] | None:
     """Folder and id of a section named by its matrix file."""
     root = path.parent
@@ -42,7 +53,7 @@ def _is_outs(folder: Path) -> bool:
         raise InputError(
             f"{folder}: bins of Visium HD; name the outs folder around them, --bin-um says how to pool them"
         )
-    return (folder / "spatial").is_dir() and ((folder / f"{_MATRIX}.h5").is_file() or (folder / _MATRIX).is_dir())
+    return (folder / "spatial").is_dir() and _has_matrix(folder)
 
 
 def folders(root: Path, is_one) -> dict[str, Path]:
