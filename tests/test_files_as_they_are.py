@@ -51,10 +51,10 @@ def test_an_image_is_found_from_any_folder(tissue, tmp_path, monkeypatch):
     section.write_h5ad(tmp_path / "one" / "kept.h5ad")
     monkeypatch.chdir(tmp_path / "two")
     again = read_section("../one/kept.h5ad")
-    assert contract.slide_path(again) == tmp_path / "one" / "wsis" / "A.png"
-    again.uns[contract.GENAR][contract.SLIDE] = "wsis/A.png"  # as older releases wrote it
+    assert contract.slide_path(again).resolve() == tmp_path / "one" / "wsis" / "A.png"
+    again.uns[contract.GENAR][contract.SLIDE] = "wsis/A.png"  # as it was typed
     again.write_h5ad(tmp_path / "one" / "older.h5ad")
-    assert contract.slide_path(read_section("../one/older.h5ad")) == tmp_path / "two" / ".." / "one" / "wsis" / "A.png"
+    assert contract.slide_path(read_section("../one/older.h5ad")).resolve() == tmp_path / "one" / "wsis" / "A.png"
 
 
 def test_two_tables_of_counts_are_refused(tmp_path):

@@ -84,7 +84,7 @@ def new_section(
     adata.X = _as_csr(adata.X)
     adata.uns[GENAR] = {
         SECTION: section,
-        SLIDE: str(Path(slide).absolute()) if slide else "",  # whatever folder it is read from later
+        SLIDE: str(slide),
         MPP: float(mpp),
         SPOT_DIAMETER_UM: float(spot_diameter_um),
         PITCH_UM: float(pitch_um),
