@@ -101,8 +101,10 @@ class GenARConfig:
             raise InputError(f"model: {self.n_features} features are not {self.n_blocks} equal blocks")
         if self.linear_start and not (self.components and self.start_at_frequencies):
             raise InputError("model: linear_start needs components > 0 and start_at_frequencies; set it to false")
-        if not (self.sigma_base > 0 and 1 <= self.mlp_ratio * self.width <= _MOST):
-            raise InputError("model: sigma_base must be > 0, and mlp_ratio as large that the layer within has a unit")
+        if not self.sigma_base > 0:
+            raise InputError(f"model: sigma_base must be > 0, found {self.sigma_base}")
+        if not 1 <= (inner := self.mlp_ratio * self.width) <= _MOST:
+            raise InputError(f"model: mlp_ratio times width must be 1 to {_MOST}, found {inner:g}")
         for name in ("max_count", "token_noise", "count_basis", "components", "sigma_slope", "group_temperature"):
             if not 0 <= getattr(self, name) <= _MOST:
                 raise InputError(f"model: {name} must be at least 0 (at most {_MOST}), found {getattr(self, name)}")

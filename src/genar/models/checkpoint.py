@@ -191,7 +191,12 @@ def load_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     with door(folder / WEIGHTS, "safetensors file", "copy the checkpoint again"):
         shapes = _shapes(folder / WEIGHTS)
     with door(folder / CONFIG, "GenAR checkpoint", "a key is missing or malformed: copy the checkpoint again"):
-        model = _model_of(folder / WEIGHTS, facts, shapes)
+        try:
+            model = _model_of(folder / WEIGHTS, facts, shapes)
+        except InputError as error:
+            if str(folder) in str(error):
+                raise
+            raise InputError(f"{folder / CONFIG}: {error}; copy the checkpoint again") from error
         for key in ("features", "training"):
             if not isinstance(facts[key], dict):
                 raise TypeError(f"{key} must be an object")
