@@ -62,9 +62,7 @@ def predict_run(
         refuse_foreign(out)
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, revision=revision)
     if not isinstance(section, AnnData):
-        like_training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um}
-        told = {name: value for name, value in like_training.items() if value}
-        section = read_section(section, **{**told, **(reading or {})})
+        section = _read(section, checkpoint, reading or {})
     checkpoint.model.to(machine.of_models(device)).eval()
     decode = decoding(checkpoint.model, how or {})
     if not contract.has_counts(section):
@@ -94,13 +92,17 @@ def predict_run(
     notes = contract.trained_on_note(predicted), pitch_note(checkpoint, section), width_note(checkpoint, section)
     for note in filter(None, notes):
         say(f"note: {note}")
-    if out is None or predicted.isbacked:
-        return predicted
-    if kind == "h5ad":
-        write_prediction(predicted, out)
-    else:
+    if out is not None and kind != "h5ad":
         write_export(predicted, out, kind)
+    elif out is not None and not predicted.isbacked:
+        write_prediction(predicted, out)
     return predicted
+
+
+def _read(path: str | Path, checkpoint: Checkpoint, reading: Mapping) -> AnnData:
+    """The section at ``path``; a bare slide's spots as the model was trained on, where ``reading`` says no other."""
+    like_training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um}
+    return read_section(path, **{**{name: um for name, um in like_training.items() if um}, **reading})
 
 
 def pitch_note(checkpoint: Checkpoint, section: AnnData) -> str:
