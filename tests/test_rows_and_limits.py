@@ -9,7 +9,7 @@ import torch
 
 import genar
 from commands import run
-from genar.data import contract, read_section
+from genar.data import read_section
 from genar.errors import InputError
 from genar.models import Batch, Decoding
 from genar.models._training_spots import strips
@@ -152,5 +152,9 @@ def test_the_notebook_refuses_as_the_command_does(home, tmp_path):  # noqa: F811
         genar.train(home / "tissue", tmp_path / "run", beside="nonsense", progress=False)
     with pytest.raises(InputError, match=r"'S9' is no section"):
         genar.train(home / "tissue", tmp_path / "run", only="S9", progress=False)
-    assert contract.GENAR  # nothing was made
+    for wrong, told in (({"n_genes": "20"}, "n_genes must be a whole number, found '20'"),
+                        ({"views": "1"}, "views must be a whole number, found '1'"),
+                        ({"mpp": "2.0"}, "--mpp must be a positive number of um, found '2.0'")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            genar.train(home / "tissue", tmp_path / "run", progress=False, **wrong)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ class TrainPlan:
     """machines"""
 
     def __post_init__(self):
+        for name in ("n_genes", "views", "devices", "num_nodes"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, Integral):
+                raise InputError(f"{name} must be a whole number, found {value!r}")
         encoders.check_name(self.encoder)
         encoders.check_precision(self.encoder_precision)
         for name in self.beside:

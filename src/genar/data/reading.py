@@ -44,8 +44,8 @@ class ReadOptions:
     def __post_init__(self):
         for name in ("mpp", "bin_um", "spacing_um", "spot_um"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1e5:
-                raise InputError(f"--{name.replace('_', '-')} must be a positive number of um, found {value}")
+            if value is not None and not (isinstance(value, int | float | np.number) and 0 < value < 1e5):
+                raise InputError(f"--{name.replace('_', '-')} must be a positive number of um, found {value!r}")
         if self.image is not None:
             object.__setattr__(self, "image", Path(self.image))
             if not self.image.exists():  # pyright: ignore
