@@ -37,7 +37,7 @@ def test_space_rangers_sections_are_of_those_the_table_says(folder):
     [
         "\ufeffSection;Patient;Age\r\nP1; Ann;61\r\n",
         'patient,ward,section\n"Ann",3,P1\n\n,,\n',
-        "section,patient\nP1,Ann\nP1,Ann",
+        "section,patient\nP1,Ann\nP1,Ann\n,Bea\n,\n",
     ],
 )
 def test_tables_as_spreadsheets_write_them(folder, text):

@@ -56,6 +56,6 @@ def _read(path: Path) -> dict[str, str]:
     at, named = [head.index(name) for name in _COLUMNS], {}
     for row in rows[1:]:
         section, patient = (row[i] if i < len(row) else "" for i in at)
-        if named.setdefault(section, patient) != patient:
+        if section and named.setdefault(section, patient) != patient:
             raise InputError(f"{path}: section {section} is of {named[section]} and of {patient}; name one patient")
     return named
