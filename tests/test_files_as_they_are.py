@@ -1,5 +1,6 @@
 """Sections as they lie on real disks: merged, linked, named from within their folder, beside others."""
 
+import gzip
 import shutil
 
 import anndata
@@ -64,6 +65,15 @@ def test_two_tables_of_counts_are_refused(tmp_path):
     shutil.copy(counts, tmp_path / "backup" / counts.name)
     with pytest.raises(InputError, match="two tables of counts"):
         find_sections(tmp_path)
+
+
+def test_a_row_that_is_no_spot_is_told_in_few_words(tmp_path):
+    write_legacy(tmp_path)
+    with gzip.open(tmp_path / "X1.tsv.gz", "wt") as file:
+        file.write("\tGENE1\tGENE2\n" + "x" * 1_000_000 + "\t1\n")
+    with pytest.raises(InputError, match="expected rows named like 10x21, found 'xxx") as refused:
+        read_section(tmp_path)
+    assert len(str(refused.value)) < 400
 
 
 def test_a_link_is_called_as_it_is_called(tmp_path):

@@ -27,6 +27,7 @@ from .targets import TARGETS
 SECONDS, BYTES = 10.0, 1 << 30
 _WORN = 77
 _ASLEEP = 60.0  # of the clock, where it waits for something rather than computes
+_MAKING = 100.0  # of the processor, to damage the files of a case
 _GUARD = 3 << 30  # beyond this the system refuses: the machine must outlive a case
 
 
@@ -159,7 +160,10 @@ def _watch(child: Child, case: int, until: float, count: Count) -> tuple[list[Fi
             spent = child.cpu_s() - cpu
             if child.waits_for_a_core():  # other work may keep it from one
                 started = time.monotonic()
-            if spent > SECONDS or time.monotonic() - started > _ASLEEP:
+            limit = SECONDS if begun else _MAKING  # it damages the files still: gigabytes of text are packed
+            if spent > limit or time.monotonic() - started > _ASLEEP:
+                if not begun:
+                    return found, case + 1
                 return [*found, Finding(child.target, case, "hang", f"after {spent:.0f} s", damage)], case + 1
         try:
             word, *facts = child.pipe.recv()

@@ -25,6 +25,7 @@ NAME = "legacy_st"
 EXPECTED = "legacy ST files (<id>.tsv.gz, <id>_selection.tsv, <id>.jpg)"
 PITCH_UM, SPOT_UM = 200.0, 100.0
 _SELECTION = "_selection.tsv"
+_ROW = re.compile(r"\d{1,9}x\d{1,9}")
 _COUNTS = (".tsv.gz", ".tsv", "_stdata.tsv.gz", "_stdata.tsv")
 
 
@@ -107,11 +108,11 @@ def _read_counts(path: Path) -> tuple[list[str], list[str], sparse.csr_matrix]:
         for line in file:
             if line.strip():
                 name, *cells = line.rstrip("\r\n").split("\t")
+                if not _ROW.fullmatch(name):
+                    raise InputError(f"{path}: expected rows named like 10x21, found {name[:60]!r}")
                 if name in rows:
                     raise InputError(f"{path}: spot name {name!r} occurs more than once; make the spot names unique")
                 rows[name] = _row_of_counts(path, name, cells, len(genes))
-    if odd := next((name for name in rows if not re.fullmatch(r"\d+x\d+", name)), None):
-        raise InputError(f"{path}: expected rows named like 10x21, found {odd[:60]!r}")
     if len(set(genes)) < len(genes):
         twice = Counter(genes).most_common(1)[0][0]
         raise InputError(f"{path}: gene name {twice!r} occurs more than once; make the gene names unique")
