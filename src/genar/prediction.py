@@ -144,8 +144,24 @@ def _blocks(
 ) -> Iterator[tuple[Counts, Counts]]:
     """Point counts and expectations of about ``_BLOCK`` spots after the other, predicted ``size`` at a time; of all at
     once where the model's unit is the section."""
-    with _asleep(checkpoint.model):
-        yield from _predicted(checkpoint, section, features, how, patches, size, progress)
+    model, n_spots = checkpoint.model, section.n_obs
+    expected = of_expectation(how)
+    places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)
+    size = max(1, n_spots) if model.unit == "section" else size
+    per_block = -(-_BLOCK // size) * size
+    with _asleep(model):
+        for first in range(0, n_spots, per_block):
+            rows = torch.arange(first, min(first + per_block, n_spots))
+            held = replace(places.rows(rows), features=_as_float(features[first : first + per_block]))
+            points, layers = [], []
+            for start in range(0, len(rows), size):
+                batch = held.batch(slice(start, start + size)).to(model.device)
+                with torch.inference_mode():
+                    layers.append(model.predict(batch, expected).to("cpu"))
+                    other = expected != how
+                    points.append(model.predict(batch, replace(how, layers=())).to("cpu") if other else layers[-1])
+                progress(first + min(start + size, len(rows)), n_spots)
+            yield Counts.join(points), Counts.join(layers)
 
 
 @contextmanager
@@ -157,28 +173,6 @@ def _asleep(model: Model) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _predicted(
-    checkpoint: Checkpoint, section: AnnData, features: Rows, how: Decoding, patches: Tensor | None, size: int, progress
-) -> Iterator[tuple[Counts, Counts]]:
-    model, n_spots = checkpoint.model, section.n_obs
-    expected = of_expectation(how)
-    places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)
-    size = max(1, n_spots) if model.unit == "section" else size
-    per_block = -(-_BLOCK // size) * size
-    for first in range(0, n_spots, per_block):
-        rows = torch.arange(first, min(first + per_block, n_spots))
-        held = replace(places.rows(rows), features=_as_float(features[first : first + per_block]))
-        points, layers = [], []
-        for start in range(0, len(rows), size):
-            batch = held.batch(slice(start, start + size)).to(model.device)
-            with torch.inference_mode():
-                layers.append(model.predict(batch, expected).to("cpu"))
-                other = expected != how
-                points.append(model.predict(batch, replace(how, layers=())).to("cpu") if other else layers[-1])
-            progress(first + min(start + size, len(rows)), n_spots)
-        yield Counts.join(points), Counts.join(layers)
 
 
 def _as_float(values: np.ndarray) -> Tensor:

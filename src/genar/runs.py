@@ -263,10 +263,8 @@ def _embedded(plan: TrainPlan, training: list[AnnData], held_out: list[AnnData],
     features = {n: StoredInputs([made[n] for made in stores], s, inputs) for n, s in named.items()}
     for one in features.values():
         one.check()  # damage shows before the long work
-    foreign = {
-        n: imported_sha256(made[n]) for made in stores for n in made if plan.encoder.startswith(encoders.IMPORTED)
-    }
-    imported = {"imported features": foreign} if foreign else {}
+    is_foreign = plan.encoder.startswith(encoders.IMPORTED)
+    imported = {"imported features": {n: imported_sha256(stores[0][n]) for n in named}} if is_foreign else {}
     return _Seen(asdict(recipe) | asdict(inputs), features, stores, imported=imported)
 
 

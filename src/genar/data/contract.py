@@ -422,7 +422,7 @@ def check_counts(adata: AnnData, where: str, counts_from: str = "X") -> None:
             f"{where}: X is missing; expected raw counts there (perhaps they are in layers['counts'])"
         )
     x, held = in_memory(adata.X), f"{where}: {counts_from} holds"
-    values = np.asarray(x.data if sparse.issparse(x) else x)  # pyright: ignore
+    values = stored(x)
     if not np.isfinite(values).all():
         raise NoRawCountsError(f"{held} NaN or infinite values; expected raw counts, whole numbers >= 0")
     if (values < 0).any():

@@ -203,21 +203,19 @@ def stores_of(section: str, store: Path) -> list[Path]:
 def drop_own(path: Path, beginning: str) -> None:
     """Delete the file at ``path`` where its head has the ``beginning`` of one of GenAR's: an earlier result that would
     be taken for a part of this one."""
-    if path.is_file():
-        with path.open("rb") as file:
-            is_own = beginning.encode() in file.read(1 << 12)
-        if is_own:
-            path.unlink()
+    if path.is_file() and _begins_so(path, beginning):
+        path.unlink()
 
 
 def refuse_foreign(path: Path, beginning: str) -> None:
     """``InputError`` where a file lies at ``path`` whose head, 4 KiB, has not the ``beginning`` of one of GenAR's."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if beginning.encode() not in file.read(1 << 12):
-                raise InputError(
-                    f"{path}: is there already, and not of GenAR; choose another --out, or delete it first"
-                )
+    if path.is_file() and not _begins_so(path, beginning):
+        raise InputError(f"{path}: is there already, and not of GenAR; choose another --out, or delete it first")
+
+
+def _begins_so(path: Path, beginning: str) -> bool:
+    with path.open("rb") as file:
+        return beginning.encode() in file.read(1 << 12)
 
 
 def write_text(path: str | Path, text: str) -> None:

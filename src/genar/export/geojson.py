@@ -35,9 +35,8 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
     rings = _rings(predicted)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(f'{{"type": "FeatureCollection", "software": "{MARK}", "features": [')
-        for i, barcode in enumerate(
-            predicted.obs_names
-        ):  # a spot at a time: all of them as objects would take far more
+        # a spot at a time: all of them as objects would take far more
+        for i, barcode in enumerate(predicted.obs_names):
             values = [*counts[i].tolist(), *means[i].astype(np.float64).round(_DECIMALS).tolist()]
             spot = {
                 "type": "Feature",

@@ -15,7 +15,7 @@ from anndata import AnnData
 from genar.data import SectionRef, contract, find_sections, options_for
 from genar.data.door import check_zarr, door
 from genar.data.files import stores_of
-from genar.data.formats import USED_BY
+from genar.data.formats import used_by
 from genar.data.reading import ReadOptions, disagreeing
 from genar.data.slide import image_head
 from genar.data.tissue import on_tissue, tissue_of
@@ -115,9 +115,7 @@ def check_sections(
     for path in paths:
         try:
             refs = find_sections(path)
-            formats = {ref.format for ref in refs}
-            used = {name: value for name, value in options.items() if USED_BY.get(name, refs[0].format) in formats}
-            how = options_for(refs, **used)
+            how = options_for(refs, **used_by(refs, options))
         except InputError as error:
             faults.append(str(error))
             continue

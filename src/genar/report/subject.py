@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from genar.data import ReadOptions, contract, find_sections, open_slide, options_for, pick, reading
 from genar.data.door import door, read_json
-from genar.data.formats import USED_BY
+from genar.data.formats import used_by
 from genar.data.truth import read_truth
 from genar.errors import InputError
 from genar.evaluation import align, align_both, intervals, metrics, score_aligned
@@ -170,8 +170,8 @@ def _truth_of_run(subject: Subject, read: Mapping[str, Any]) -> AnnData | None:
     folder = Path(plan["sections"])
     try:
         refs = pick(find_sections(folder), [subject.section])
-        names = ("mpp", "image", *(name for name, kind in USED_BY.items() if kind == refs[0].format and name in plan))
-        options = options_for(refs, **{**{name: plan[name] for name in names}, **read})
+        planned = used_by(refs, {name: plan[name] for name in ("mpp", "image", "bin_um")})
+        options = options_for(refs, **{**planned, **read})
         section = refs[0].read(options)
         align(subject.predicted, section)
     except InputError as error:

@@ -10,11 +10,12 @@ words``.
 import contextlib
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from anndata import AnnData
 
@@ -31,6 +32,12 @@ FORMATS = ("hest", "visium_hd", "visium", "spatialdata", "legacy_st", "h5ad", "s
 
 # Options that sections of one format alone are read by.
 USED_BY = {"bin_um": "visium_hd", "spacing_um": "slide", "spot_um": "slide"}
+
+
+def used_by(refs: Sequence["SectionRef"], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that mean something to at least one of these sections."""
+    formats = {ref.format for ref in refs}
+    return {name: value for name, value in options.items() if name not in USED_BY or USED_BY[name] in formats}
 
 
 def format_module(name: str) -> ModuleType:
@@ -199,8 +206,8 @@ def options_for(refs: Sequence[SectionRef], **options) -> ReadOptions:
     """The options for these sections; ``InputError`` where one image is named for several of them, or an option means
     nothing to any of them."""
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() & USED_BY.keys():
-        if refs and all(ref.format != USED_BY[name] for ref in refs):
+    if refs:
+        for name in given.keys() - used_by(refs, given).keys():
             raise InputError(
                 f"--{name.replace('_', '-')} is for format {USED_BY[name]}, and none of the sections of "
                 f"{refs[0].root} is of that ({', '.join(sorted({ref.format for ref in refs}))}); leave it out"

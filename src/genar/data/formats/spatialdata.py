@@ -20,6 +20,8 @@ from genar.errors import InputError
 
 NAME = "spatialdata"
 EXPECTED = "SpatialData stores (.zarr with tables, shapes and images)"
+# Space Ranger's small pictures, as spatialdata-io names them: no slides.
+_DOWNSAMPLED = ("_hires_image", "_lowres_image")
 
 
 def sections(root: Path) -> list[str]:
@@ -27,10 +29,6 @@ def sections(root: Path) -> list[str]:
     if _is_store(root):
         return [root.stem]
     return [path.stem for path in root.glob("*.zarr") if not path.name.startswith(".") and _is_store(path)]
-
-
-# Space Ranger's small pictures, as spatialdata-io names them: no slides.
-_DOWNSAMPLED = ("_hires_image", "_lowres_image")
 
 
 def _is_store(folder: Path) -> bool:
@@ -102,9 +100,8 @@ def _image_name(store, region: str, given: Path | None, path: Path) -> str | Non
     Raises ``InputError`` where the shapes stand in a frame of their own and no image says where the file lies in it.
     """
     of_shapes = _transformations(store.shapes[region])
-    images = {n: image for n, image in store.images.items() if set(of_shapes) & set(_transformations(image))}
-    images = {name: image for name, image in images.items() if not name.endswith(_DOWNSAMPLED)}
-    looks = {name: _looks(image) for name, image in images.items()}
+    slides = {name: image for name, image in store.images.items() if not name.endswith(_DOWNSAMPLED)}
+    looks = {n: _looks(image) for n, image in slides.items() if set(of_shapes) & set(_transformations(image))}
     if given is None:
         return max(looks, key=lambda name: (looks[name][0], looks[name][1] * looks[name][2]), default=None)
     size = image_head(given)[0]
