@@ -104,6 +104,9 @@ def test_settings_that_this_training_does_not_use_are_told(home, tmp_path, monke
         [
             (("--set", "patience=1"), "(validation_share 0): patience are not used"),
             (("--set", "validation_share=0.01"), "no section has spots enough for a strip of 0.01"),
+            (("--set", "final_loss=cross_entropy", "--set", "sigma_base=1"), "sigma_base does nothing with final_loss"),
+            (("--set", "scales=[20]", "--set", "token_noise=0.1"), "token_noise does nothing with a single scale"),
+            (("--model", "histogene", "--set", "batch_size=8", "--set", "max_epochs=1"), "does not use batch_size"),
             (("--model", "ridge", "--recipe", "paper"), "model ridge is fitted at once, and does not use recipe"),
         ]
     ):

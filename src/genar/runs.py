@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -94,7 +94,7 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     model_settings, sets = gene_sets_of(model_settings)
     cls.check_settings(plan.preset, model_settings)
     cls.check_decoding(plan.preset, model_settings, how)
-    if unused := _unused(plan, cls, config):
+    for unused in _unused(plan, cls, config, model_settings):
         say(f"note: {unused}")
     if (plan.out / "run.json").exists():
         tidy(plan.out)
@@ -146,15 +146,20 @@ def _train(plan: TrainPlan, say: Callable[[str], None], bar: Bar, progress: bool
     return RunResult(outputs, scores, clock.seconds)
 
 
-def _unused(plan: TrainPlan, cls: type[Model], config: TrainConfig) -> str:
+def _unused(plan: TrainPlan, cls: type[Model], config: TrainConfig, model_settings: dict) -> Iterator[str]:
     """What to say of settings that the user gave and that this training does not use."""
+    for name, why in cls.idle_settings(plan.preset, model_settings).items():
+        yield f"model {plan.model}: {name} does nothing with {why}"
     if not cls.gradient:
         names = [*plan.settings.train, *(["recipe"] if plan.recipe != defaults.RECIPE else [])]
-        return f"model {plan.model} is fitted at once, and does not use {', '.join(names)}" if names else ""
+        if names:
+            yield f"model {plan.model} is fitted at once, and does not use {', '.join(names)}"
+        return
     names = [name for name in ("validate_every", "patience", "validation_samples") if name in plan.settings.train]
     if names and not config.validation_share:
-        return f"nothing is held out to choose the epoch on (validation_share 0): {', '.join(names)} are not used"
-    return ""
+        yield f"nothing is held out to choose the epoch on (validation_share 0): {', '.join(names)} are not used"
+    if cls.unit == "section" and "batch_size" in plan.settings.train:
+        yield f"model {plan.model} takes a section a step, and does not use batch_size"
 
 
 def tidy(out: Path) -> None:

@@ -340,6 +340,11 @@ class Model(nn.Module, abc.ABC):
         """
 
     @classmethod
+    def idle_settings(cls, preset: str, settings: Mapping) -> dict[str, str]:
+        """Those of ``settings`` that do nothing, and beside what; they were checked."""
+        return {}
+
+    @classmethod
     @abc.abstractmethod
     def create(cls, n_features: int, spots: Spots, preset: str, settings: Mapping) -> "Model":
         """A model with fresh weights for these training spots."""

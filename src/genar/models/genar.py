@@ -445,6 +445,19 @@ class GenAR(Model):
             raise InputError(f"model: scale_weights must be one a scale, {len(sizes)} of them, found {len(weights)}")
 
     @classmethod
+    def idle_settings(cls, preset: str, settings: Mapping) -> dict[str, str]:
+        """The widths of targets that the loss does not have, and noise where no scale is coarser."""
+        config = config_from_dict(network_settings(settings), preset)
+        idle = {}
+        if config.final_loss != "gaussian":
+            idle |= dict.fromkeys(("sigma_base", "sigma_slope"), f"final_loss {config.final_loss}")
+        if config.output == "continuous":
+            idle["group_temperature"] = "output continuous"
+        if len(settings.get("scales", ())) == 1:
+            idle["token_noise"] = "a single scale"
+        return {name: why for name, why in idle.items() if name in settings}
+
+    @classmethod
     def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
         """Squared error gives a value and no distribution."""
         super().check_decoding(preset, settings, how)

@@ -192,6 +192,11 @@ class Hist2ST(SectionRival):
         self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self._bank: _Bank | None = None
 
+    @classmethod
+    def idle_settings(cls, preset: str, settings: Mapping) -> dict[str, str]:
+        """The convolutions' width is given."""
+        return {"width": "patches"} if settings.get("input") == "patches" and "width" in settings else {}
+
     def prepare(self, spots: Spots) -> None:
         """Constants as all have them; the views of the training spots, for their altered copies, by reference."""
         super().prepare(spots)
