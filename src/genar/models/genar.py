@@ -337,27 +337,25 @@ class GenAR(Model):
                 return self._generate_values(batch, how, cache)
         s = how.trajectories
         n_draws = sum(self.sizes) if how.decode == "sample" else sum(self.sizes[:-1])
-        drawn = how.decode == "sample" or s > 1
-        if drawn:
+        draws: tuple[Tensor | None, ...] = (None,)  # the most likely tokens
+        if how.decode == "sample" or s > 1:
             draws = uniforms(batch.spot_ids, how.seed, s, n_draws).to(batch.features.device).split(self._at_once, dim=1)
-        else:
-            draws = (None,)
-        means, logits, drawn_last = [], torch.empty(0), None
+        p = logits = torch.empty(0, 0, 0)
         for part in draws:
-            n, drawn_last = (1, None) if part is None else (part.shape[1], part.flatten(0, 1))
+            n, drawn = (1, None) if part is None else (part.shape[1], part.flatten(0, 1))
             with arithmetic:
-                inputs = self._last_inputs(batch, how, n, drawn_last, cache)
+                inputs = self._last_inputs(batch, how, n, drawn, cache)
                 with as_it_comes(batch.features.device.type):
                     logits = self.head.logits(*inputs)  # [B n, G, V]
             if how.kept or how.decode not in ("greedy", "sample"):
-                p = logits.softmax(dim=2).unflatten(0, (-1, n))
-                means.append((n / s, p[:, 0] if n == 1 else p.mean(dim=1)))  # [B, G, V]
-        p = _weighted(means) if means else logits[:, :, :0]  # nobody reads that
+                each = logits.softmax(dim=2).unflatten(0, (-1, n))
+                mean = each[:, 0] if n == 1 else each.mean(dim=1)  # [B, G, V]
+                p = mean if n == s else (p if len(p) else torch.zeros_like(mean)).add_(mean, alpha=n / s)
         if how.decode == "greedy":
             point = logits.max(dim=2).indices  # twice as fast as argmax
         elif how.decode == "sample":
-            assert drawn_last is not None
-            point = draw(logits, drawn_last[:, self.layout.places[-1]], how)
+            assert draws[0] is not None
+            point = draw(logits, draws[0].flatten(0, 1)[:, self.layout.places[-1]], how)
         elif how.decode == "mean":
             point = summarise(p, ("mean",))["mean"].round().long()
         else:
@@ -502,16 +500,6 @@ class GenAR(Model):
     def from_facts(cls, facts: dict) -> "GenAR":
         """Inverse of :meth:`facts`."""
         return cls(config_from_dict(facts["config"]), Scales.from_dict(facts["scales"]))
-
-
-def _weighted(parts: list[tuple[float, Tensor]]) -> Tensor:
-    """The mean of parts that stand for a share each; the only one as it is."""
-    if len(parts) == 1:
-        return parts[0][1]
-    total = torch.zeros_like(parts[0][1])
-    for share, part in parts:
-        total.add_(part, alpha=share)
-    return total
 
 
 MODEL = GenAR
