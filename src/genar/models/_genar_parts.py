@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from genar.errors import InputError
+from genar.genes import Scales
 from genar.models._base import Batch
 from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._genar_config import GenARConfig
@@ -155,6 +157,18 @@ class LinearStart(nn.Module):
             return known
         seen = self.followed(counts)
         return known + seen @ self.follow[: seen.shape[1], place]
+
+    def follow_of_parents(self, slope: Tensor, scales: Scales) -> Tensor:
+        """``follow`` of groups that follow their parent alone, by ``slope`` [sum M]: checkpoints of format 1."""
+        follow, first = slope.new_zeros(self.follow.shape), 0
+        for k in range(1, scales.n_scales):
+            above, first = first, first + scales.sizes[k - 1]
+            if first > len(follow):
+                raise InputError("a checkpoint of format 1 with so many groups cannot be read any more; train it again")
+            parents = torch.from_numpy(above + scales.parent(k)).to(slope.device)
+            groups = torch.arange(first, first + scales.sizes[k], device=slope.device)
+            follow[parents, groups] = slope[groups]
+        return follow
 
     def tilt(self, place: slice, expected: Tensor) -> Tensor:
         """a [B, M], from the ``expected`` l [B, M]."""

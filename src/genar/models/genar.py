@@ -483,17 +483,8 @@ class GenAR(Model):
         """In format 1 a group followed its parent alone."""
         if version > 1 or "linear_start.parent_slope" not in state:
             return state
-        slope = state["linear_start.parent_slope"]
-        follow = slope.new_zeros(self.linear_start.follow.shape)
-        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes) + 1)]
-        for k in range(1, len(self.sizes)):
-            parents = torch.from_numpy(starts[k - 1] + self.scales.parent(k)).to(slope.device)
-            if starts[k] > len(follow):
-                raise InputError("a checkpoint of format 1 with so many groups cannot be read any more; train it again")
-            follow[parents, torch.arange(starts[k], starts[k + 1], device=slope.device)] = slope[
-                starts[k] : starts[k + 1]
-            ]
-        kept = {name: tensor for name, tensor in state.items() if name != "linear_start.parent_slope"}
+        kept = dict(state)
+        follow = self.linear_start.follow_of_parents(kept.pop("linear_start.parent_slope"), self.scales)
         return {**kept, "linear_start.follow": follow}
 
     @classmethod
