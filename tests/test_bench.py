@@ -159,7 +159,7 @@ def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
         (("model: knn", "model: knn, colour: red"), "colour"),
         (("title: toy", "protocol: magic"), "protocol 'magic' is not known; expected one of section, paper"),
         (("title: toy", "protocol: paper"), "protocol paper needs data sets"),
-        (("title: toy", "protocol: patient"), "patient of 2 of 2 sections is not known"),
+        (("title: toy", "protocol: kfold"), "found 5 folds and 2 patients"),
         (("title: toy", "panel: nowhere.txt"), "nowhere.txt"),
         (("title: toy", "held_out: [Z]"), "Z"),
         (("title: toy", "encoder2: uni"), "encoder2"),

@@ -187,17 +187,19 @@ def features(
         from genar import features as embedding
         from genar.data import read_places
 
-    out = out or embedding.default_store()
-    read = read_places(sections, mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um, bar=_console.bar(json))
+    out, reading = out or embedding.default_store(), given(mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um)
     if import_ is not None:
         own = {"--weights": weights, "--widths-um": widths_um, "--workers": workers} | changed({
             "--patch": (patch, defaults.PATCH), "--views": (views, defaults.VIEWS),
             "--precision": (precision, defaults.PRECISION), "--batch-size": (batch_size, defaults.BATCH_SIZE),
         })  # fmt: skip
         refuse_beside(f"--import {import_}", own)
+        read = read_places(sections, bar=_console.bar(json), **reading)
         return _console.finish(json, embedding.import_sections(read, import_, encoder, out))
     widths = numbers(widths_um, "--widths-um") or (defaults.WIDTHS_UM if patch == defaults.PATCH else ())
     loaded = encoders.load_encoder(encoder, weights=weights, device=machine.device(device), precision=precision)
+    embedding.recipe_of(loaded, patch=patch, views=views)  # what it refuses is refused before sections are read
+    read = read_places(sections, bar=_console.bar(json), **reading)
     stores = embedding.embed_widths(
         read, loaded, out, patch=patch, views=views, widths_um=widths, batch_size=batch_size, bar=_console.bar(json),
         workers=embedding.default_workers(loaded.device.type) if workers is None else workers,

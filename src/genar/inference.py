@@ -11,9 +11,10 @@ from anndata import AnnData
 from torch import Tensor
 
 from genar import encoders, machine, pixels
-from genar.data import contract, read_section
+from genar.data import contract, options_for
 from genar.data.door import door, reason_of
 from genar.data.files import scratch_beside
+from genar.data.formats import find_section, used_by
 from genar.data.progress import Bar, no_bar
 from genar.data.tissue import tissue_of
 from genar.errors import InputError
@@ -101,8 +102,10 @@ def predict_run(
 
 def _read(path: str | Path, checkpoint: Checkpoint, reading: Mapping) -> AnnData:
     """The section at ``path``; a bare slide's spots as the model was trained on, where ``reading`` says no other."""
+    ref = find_section(path)
     like_training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um}
-    return read_section(path, **{**{name: um for name, um in like_training.items() if um}, **reading})
+    like_training = used_by([ref], {name: um for name, um in like_training.items() if um})
+    return ref.read(options_for([ref], **{**like_training, **reading}))
 
 
 def pitch_note(checkpoint: Checkpoint, section: AnnData) -> str:
@@ -149,7 +152,7 @@ def _features_for(
 ) -> StoredInputs:
     """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
     recipe, inputs = _recipe_and_inputs(checkpoint.features)
-    if asked not in (None, recipe.encoder):
+    if asked is not None and encoders.canonical(asked) != recipe.encoder:
         raise InputError(f"--encoder {asked}: the model was trained on {recipe.encoder}; name that, or none")
     if asked is None and encoders.runs_code(recipe.encoder):
         raise InputError(

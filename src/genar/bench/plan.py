@@ -123,6 +123,7 @@ def plan_runs(
     Raises ``InputError`` where the protocol cannot be followed.
     """
     runs = []
+    recipe = _with_patients(recipe, data)
     read = {name: value for name, value in (read or {}).items() if value not in (None, getattr(ReadOptions, name))}
     for cohort in recipe.cohorts:
         paper = (cohort.paper,) if cohort.paper else ()
@@ -148,6 +149,18 @@ def plan_runs(
     for cohort in recipe.cohorts if recipe.figure else ():
         figure_section(recipe, cohort, runs)
     return Plan(recipe, data, out, features, tuple(runs), read)
+
+
+def _with_patients(recipe: Recipe, data: Path | None) -> Recipe:
+    """The recipe with the patients that the data know and itself does not."""
+    return replace(recipe, cohorts=tuple(_cohort_with_patients(cohort, data) for cohort in recipe.cohorts))
+
+
+def _cohort_with_patients(cohort: Cohort, data: Path | None) -> Cohort:
+    if all(cohort.sections.values()):
+        return cohort
+    told = {section: ref.patient for section, ref in _find(cohort, data).items()}
+    return replace(cohort, sections={s: patient or told.get(s, "") for s, patient in cohort.sections.items()})
 
 
 def figure_section(recipe: Recipe, cohort: Cohort, runs: Sequence[Run]) -> str:

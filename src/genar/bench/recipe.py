@@ -378,7 +378,7 @@ def _check(path: Path, recipe: Recipe) -> None:
             raise InputError(f"{path}: protocol paper needs data sets of the paper ({', '.join(DATASETS)})")
         patients = cohort.sections.values() if recipe.protocol == "patient" else ()
         known = [*cohort.sections, *dict.fromkeys(filter(None, patients))]
-        if wrong := [s for s in recipe.held_out if s not in known]:
+        if wrong := [s for s in recipe.held_out if s not in known and all(patients)]:  # or the data know that patient
             raise InputError(f"{path}: held_out {wrong[0]!r} is none of {', '.join(known)}")
         for method in recipe.methods:
             if wrong := [s for s in method.held_out if s not in (recipe.held_out or cohort.sections)]:

@@ -34,7 +34,7 @@ def _folders(root: Path, section: str) -> Iterator[Path]:
     if folder.name == "outs":
         folder = folder.parent
         yield folder
-    if folder.name == section:
+    if section in (folder.name, folder.stem):  # P1, P1.zarr
         yield folder.parent
 
 

@@ -23,6 +23,8 @@ SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".mrxs", ".s
 MPP_TOLERANCE = 0.05
 VISIUM_PITCH_UM = 100.0
 _FINEST_UM = 0.1  # pixel size of an image's tag that is believed
+_ARRAY = ("array_row", "array_col")
+_FEW = 10  # spots of which nothing is told
 MPP_SOURCES = {"metadata": "the metadata", "pitch": "the spot pitch", "image": "the image's tag"}
 
 
@@ -67,7 +69,8 @@ def named_image(section: str, options: ReadOptions, folder: Path | None = None) 
 
 
 def _stem_in(folder: Path, stem: str) -> Path | None:
-    found = next((p for suffix in SLIDE_SUFFIXES if (p := folder / f"{stem}{suffix}").is_file()), None)
+    suffixes = (*SLIDE_SUFFIXES, ".ome.tif", ".ome.tiff")
+    found = next((p for suffix in suffixes if (p := folder / f"{stem}{suffix}").is_file()), None)
     if found is None and folder.is_dir():  # .TIF, .JPG
         named = (p for p in sorted(folder.iterdir()) if p.stem == stem and p.suffix.lower() in SLIDE_SUFFIXES)
         found = next((p for p in named if p.is_file()), None)
@@ -187,15 +190,15 @@ def spot_pitch_px(adata) -> float:
     """Distance of neighbouring spots, px: by the array positions where they are Visium's, else by the neighbours."""
     xy = adata.obsm[contract.SPATIAL]
     if looks_like_visium(adata) and np.asarray(xy).shape == (adata.n_obs, 2):
-        return visium_pitch_px(adata.obs[["array_row", "array_col"]].to_numpy(float), xy)
+        return visium_pitch_px(adata.obs[list(_ARRAY)].to_numpy(float), xy)
     return pitch_px(xy)
 
 
 def looks_like_visium(adata) -> bool:
     """Whether ``obs`` holds Visium's array positions: row and column have the same parity at every spot."""
-    if not {"array_row", "array_col"} <= set(adata.obs) or adata.n_obs < 10:
+    if not set(_ARRAY) <= set(adata.obs) or adata.n_obs < _FEW:
         return False
-    places = adata.obs[["array_row", "array_col"]].apply(pd.to_numeric, errors="coerce")
+    places = adata.obs[list(_ARRAY)].apply(pd.to_numeric, errors="coerce")
     row, col = places.to_numpy(np.float64).T
     return bool(((row + col) % 2 == 0).all() and np.ptp(col) > 1)
 
@@ -263,6 +266,37 @@ def refuse_prediction(adata, path: Path) -> None:
     """``InputError`` where a prediction of GenAR's is given for a measured section."""
     if contract.PREDICTION in adata.uns.get(contract.GENAR, {}):
         raise InputError(f"{path}: holds predicted counts, no measured ones; name the measured section")
+
+
+def keep_one_library(adata: anndata.AnnData, path: Path) -> None:
+    """Refuse several sections in one file; of several libraries in ``uns`` keep the one that all spots belong to."""
+    spatial = adata.uns.get(contract.SPATIAL)
+    names = [name for name, value in spatial.items() if isinstance(value, Mapping)] if spatial else []  # pyright: ignore
+    own = set(adata.obs["library_id"].astype(str)) if "library_id" in adata.obs else set()
+    if len(own) > 1 or _share_places(adata):
+        found = f"obs['library_id'] names {len(own)}" if len(own) > 1 else "most spots lie at another's place"
+        raise InputError(
+            f"{path}: several sections in one file ({found}); expected one: write the spots of each to a file of their "
+            "own"
+        )
+    if len(names) < 2:
+        return
+    if len(own) != 1 or not own <= set(names):
+        raise InputError(
+            f"{path}: uns['spatial'] holds {len(names)} libraries ({', '.join(names[:3])}); expected one section a "
+            "file: write the spots of each library to a file of their own, with that library alone in uns['spatial']"
+        )
+    adata.uns[contract.SPATIAL] = {name: value for name, value in spatial.items() if name in own}  # pyright: ignore
+
+
+def _share_places(adata: anndata.AnnData) -> bool:
+    """Whether more than half of the spots lie where another lies, on the image or in the array, as those of
+    concatenated sections may."""
+    if adata.n_obs < _FEW:
+        return False
+    tables = [pd.DataFrame(np.asarray(adata.obsm[contract.SPATIAL]))] if contract.SPATIAL in adata.obsm else []
+    tables += [pd.DataFrame(adata.obs)[list(_ARRAY)]] if set(_ARRAY) <= set(adata.obs) else []
+    return any(one.duplicated(keep=False).mean() > 0.5 and one.drop_duplicates().shape[0] > 1 for one in tables)
 
 
 def keep_raw_counts(adata) -> str:

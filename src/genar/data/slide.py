@@ -399,9 +399,12 @@ def _opened(path: Path):
             # these two alone: to open others, Pillow starts other programs
             with door(path, "image"), Image.open(path, formats=("JPEG", "PNG")) as image:
                 _refuse_huge(path, image.width * image.height)
-                _refuse_turned(path, image.getexif().get(ExifTags.Base.Orientation, 1))
-                if image.mode[0] in "IF":
-                    raise InputError(f"{path}: expected an 8-bit RGB image, found {image.mode}; convert it to RGB")
+                # of 16 bits a colour, Pillow takes the high byte
+                kind = image.mode if image.mode[0] in "IF" else str(image.tile[0][3])
+                if kind[0] in "IF" or kind.endswith(";16B"):
+                    raise InputError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to RGB")
+                if image.format == "JPEG" or "exif" in image.info:  # else a PNG would be decoded to look for it
+                    _refuse_turned(path, image.getexif().get(ExifTags.Base.Orientation, 1))
                 yield image
         finally:
             Image.MAX_IMAGE_PIXELS = guard

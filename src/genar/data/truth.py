@@ -1,12 +1,13 @@
 """The measured section of a prediction, read as the predicted one was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from anndata import AnnData
 
 from genar.data import contract
-from genar.data.formats import read_section
+from genar.data.formats import find_section, options_for, used_by
 
 
 def read_truth(path: str | Path, predicted: AnnData, **options) -> AnnData:
@@ -16,14 +17,15 @@ def read_truth(path: str | Path, predicted: AnnData, **options) -> AnnData:
     Where its spots do not lie at the prediction's px, it may be in px of another image: then its own pixel size is
     taken, if it has one. Raises ``InputError`` as ``read_section`` does.
     """
-    told = predicted.uns.get(contract.GENAR, {})
+    ref, told = find_section(path), predicted.uns.get(contract.GENAR, {})
     if told.get(contract.SOURCE) == "visium_hd" and told.get(contract.PITCH_UM):
-        options = {"bin_um": float(told[contract.PITCH_UM]), **options}
-    if "mpp" in options or not told.get(contract.MPP):
-        return read_section(path, **options)
-    section = read_section(path, mpp=float(told[contract.MPP]), **options)
+        options = {**used_by([ref], {"bin_um": float(told[contract.PITCH_UM])}), **options}
+    how = options_for([ref], **options)
+    if how.mpp is not None or not told.get(contract.MPP):
+        return ref.read(how)
+    section = ref.read(replace(how, mpp=float(told[contract.MPP])))
     if section.uns[contract.GENAR][contract.MPP_BY] and not _at_the_same_px(predicted, section):
-        return read_section(path, **options)
+        return ref.read(how)
     return section
 
 

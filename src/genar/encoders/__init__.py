@@ -17,7 +17,7 @@ from genar.encoders.networks import (
     hash_state,
     load_transformers,
 )
-from genar.encoders.outside import is_function, is_timm, load_function, load_timm, timm_row
+from genar.encoders.outside import is_function, is_timm, load_function, load_timm, timm_name, timm_row
 from genar.encoders.table import DEFAULT, ENCODERS, IMPORTED, EncoderRow, encoder_row
 from genar.encoders.weights import embedded_lite0, find_weights, fit_weights, read_state
 from genar.errors import InputError
@@ -98,6 +98,13 @@ def check_name(name: str) -> None:
     if name in ENCODERS or name.startswith(IMPORTED) or is_function(name) or is_timm(name):
         return
     encoder_row(name)
+
+
+def canonical(name: str) -> str:
+    """The name under which features are stored: a network of timm is called ``timm/NAME``, with or without that."""
+    check_name(name)
+    foreign = name in ENCODERS or name.startswith(IMPORTED) or is_function(name)
+    return name if foreign else timm_name(name)
 
 
 def runs_code(name: str) -> bool:

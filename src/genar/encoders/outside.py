@@ -18,6 +18,7 @@ from genar.encoders.table import OWN, EncoderRow
 from genar.encoders.weights import find_weights, fit_weights, read_state, unreachable
 from genar.errors import InputError
 
+_TIMM = "timm/"
 _FACTS = ("input_px", "mean", "std")
 _MORE_FACTS = ("mpp", "licence", "views")
 
@@ -33,7 +34,12 @@ def is_timm(name: str) -> bool:
     weights)."""
     import timm
 
-    return timm.is_model(name.removeprefix("timm/"))
+    return timm.is_model(name.removeprefix(_TIMM))
+
+
+def timm_name(name: str) -> str:
+    """``timm/NAME``, however it was given."""
+    return _TIMM + name.removeprefix(_TIMM)
 
 
 def load_timm(name: str, *, weights: Path | None, device: str, precision: str) -> Encoder:
@@ -64,7 +70,7 @@ def timm_row(name: str) -> EncoderRow:
     import timm
     from timm.data.config import resolve_data_config
 
-    short = name.removeprefix("timm/")
+    short = name.removeprefix(_TIMM)
     try:
         facts = timm.get_pretrained_cfg(short)
     except RuntimeError as error:
@@ -73,8 +79,8 @@ def timm_row(name: str) -> EncoderRow:
     licence = (facts and facts.license) or "see the page of its weights"
     where = str((facts and (facts.hf_hub_id or facts.url)) or "")
     return EncoderRow(
-        name, short, where, 0, config["input_size"][1], tuple(config["mean"]), tuple(config["std"]), licence,
-        pooling=OWN, views=1, source="timm",
+        timm_name(short), short, where, 0, config["input_size"][1], tuple(config["mean"]), tuple(config["std"]),
+        licence, pooling=OWN, views=1, source="timm",
     )  # fmt: skip
 
 

@@ -48,9 +48,15 @@ def weights_state(row: EncoderRow) -> str:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The weights in a folder: a plain download, or the hub's cache of one model."""
+    """The weights in a folder: a plain download, or the hub's cache of one model, whose ``refs/main`` names the
+    snapshot."""
+    main, snapshots = folder / "refs" / "main", sorted(folder.glob("snapshots/*"))
+    if len(snapshots) > 1 and main.is_file():
+        snapshots = [folder / "snapshots" / main.read_text(encoding="utf-8").strip()]
+    if len(snapshots) > 1:
+        raise InputError(f"{folder}: holds {len(snapshots)} snapshots of a model; name one, as {snapshots[-1]}")
     for name in _FILES:
-        for file in (folder / name, *sorted(folder.glob(f"snapshots/*/{name}"))):
+        for file in (one / name for one in (folder, *snapshots)):
             if file.is_file():
                 return file
     found = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", *_PICKLED)]

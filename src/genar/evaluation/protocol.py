@@ -114,7 +114,8 @@ def _patients(sections: Mapping[str, str], held_out: Collection[str]) -> list[tu
     elif nameless:
         raise InputError(
             f"protocol patient: the patient of {len(nameless)} of {len(sections)} sections is not known "
-            f"({first_names(nameless, 5)}); add it to their metadata, name who is held out, or use kfold"
+            f"({first_names(nameless, 5)}); name it in the recipe (patients), in their metadata or in patients.csv "
+            "beside them, name who is held out, or use kfold"
         )
     note = f"the patient of {len(nameless)} sections in training is not known" if nameless else ""
     return [(who, tuple(s for s, patient in sections.items() if patient == who), note) for who in chosen]

@@ -43,6 +43,9 @@ class FeatureRecipe:
     """Of the encoder's arithmetic: ``fp32``, ``bf16`` or ``fp16``."""
 
     def __post_init__(self):
+        for name, kind in (("width_um", float), ("views", int)):  # 112 is 112.0, and NumPy's numbers are numbers
+            if isinstance(value := getattr(self, name), int | float | np.number) and kind(value) == value:
+                object.__setattr__(self, name, kind(value))
         if self.patch not in PATCHES:
             raise InputError(f"patch convention {self.patch!r} is not known; expected one of {', '.join(PATCHES)}")
         if self.views not in (1, 8):

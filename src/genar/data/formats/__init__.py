@@ -3,8 +3,9 @@
 A format has ``NAME``, ``EXPECTED`` (what it looks like, for messages), ``sections(root) -> list of ids`` (empty where
 ``root`` is not of this format) and ``read(root, id, options) -> AnnData``; one that knows single files has
 ``of_file(path) -> (root, id) | None``, too, one that knows the image without the counts
-``image(root, id, options) -> Path | None``, and one that can tell half of a section ``incomplete(root) -> list of
-words``.
+``image(root, id, options) -> Path | None``, one that knows the patient ``patient(root, id) -> str``, one that can tell
+half of a section ``incomplete(root) -> list of words``, and one in which predictions are written, too,
+``is_prediction(root, id)``.
 """
 
 import contextlib
@@ -70,6 +71,15 @@ class SectionRef:
             section.uns[GENAR][PATIENT] = patient
         return section
 
+    @property
+    def patient(self) -> str:
+        """Who it is of, as far as that is known before it is read: by ``patients.csv`` or the metadata; "" where not.
+
+        Raises ``InputError`` where those are damaged.
+        """
+        of_format = getattr(format_module(self.format), "patient", lambda root, section: "")
+        return patient_in_table(self.root, self.id) or of_format(self.root, self.id)
+
     def image(self, options: ReadOptions) -> Path | None:
         """The section's image, or ``None``; read are the counts only where the format cannot tell without them.
 
@@ -101,6 +111,16 @@ def find_sections(path: str | Path, *, format: str | None = None) -> list[Sectio
     raise InputError(f"{path}: no section here; expected a folder in {_expected(modules)}; or one section as FOLDER:ID")
 
 
+def find_section(path: str | Path, *, format: str | None = None) -> SectionRef:
+    """The one section that ``path`` names. Raises ``InputError`` as :func:`find_sections`, and where there are
+    several."""
+    refs = find_sections(path, format=format)
+    if len(refs) > 1:
+        names = ", ".join(ref.id for ref in refs)
+        raise InputError(f"{path}: expected one section, found {len(refs)} ({names}); name one as {path}:{refs[0].id}")
+    return refs[0]
+
+
 def _near(path: Path) -> str:
     """What lies beside it under a like name."""
     there = path.parent.is_dir()
@@ -121,12 +141,13 @@ def _in_folder(folder: Path, modules: Sequence[ModuleType]) -> list[SectionRef]:
 
 def _tell_of_others(folder: Path, taken: ModuleType, modules: Sequence[ModuleType], ids: Sequence[str]) -> None:
     """Warn of sections of other formats in the folder, which are not read; slides among them are images of those that
-    are, AnnData files and SpatialData stores mostly predictions."""
+    are, and predictions are no sections."""
     others = []
     for module in modules:
         with contextlib.suppress(InputError):  # what is wrong with them is said when they are read
-            found = module.sections(folder) if module.NAME not in ("slide", "h5ad", "spatialdata") else []
-            others += [f"{one} ({module.NAME})" for one in found if one not in ids]
+            found = module.sections(folder) if module.NAME != "slide" else []
+            is_predicted = getattr(module, "is_prediction", lambda root, section: False)
+            others += [f"{one} ({module.NAME})" for one in found if one not in ids and not is_predicted(folder, one)]
     if others:
         warnings.warn(
             f"{folder}: read as format {taken.NAME}; not read are {first_names(others)}: give each format a folder of "
@@ -174,17 +195,15 @@ def read_section(path: str | Path, *, format: str | None = None, **options) -> A
 
     ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``,
     ``spot_um``.
-    Raises ``InputError`` where ``path`` names none or several, or where the section breaks the contract.
+    Raises ``InputError`` where ``path`` names none or several, where an option means nothing to it, or where the
+    section breaks the contract.
 
     >>> section = genar.read_section("tissue:SIM1")
     >>> section.shape, section.obsm["spatial"].shape
     ((35, 80), (35, 2))
     """
-    refs = find_sections(path, format=format)
-    if len(refs) > 1:
-        names = ", ".join(ref.id for ref in refs)
-        raise InputError(f"{path}: expected one section, found {len(refs)} ({names}); name one as {path}:{refs[0].id}")
-    return refs[0].read(ReadOptions(**options))
+    ref = find_section(path, format=format)
+    return ref.read(options_for([ref], **options))
 
 
 def read_sections(

@@ -6,25 +6,32 @@ from the pitch where the array positions are Visium's, then from the image. The 
 ``uns`` names if it is still there, or ``<id>.tif`` (``.svs``, ``.jpg``, …) beside the file.
 """
 
-from collections.abc import Mapping
+import math
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from anndata import AnnData
 
 from genar.data import contract, reading
 from genar.data.reading import ReadOptions
-from genar.errors import InputError
 
 NAME = "h5ad"
-_FEW = 10
 EXPECTED = "AnnData files (*.h5ad with raw counts and obsm['spatial'])"
 
 
 def sections(root: Path) -> list[str]:
     """Ids of the ``.h5ad`` files in ``root``."""
     return [path.stem for path in root.glob("*.h5ad") if not path.name.startswith(".")]
+
+
+def is_prediction(root: Path, section: str) -> bool:
+    """Whether the file holds a prediction of GenAR's; by its head alone."""
+    import h5py
+
+    try:
+        with h5py.File(root / f"{section}.h5ad") as file:
+            return f"uns/{contract.GENAR}/{contract.PREDICTION}" in file
+    except OSError:  # none of HDF5; who reads it says so
+        return False
 
 
 def of_file(path: Path) -> tuple[Path, str] | None:
@@ -36,7 +43,7 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     """Read one file as the contract has it."""
     adata = reading.read_adata(root / f"{section}.h5ad")
     reading.refuse_prediction(adata, root / f"{section}.h5ad")
-    _keep_one_library(adata, root / f"{section}.h5ad")
+    reading.keep_one_library(adata, root / f"{section}.h5ad")
     image = (
         reading.named_image(section, options)
         or _named_inside(adata, root)
@@ -52,9 +59,12 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
     if not pitch_um and reading.looks_like_visium(adata):
         diameter_um, pitch_um = contract.VISIUM_SPOT_UM, reading.VISIUM_PITCH_UM
     stated = told.get(contract.MPP) or reading.stated_mpp(adata)
-    pitch = pitch_um / reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else 0
-    adata, note = reading.under_tissue(adata)
+    pitch_px = reading.spot_pitch_px(adata) if contract.SPATIAL in adata.obsm else math.nan
+    pitch = pitch_um / pitch_px if pitch_um else 0
     mpp, by = reading.pixel_size(section, options, metadata_mpp=stated, pitch_mpp=pitch, slide=image)
+    if not pitch_um and math.isfinite(pitch_px):  # nobody says it
+        pitch_um = pitch_px * mpp
+    adata, note = reading.under_tissue(adata)
     return contract.new_section(
         adata,
         section=section,
@@ -68,35 +78,6 @@ def as_section(adata: AnnData, section: str, options: ReadOptions, image: Path |
         counts_from=counts_from,
         note=note,
     )
-
-
-def _keep_one_library(adata: AnnData, path: Path) -> None:
-    """Refuse several sections in one file; of several libraries in ``uns`` keep the one that all spots belong to."""
-    spatial = adata.uns.get(contract.SPATIAL)
-    names = [name for name, value in spatial.items() if isinstance(value, Mapping)] if spatial else []  # pyright: ignore
-    own = set(adata.obs["library_id"].astype(str)) if "library_id" in adata.obs else set()
-    if len(own) > 1 or _share_places(adata):
-        found = f"obs['library_id'] names {len(own)}" if len(own) > 1 else "most spots lie at another's place"
-        raise InputError(
-            f"{path}: several sections in one file ({found}); expected one: write the spots of each to a file of their "
-            "own"
-        )
-    if len(names) < 2:
-        return
-    if len(own) != 1 or not own <= set(names):
-        raise InputError(
-            f"{path}: uns['spatial'] holds {len(names)} libraries ({', '.join(names[:3])}); expected one section a "
-            "file: write the spots of each library to a file of their own, with that library alone in uns['spatial']"
-        )
-    adata.uns[contract.SPATIAL] = {name: value for name, value in spatial.items() if name in own}  # pyright: ignore
-
-
-def _share_places(adata: AnnData) -> bool:
-    """Whether more than half of the spots lie where another lies, as those of concatenated sections may."""
-    if contract.SPATIAL not in adata.obsm or adata.n_obs < _FEW:
-        return False
-    places = pd.DataFrame(np.asarray(adata.obsm[contract.SPATIAL]))
-    return bool(places.duplicated(keep=False).mean() > 0.5 and places.drop_duplicates().shape[0] > 1)
 
 
 def _named_inside(adata: AnnData, root: Path) -> Path | None:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from genar.data.door import number, read_json
+from genar.data import contract
+from genar.data.formats import hest
+from genar.data.patients import patient_in_table
 from genar.data.reading import SLIDE_SUFFIXES, ReadOptions
 from genar.data.tissue import place_spots
 from genar.errors import InputError
@@ -45,15 +47,22 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
         raise InputError(f"section {section}: --image names the image of counts, and this is an image itself")
     path = root / section if (root / section).is_file() else _slides(root)[section]
     name = section if section in _slides(root) else path.stem  # two may have one stem
-    mpp = options.mpp or _mpp_of_hest(path)
-    return place_spots(path, spacing_um=options.spacing_um, spot_um=options.spot_um, mpp=mpp, section=name)
+    home = _in_hest(path)
+    mpp = options.mpp or (hest.stated_mpp(home, path.stem) if home else None)
+    spots = place_spots(path, spacing_um=options.spacing_um, spot_um=options.spot_um, mpp=mpp, section=name)
+    spots.uns[contract.GENAR][contract.PATIENT] = patient(root, section)
+    return spots
 
 
-def _mpp_of_hest(slide: Path) -> float | None:
-    """Pixel size by the metadata beside a slide in HEST's layout, whose TIFFs say a tenth of it in their tags."""
+def patient(root: Path, section: str) -> str:
+    """Who the slide is of, where it is one of HEST's layout: by the table or the metadata there."""
+    path = root / section if (root / section).is_file() else _slides(root)[section]
+    home = _in_hest(path)
+    return patient_in_table(home, path.stem) or hest.patient(home, path.stem) if home else ""
+
+
+def _in_hest(slide: Path) -> Path | None:
+    """The folder in HEST's layout whose ``wsis`` holds the slide: its TIFFs say a tenth of the pixel size in their
+    tags, its metadata the truth."""
     folder = slide.absolute().parent  # named from within the folder, too
-    path = folder.parent / "metadata" / f"{slide.stem}.json"
-    if folder.name != "wsis" or not path.is_file():
-        return None
-    facts = read_json(path, "JSON, the sample's row of the HEST table")
-    return number(path, "pixel_size_um_estimated", facts.get("pixel_size_um_estimated")) or None
+    return folder.parent if folder.name == "wsis" else None

@@ -5,6 +5,7 @@ image's full resolution. A store is one section: of a table of several regions t
 shapes of several regions are refused.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from genar.data.door import check_zarr, door, read_json
 from genar.data.formats.h5ad import as_section
 from genar.data.reading import ReadOptions
 from genar.data.slide import image_head
-from genar.errors import InputError
+from genar.errors import InputError, SectionWarning
 
 NAME = "spatialdata"
 EXPECTED = "SpatialData stores (.zarr with tables, shapes and images)"
 # Space Ranger's small pictures, as spatialdata-io names them: no slides.
+_BIN_UM = 20.0  # side of a square below which it is a bin, and no spot
 _DOWNSAMPLED = ("_hires_image", "_lowres_image")
 
 
@@ -29,6 +31,12 @@ def sections(root: Path) -> list[str]:
     if _is_store(root):
         return [root.stem]
     return [path.stem for path in root.glob("*.zarr") if not path.name.startswith(".") and _is_store(path)]
+
+
+def is_prediction(root: Path, section: str) -> bool:
+    """Whether a table of the store is a prediction of GenAR's."""
+    inside = f"tables/*/uns/{contract.GENAR}/{contract.PREDICTION}"
+    return any((root / f"{section}.zarr").glob(inside))
 
 
 def _is_store(folder: Path) -> bool:
@@ -70,7 +78,16 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     if image is None and name is not None:
         group = path / "images" / name
         image = next(p for file in ("zarr.json", ".zattrs") if (p := group / file).is_file())
-    return as_section(adata, section, options, image, NAME)
+    made = as_section(adata, section, options, image, NAME)
+    width_um = diameter_px * contract.mpp(made)
+    if "radius" not in store.shapes[region] and width_um < _BIN_UM:
+        warnings.warn(
+            f"section {section}: bins of {width_um:.3g} um, taken as they are; the outs folder of Space Ranger is read "
+            "with bins pooled to spots (--bin-um)",
+            SectionWarning,
+            stacklevel=2,
+        )
+    return made
 
 
 def _table(store, path: Path) -> tuple[AnnData, str]:
@@ -160,12 +177,17 @@ def _rescale(adata: AnnData, scale: float) -> None:
 
 
 def _spots_px(store, adata: AnnData, region: str, to_px: np.ndarray, path: Path) -> tuple[np.ndarray, float]:
-    """Centroids [N, 2] (x, y) of the table's shapes in px, and their diameter where they are circles, else 0."""
+    """Centroids [N, 2] (x, y) of the table's shapes in px, and their diameter: of other shapes the
+    side of a square as large."""
     shapes, key = store.shapes[region], adata.uns["spatialdata_attrs"]["instance_key"]
     lost = [name for name in adata.obs[key] if name not in shapes.index]
     if lost:
         raise InputError(f"{path}: {len(lost)} rows of the table have no shape in {region} (first: {lost[0]})")
-    centroids = shapes.loc[adata.obs[key]].geometry.centroid
-    diameter = 2 * float(shapes["radius"].median()) if "radius" in shapes else 0.0
+    found = shapes.loc[adata.obs[key]]
+    if "radius" in shapes:
+        diameter = 2 * float(found["radius"].median())
+    else:  # the squares of Visium HD: their side
+        diameter = float(np.sqrt(found.geometry.area.median()))
+    centroids = found.geometry.centroid
     xy = np.column_stack([centroids.x, centroids.y, np.ones(len(centroids))])
     return (xy @ to_px.T)[:, :2], diameter * _scale_of(to_px)

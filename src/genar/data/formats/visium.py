@@ -248,10 +248,12 @@ def refuse_downsampled(image: Path, spatial: Path, factors: dict) -> None:
     """``InputError`` where the image is one of Space Ranger's own downsampled pictures, under whatever name."""
     from PIL import Image
 
-    scale = min(factors.get("tissue_hires_scalef") or 1, factors.get("tissue_lowres_scalef") or 1)
-    if image.suffix.lower() not in (".png", ".jpg", ".jpeg") or scale >= 1:
+    if image.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         return
-    for name in ("tissue_hires_image.png", "tissue_lowres_image.png"):
+    for kind in ("hires", "lowres"):
+        if (factors.get(f"tissue_{kind}_scalef") or 1) >= 1:  # as large as the image itself
+            continue
+        name = f"tissue_{kind}_image.png"
         same = image.name == name
         if not same and (spatial / name).is_file():
             try:
