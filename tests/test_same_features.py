@@ -33,7 +33,7 @@ def test_numbers_of_any_kind_name_the_same_store(tissue_sections, tmp_path):
     widths, views = (112, 112.0, np.float32(112), np.int64(112)), (8, np.int64(8))
     recipes = [recipe_of(encoder, width_um=width, views=n) for width in widths for n in views]
     assert len({store_path(tissue_sections[0], recipe, tmp_path) for recipe in recipes}) == 1
-    with pytest.raises(InputError, match="views must be 1 or 8, found 1.5"):
+    with pytest.raises(InputError, match=r"views must be 1 or 8, found 1\.5"):
         recipe_of(encoder, views=1.5)  # pyright: ignore
 
 

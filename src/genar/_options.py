@@ -21,6 +21,10 @@ SpacingUm = Annotated[
     float | None,
     typer.Option(help="Bare slides: distance between spots, um (default: as in the model's training, else 100)."),
 ]
+Hexagonal = Annotated[
+    bool | None,
+    typer.Option("--hexagonal/--square", help="Bare slides: array of the spots (default: the model's, else square)."),
+]
 Store = Annotated[
     Path | None,
     typer.Option("--features", help="Folder of the feature stores (default: $GENAR_FEATURES, or your cache)."),

@@ -46,7 +46,7 @@ class Assessment:
 def evaluate_run(
     predicted: AnnData,
     truth: AnnData,
-    out: Path,
+    out: str | Path,
     *,
     against: AnnData | None = None,
     panel: Sequence[str] | None = None,
@@ -61,6 +61,7 @@ def evaluate_run(
     ``resamples`` 0 leaves the intervals out. Raises ``InputError`` where genes or spots differ or values are no
     counts.
     """
+    out = Path(out)
     if resamples < 0:
         raise InputError(f"resamples must be >= 0, found {resamples}")
     if (out / "run.json").exists():
@@ -130,10 +131,10 @@ def _same_genes(
     if len(chosen) < truth.n_vars:
         notes.append(f"{len(chosen)} of the {truth.n_vars} genes of the truth are scored")
     for whose, theirs in sets.items():
-        left = [gene for gene in theirs if gene not in chosen]
-        if left:
+        if left := list(theirs[~theirs.isin(chosen)]):
             notes.append(f"{len(left)} of {len(theirs)} genes of {whose} are left out ({first_names(left)})")
-    return {kind: adata[:, chosen] for kind, adata in named.items()}, notes
+    held = {kind: adata.to_memory() if adata.isbacked else adata for kind, adata in named.items()}
+    return {kind: adata[:, chosen] for kind, adata in held.items()}, notes
 
 
 def _refuse_other_genes(ours: pd.Index, theirs: pd.Index, who: str, *, both: bool) -> None:

@@ -15,6 +15,7 @@ from genar._options import (
     Command,
     Device,
     Group,
+    Hexagonal,
     Image,
     Json,
     Mpp,
@@ -95,6 +96,7 @@ def check(
     image: Image = None,
     bin_um: BinUm = None,
     spacing_um: SpacingUm = None,
+    hexagonal: Hexagonal = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
@@ -107,7 +109,7 @@ def check(
 
     result = check_sections(
         paths, out=out, features=features, panel=read_panel(panel) if panel else None, image=image, bin_um=bin_um,
-        spacing_um=spacing_um, mpp=mpp,
+        spacing_um=spacing_um, hexagonal=hexagonal, mpp=mpp,
     )  # fmt: skip
     if not json:
         if result.sections:
@@ -178,6 +180,7 @@ def features(
     image: Image = None,
     bin_um: BinUm = None,
     spacing_um: SpacingUm = None,
+    hexagonal: Hexagonal = None,
     mpp: Mpp = None,
     json: Json = False,
 ) -> None:
@@ -187,7 +190,8 @@ def features(
         from genar import features as embedding
         from genar.data import read_places
 
-    out, reading = out or embedding.default_store(), given(mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um)
+    out = out or embedding.default_store()
+    reading = given(mpp=mpp, image=image, bin_um=bin_um, spacing_um=spacing_um, hexagonal=hexagonal)
     if import_ is not None:
         own = {"--weights": weights, "--widths-um": widths_um, "--workers": workers} | changed({
             "--patch": (patch, defaults.PATCH), "--views": (views, defaults.VIEWS),
@@ -362,6 +366,7 @@ def predict(
     image: Image = None,
     bin_um: BinUm = None,
     spacing_um: SpacingUm = None,
+    hexagonal: Hexagonal = None,
     mpp: Mpp = None,
     device: Device = "auto",
     json: Json = False,
@@ -372,7 +377,7 @@ def predict(
         from genar.settings import read_decoding
 
     how = {**read_decoding(set_ or []), **given(decode=decode, samples=samples, seed=seed)}
-    reading = given(image=image, bin_um=bin_um, spacing_um=spacing_um, mpp=mpp)
+    reading = given(image=image, bin_um=bin_um, spacing_um=spacing_um, hexagonal=hexagonal, mpp=mpp)
     predicted = inference.predict_run(
         section, model, out, reading=reading, revision=revision, kind=format, features=features, encoder=encoder,
         weights=weights, how=how,

@@ -3,7 +3,6 @@ One function, for the command and for notebooks."""
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import anndata
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from genar import encoders, machine, pixels
 from genar.data import contract, options_for
-from genar.data.door import door, reason_of
+from genar.data.door import door
 from genar.data.files import scratch_beside
 from genar.data.formats import find_section, used_by
 from genar.data.progress import Bar, no_bar
+from genar.data.reading import looks_like_visium
 from genar.data.tissue import tissue_of
 from genar.errors import InputError
 from genar.export import format_of, refuse_foreign, write_export
-from genar.features import FeatureRecipe, Inputs, StoredInputs, default_store, embed_sections
+from genar.features import StoredInputs, default_store, embed_sections, recipe_and_inputs
 from genar.models.checkpoint import Checkpoint, load_checkpoint
 from genar.prediction import decoding, held_bytes, predict_section, predict_to_file, unused_note, write_prediction
 from genar.report import maps
@@ -48,8 +48,9 @@ def predict_run(
     ``revision``), embedding it where its features are not stored, and write it: ``.h5ad``, or as ``kind`` or the suffix
     of ``out`` say one of the formats of ``genar.export``.
 
-    ``reading`` holds the options of ``genar.read_section``; but the spots of a bare slide are as wide and lie as far
-    apart as those that the model was trained on, unless ``spot_um`` and ``spacing_um`` are there.
+    ``reading`` holds the options of ``genar.read_section``; but the spots of a bare slide are as wide as those that the
+    model was trained on, lie as far apart and on such an array, unless ``spot_um``, ``spacing_um`` and ``hexagonal``
+    are there.
 
     A prediction of more than ``STREAMED_BYTES`` goes to its ``.h5ad`` block by block and comes back unread (anndata's
     backed mode); the other formats are made in memory. Without ``out`` nothing is written.
@@ -70,7 +71,8 @@ def predict_run(
         if out is not None:
             maps.refuse_foreign(_overlay_of(out))
         if pitch := section.uns[contract.GENAR].get(contract.PITCH_UM):
-            say(f"{section.n_obs} spots, {pitch:.4g} um apart")
+            array = "hexagonal" if looks_like_visium(section) else "square"
+            say(f"{section.n_obs} spots, {pitch:.4g} um apart on a {array} grid")
     if cost := checkpoint.model.cost(section.n_obs, decode):
         say(cost)
     with scratch_beside(out or Path(tempfile.gettempdir(), "genar")) as scratch:
@@ -88,7 +90,7 @@ def predict_run(
             else:
                 predicted = predict_section(checkpoint, section, values, decode, patches=patches, progress=tick)
         del patches  # it may lie in the folder that goes now
-    if note := unused_note(checkpoint.model, how or {}, predicted.layers):
+    if note := unused_note(checkpoint.model, decode, how or {}, predicted.layers):
         say(note)
     notes = contract.trained_on_note(predicted), pitch_note(checkpoint, section), width_note(checkpoint, section)
     for note in filter(None, notes):
@@ -103,8 +105,8 @@ def predict_run(
 def _read(path: str | Path, checkpoint: Checkpoint, reading: Mapping) -> AnnData:
     """The section at ``path``; a bare slide's spots as the model was trained on, where ``reading`` says no other."""
     ref = find_section(path)
-    like_training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um}
-    like_training = used_by([ref], {name: um for name, um in like_training.items() if um})
+    training = {"spacing_um": checkpoint.pitch_um, "spot_um": checkpoint.spot_um, "hexagonal": checkpoint.hexagonal}
+    like_training = used_by([ref], {name: told for name, told in training.items() if told})
     return ref.read(options_for([ref], **{**like_training, **reading}))
 
 
@@ -151,7 +153,7 @@ def _features_for(
     checkpoint: Checkpoint, section: AnnData, store: Path, asked: str | None, weights: Path | None, device: str, bar
 ) -> StoredInputs:
     """Features of a section as the checkpoint's model was trained on, embedded where they are not stored."""
-    recipe, inputs = _recipe_and_inputs(checkpoint.features)
+    recipe, inputs = recipe_and_inputs(checkpoint.features)
     if asked is not None and encoders.canonical(asked) != recipe.encoder:
         raise InputError(f"--encoder {asked}: the model was trained on {recipe.encoder}; name that, or none")
     if asked is None and encoders.runs_code(recipe.encoder):
@@ -182,19 +184,3 @@ def tissue_overlay(predicted: AnnData, out: Path) -> dict[str, Path]:
 
 def _overlay_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}_tissue.png")
-
-
-def _recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
-    """What a checkpoint says of its features. Raises ``InputError`` where that is not enough to make them."""
-    known = {f.name for f in fields(Inputs)}
-    try:
-        inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
-        recipe = FeatureRecipe(**{name: value for name, value in facts.items() if name not in known})
-        if not (isinstance(recipe.encoder, str) and isinstance(recipe.weights_sha256, str)):
-            raise TypeError("encoder and weights_sha256 must be text")
-    except TypeError as error:
-        raise InputError(
-            f"the checkpoint does not say how its features are made ({reason_of(error)}): expected the fields of a "
-            "FeatureRecipe in Checkpoint.features (dataclasses.asdict); genar.predict_section takes features themselves"
-        ) from error
-    return recipe, inputs

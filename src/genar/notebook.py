@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from genar import _console, machine
+from genar import _console, machine, processes
 from genar._options import ids, refuse_beside_patches
 from genar.errors import InputError
 from genar.genes import Panel
@@ -25,7 +25,7 @@ def train(
     sections: str | Path,
     out: str | Path,
     *,
-    test: str | tuple[str, ...] | list[str] = (),
+    test: str | tuple[str, ...] | list[str] | None = (),
     model: str = "genar",
     settings: Mapping | None = None,
     config: str | Path | None = None,
@@ -42,7 +42,8 @@ def train(
     (200), ``encoder``, ``patch``, ``views``, ``features`` (folder of the feature stores), ``weights``, ``mpp`` (um per
     px), ``image``, ``bin_um``, ``input``, ``encoder_precision``, ``samples`` (16), ``seed``, ``precision``,
     ``accumulate``. ``progress`` shows bars and prints what happens. Returns where things lie (``outputs``, name ->
-    path) and the scores (``scores``, section -> method -> ``Scores``). Goes on where it was stopped, if called again.
+    path) and the scores (``scores``, section -> method -> ``Scores``), both empty in all processes but the first of a
+    script that torchrun or srun started. Goes on where it was stopped, if called again.
     Raises ``InputError`` as the command does, and where ``sections`` are no folder's name but sections in memory.
 
     >>> run = genar.train("tissue", "runs/ridge", test="SIM2", model="ridge", n_genes=20, views=1, progress=False)
@@ -66,18 +67,25 @@ def train(
     options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     merged = read_settings(None if config is None else Path(config), (), model)
     alone = {name: value for name in _ALONE if (value := options.pop(name, None)) is not None}
+    if not isinstance(settings or {}, Mapping):
+        raise InputError(f"train: settings are a dictionary, as {{'lr': 0.001}}, found {_kind_of(settings)}")
     for given in (sort_settings(settings or {}, model), sort_settings(alone, model, owners=("train", "decoding"))):
         for name, values in vars(merged).items():
             values |= getattr(given, name)
     panel = _written(panel, Path(out)) if isinstance(panel, Panel) else str(panel)
-    test = tuple(ids(test)) if isinstance(test, str) else tuple(test)
+    test = tuple(ids(test)) if isinstance(test, str) else tuple(test or ())
     for name in ("only", "beside"):
         if isinstance(options.get(name), str):
             options[name] = tuple(ids(options[name]))
     plan = TrainPlan(
         Path(sections), test, Path(out), model, settings=merged,
-        panel=panel, device=machine.device(device), **options,
+        panel=panel, device=machine.device(str(device)), **options,
     )  # fmt: skip
+    if max(plan.devices or 1, plan.num_nodes or 1) > 1 and not processes.by_launcher():
+        raise InputError(
+            "train: several processes would each run this very script from its start: give --devices to `genar train`, "
+            "or start the script by torchrun or srun"
+        )
     return train_run(
         plan, say=_say(progress), bar=_console.bar(not progress), progress=_console.is_watched(not progress)
     )
@@ -91,7 +99,7 @@ def _kind_of(given) -> str:
 
 def _written(panel: Panel, out: Path) -> str:
     """The file of a panel, beside a run: another panel is another file, so that a stopped run goes on with its own."""
-    path = out.with_name(f"{out.name}-panel-{panel.sha256[:8]}.json")
+    path = out.absolute().with_name(f"{out.absolute().name}-panel-{panel.sha256[:8]}.json")
     panel.write(path)
     return str(path)
 
@@ -111,17 +119,18 @@ def predict(
     image: str | Path | None = None,
     bin_um: float | None = None,
     spacing_um: float | None = None,
+    hexagonal: bool | None = None,
     **decoding,
 ) -> AnnData:
     """Predict the counts of a section, or of a bare slide, with a trained model: what ``genar predict`` does.
 
     ``section`` is what ``genar.read_section`` gave, or a path (a slide, a section's file or folder, ``FOLDER:ID``),
-    read with ``mpp`` (um per px), ``image``, ``bin_um`` and ``spacing_um`` (um between the spots of a bare slide;
-    default: as in the model's training); ``model`` a training run, a checkpoint (loaded, or its folder) or ``ORG/NAME``
-    on the hub (at ``revision``). Features are taken from the stores in ``features`` (default: ``$GENAR_FEATURES``, else
-    the user's cache) or made, with ``weights`` where the encoder's are a file; an encoder that is a function runs where
-    ``encoder`` names it. ``decoding`` are fields of ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``,
-    ``layers``, …. Written to ``out`` if given.
+    read with ``mpp`` (um per px), ``image``, ``bin_um``, ``spacing_um`` (um between the spots of a bare slide) and
+    ``hexagonal`` (their array; default of both: as in the model's training); ``model`` a training run, a checkpoint
+    (loaded, or its folder) or ``ORG/NAME`` on the hub (at ``revision``). Features are taken from the stores in
+    ``features`` (default: ``$GENAR_FEATURES``, else the user's cache) or made, with ``weights`` where the encoder's are
+    a file; an encoder that is a function runs where ``encoder`` names it. ``decoding`` are fields of
+    ``genar.models.Decoding``: ``decode``, ``samples`` (16), ``seed``, ``layers``, …. Written to ``out`` if given.
 
     Returns AnnData [N, G]: integer counts in ``X``, and the layers that the model has (``genar``: ``mean``,
     ``log1p_mean``, ``p_zero``, ``sd`` and quantiles; ``ridge``: ``log1p_mean`` alone). One of more than 0.5 GiB is left
@@ -131,7 +140,7 @@ def predict(
     >>> counts.n_vars, "log1p_mean" in counts.layers
     (20, True)
     """
-    reading = {"mpp": mpp, "image": image, "bin_um": bin_um, "spacing_um": spacing_um}
+    reading = {"mpp": mpp, "image": image, "bin_um": bin_um, "spacing_um": spacing_um, "hexagonal": hexagonal}
     given = {name: value for name, value in reading.items() if value is not None}
     if isinstance(section, AnnData) and given:
         raise InputError(f"predict: {', '.join(given)} tell how a file is read; this section was read already")
@@ -141,7 +150,7 @@ def predict(
     return predict_run(
         section, model, paths[0], reading=given, revision=revision, features=paths[1], encoder=encoder,
         weights=paths[2], how=sort_decoding(decoding),
-        device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
+        device=machine.device(str(device)), bar=_console.bar(not progress), say=_say(progress),
     )  # fmt: skip
 
 

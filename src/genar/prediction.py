@@ -22,7 +22,7 @@ from genar.errors import InputError
 from genar.models import Counts, Decoding, Model
 from genar.models.checkpoint import Checkpoint
 from genar.streaming import Rows
-from genar.training import make_spots
+from genar.training import check_finite, make_spots
 
 SAMPLES = 16
 LAYERS = ("mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95")
@@ -42,10 +42,10 @@ def of_expectation(how: Decoding) -> Decoding:
     return how if how.trajectories == how.samples else replace(how, decode="mean")
 
 
-def unused_note(model: Model | type[Model], facts: Mapping, layers: Collection[str]) -> str:
-    """A line that names what of the decoding ``facts`` that a user gave is not in a prediction that has ``layers``;
-    empty where all is."""
-    names = [name for name in facts if name not in ("decode", "layers", *model.decodes_by)]
+def unused_note(model: Model, how: Decoding, facts: Mapping, layers: Collection[str]) -> str:
+    """A line that names what of the decoding ``facts`` that a user gave, and that led to ``how``, is not in a
+    prediction that has ``layers``; empty where all is."""
+    names = [name for name in facts if name not in ("decode", "layers", *model.decodes_by_of(how))]
     names += [f"layer {name}" for name in facts.get("layers", ()) if name not in layers]
     return f"note: the model does not use, or have, {', '.join(names)}: left out of the prediction" if names else ""
 
@@ -120,13 +120,15 @@ def _checked(
     """Features and decoding, once they fit the model and the section."""
     model, name = checkpoint.model, contract.name(section)
     how = how or decoding(model, {})
+    if not isinstance(how, Decoding):
+        raise InputError(f"how is a genar.models.Decoding, found {type(how).__name__}; genar.predict takes its fields")
     if how.decode not in model.decodings:
         raise InputError(f"model {checkpoint.name} decodes by {', '.join(model.decodings)}, not by {how.decode!r}")
     if not section.n_obs:
         raise InputError(f"section {name}: expected at least one spot, found none; is this the right section?")
     if patches is None and checkpoint.features.get("input") == "patches" and "patches" in model.inputs:
         raise InputError(f"section {name}: model {checkpoint.name} takes patches, found none; genar.predict reads them")
-    features = features.detach().cpu().numpy() if isinstance(features, Tensor) else features
+    features = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else features
     if features.shape[0] != section.n_obs:
         raise InputError(
             f"section {name}: features of {features.shape[0]} spots, {section.n_obs} expected; embed this very section"
@@ -147,12 +149,14 @@ def _blocks(
     model, n_spots = checkpoint.model, section.n_obs
     expected = of_expectation(how)
     places = make_spots(section, np.zeros((n_spots, 1, 0), np.float32), patches=patches)
-    size = max(1, n_spots) if model.unit == "section" else size
+    size = max(1, n_spots if model.unit == "section" else size)
     per_block = -(-_BLOCK // size) * size
     with _asleep(model):
         for first in range(0, n_spots, per_block):
             rows = torch.arange(first, min(first + per_block, n_spots))
-            held = replace(places.rows(rows), features=_as_float(features[first : first + per_block]))
+            seen = _as_float(features[first : first + per_block])
+            check_finite(seen, section.obs_names[first : first + per_block], contract.name(section))
+            held = replace(places.rows(rows), features=seen)
             points, layers = [], []
             for start in range(0, len(rows), size):
                 batch = held.batch(slice(start, start + size)).to(model.device)
@@ -192,7 +196,7 @@ def _as_written(point: Counts, expected: Counts) -> tuple[sparse.csr_matrix, dic
 def _without_counts(checkpoint: Checkpoint, section: AnnData, how: Decoding, layers: Collection[str]) -> AnnData:
     """All of a prediction but X and ``layers``."""
     made = {"model": checkpoint.name, "decode": how.decode, "layers": list(layers)}
-    made |= {name: getattr(how, name) for name in checkpoint.model.decodes_by}
+    made |= {name: getattr(how, name) for name in checkpoint.model.decodes_by_of(how)}
     made |= {"checkpoint_sha256": checkpoint.sha256, "panel_sha256": checkpoint.panel.sha256}
     seen = {contract.TRAINING_SECTIONS: "sections", contract.TRAINING_PATIENTS: "patients"}
     made |= {name: list(checkpoint.training[key]) for name, key in seen.items() if checkpoint.training.get(key)}

@@ -101,6 +101,11 @@ def group(devices: int | None = None, num_nodes: int | None = None) -> Group:
     return started
 
 
+def by_launcher() -> bool:
+    """Whether torchrun or srun started this process."""
+    return _torchrun() or _srun()
+
+
 def _started() -> Group | None:
     environ = os.environ
     if _torchrun():

@@ -44,6 +44,7 @@ from genar.genes import (
     select_panel,
 )
 from genar.models import Decoding, Model, Spots, model_class
+from genar.models._lattice import Lattice
 from genar.models.checkpoint import Checkpoint, rewrite_card, save_checkpoint
 from genar.prediction import decoding, predict_section, unused_note, write_prediction
 from genar.report import maps
@@ -150,6 +151,10 @@ def _unused(plan: TrainPlan, cls: type[Model], config: TrainConfig, model_settin
     """What to say of settings that the user gave and that this training does not use."""
     for name, why in cls.idle_settings(plan.preset, model_settings).items():
         yield f"model {plan.model}: {name} does nothing with {why}"
+    if plan.settings.decoding and not plan.test:
+        yield f"nothing is predicted without --test: {', '.join(plan.settings.decoding)} are for `genar predict`"
+    if cls.compares and processes.group(plan.devices, plan.num_nodes).size > 1:
+        yield f"model {plan.model} compares the spots of a batch, each process its share's: it learns another thing"
     if not cls.gradient:
         names = [*plan.settings.train, *(["recipe"] if plan.recipe != defaults.RECIPE else [])]
         if names:
@@ -198,7 +203,8 @@ def _predict_and_score(
             predicted = predict_section(
                 checkpoint, section, seen.features[name], how, patches=seen.patches.get(name), progress=tick
             )
-        if section is held_out[0] and (note := unused_note(checkpoint.model, plan.settings.decoding, predicted.layers)):
+        asked = plan.settings.decoding
+        if section is held_out[0] and (note := unused_note(checkpoint.model, how, asked, predicted.layers)):
             say(note)
         outputs[f"prediction {name}"] = write_prediction(predicted, plan.out / "predictions" / f"{name}.h5ad")
         aligned = _align(plan.model, predicted, section)
@@ -373,6 +379,8 @@ def _training_facts(
             name: median([float(s.uns[contract.GENAR].get(name, 0)) for s in training])
             for name in (contract.PITCH_UM, contract.SPOT_DIAMETER_UM)
         },
+        "hexagonal": sum(Lattice.of(torch.from_numpy(contract.coords_um(s))).fold == 6 for s in training) * 2
+        > len(training),
         contract.SIMULATED: any(map(contract.of_simulation, training)),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: mean.tolist(),

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
+
 from genar.data.door import door
 from genar.data.yaml_text import load_yaml
 from genar.errors import InputError
@@ -100,6 +102,7 @@ def _fit_type(key: str, value, kind):
         element = typing.get_args(kind)[0]
         values = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(_fit_type(key, v, element) for v in values)
+    value = value.item() if isinstance(value, np.generic) else value
     value = _number(value) if kind is float else value
     if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch import Tensor
@@ -32,7 +33,7 @@ __all__ = [
 
 def make_spots(
     section: AnnData,
-    features: np.ndarray,
+    features: np.ndarray | Tensor,
     genes: Sequence[str] | None = None,
     *,
     n_blocks: int = 1,
@@ -42,14 +43,18 @@ def make_spots(
     of ``n_blocks`` equal blocks; ``patches`` uint8 [N, crops, 3, px, px] for a model that takes pixels.
 
     A spot's random numbers follow its name and its section's, so they stay the same in any order or batch. Raises
-    ``InputError`` where a feature is no finite number, or the section holds other things than raw counts.
+    ``InputError`` where features are of another shape or of other spots, one is no finite number, or the section holds
+    other things than raw counts.
     """
-    if not np.isfinite(features).all():
-        spot = section.obs_names[int(np.argmin(np.isfinite(features).reshape(len(features), -1).all(axis=1)))]
+    features = torch.as_tensor(features).detach().cpu().float()
+    if features.ndim != 3 or len(features) != section.n_obs:
         raise InputError(
-            f"section {contract.name(section)}: the features of spot {spot} hold NaN or infinite values; "
-            "make or import them again"
+            f"section {contract.name(section)}: features of shape {list(features.shape)}; expected "
+            f"[{section.n_obs} spots, views, width], as genar.read_features gives them"
         )
+    if patches is not None and len(patches) != section.n_obs:
+        raise InputError(f"section {contract.name(section)}: patches of {len(patches)} spots, {section.n_obs} expected")
+    check_finite(features, section.obs_names, contract.name(section))
     if genes is not None:
         contract.check_counts(section, f"section {contract.name(section)}")
     xy = contract.coords_um(section)
@@ -57,7 +62,7 @@ def make_spots(
     ids = [zlib.crc32(f"{contract.name(section)}/{spot}".encode()) for spot in section.obs_names]
     counts = None if genes is None else torch.from_numpy(contract.counts(section, list(genes))).long()
     return Spots(
-        torch.from_numpy(features),
+        features,
         torch.from_numpy(xy).float(),
         torch.from_numpy((xy - xy.min(axis=0)) / extent).float(),
         torch.tensor(ids),
@@ -68,6 +73,16 @@ def make_spots(
     )
 
 
+def check_finite(features: Tensor, spots: pd.Index, section: str) -> None:
+    """``InputError`` naming the first of ``spots`` whose features [N, ...] are no finite numbers."""
+    finite = torch.isfinite(features).flatten(1).all(dim=1)
+    if not finite.all():
+        raise InputError(
+            f"section {section}: the features of spot {spots[int(finite.int().argmin())]} hold NaN or infinite values; "
+            "make or import them again"
+        )
+
+
 def _section_key(name: str) -> int:
     """63 bits of the name's hash."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
@@ -76,7 +91,7 @@ def _section_key(name: str) -> int:
 def fit(
     model: Model,
     spots: AnySpots,
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     *,
     folder: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -85,6 +100,7 @@ def fit(
     device: str = "auto",
 ) -> FitSummary:
     """Fit ``model`` in place on the training spots and leave it on the CPU in evaluation mode with the chosen weights.
+    Without a ``config`` by the model's own recipe, as ``genar train`` does.
 
     ``StoredSpots`` are read from their files batch by batch; a model that cannot be trained so (``Model.can_stream``)
     takes them all into memory.
@@ -96,7 +112,8 @@ def fit(
     processes are more than the spots of a batch or the resume file is damaged, ``LostProcessError`` where a process is
     gone, ``StoppedError`` where SIGTERM or SIGINT came, once the resume file is written.
     """
-    device = machine.of_models(machine.device(device))
+    config = config or train_config_from_dict({}, own=model.train_defaults)
+    device = machine.of_models(machine.device(str(device)))
     torch.manual_seed(config.seed)
     if isinstance(spots, StoredSpots) and not model.can_stream:
         spots = spots.in_memory()

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from genar.processes import Group, srun_environment
 from genar.resume import Averages, Saver, WholeFiles, check_whole
 from genar.streaming import AnySpots, StoredSpots, StreamedLoader
 from genar.training_config import OPTIMIZERS, PRECISIONS, RESUME_FILE, FitSummary, TrainConfig
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def run(
@@ -47,15 +50,26 @@ def run(
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     if resume:
         check_whole(resume)
+    exact, workspace = torch.are_deterministic_algorithms_enabled(), os.environ.get(_WORKSPACE)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     trainer = _trainer(config, module, folder, progress, group, device)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+    except SystemExit as error:  # Lightning's, of a key of the user's
+        model.eval()
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     except RuntimeError as error:
         if group.size > 1 and _is_lost(error):
             raise LostProcessError(
                 f"one of the {group.size} processes is gone ({str(error).splitlines()[0]})"
             ) from error
         raise
+    finally:  # what the trainer sets holds for the whole process
+        torch.use_deterministic_algorithms(exact, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
     if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
     module.restore_best()

@@ -53,7 +53,7 @@ def _panel_and_groups(plan: Plan, cohort: Cohort) -> tuple[tuple[str, ...], dict
         listed = select_panel(read(cohort.sections), n_genes=None, recipe="paper").genes
     else:
         listed = select_panel(training, n_genes=plan.recipe.n_genes, recipe=cohort.panel).genes
-    genes = listed[: plan.recipe.n_genes]
+    genes = listed if Path(cohort.panel).is_file() else listed[: plan.recipe.n_genes]
     order, clusters = cluster_order(np.concatenate([contract.counts(section, list(genes)) for section in training]))
     groups: dict[str, list[str]] = {}
     for place, cluster in zip(order.tolist(), clusters.tolist(), strict=True):

@@ -24,6 +24,8 @@ from genar.genes import ORDERS
 from genar.settings import Settings
 from genar.train_plan import TrainPlan
 
+_LONGEST = 80  # characters of a fold's name in that of its folder
+
 
 @dataclass(frozen=True)
 class Run:
@@ -128,7 +130,7 @@ def plan_runs(
     for cohort in recipe.cohorts:
         paper = (cohort.paper,) if cohort.paper else ()
         cut = folds(recipe.protocol, cohort.sections, held_out=recipe.held_out, paper=paper, k=recipe.k)
-        if len({_slug(fold.name) for fold in cut}) < len(cut):
+        if len({_leaf(fold) for fold in cut}) < len(cut):
             raise InputError(f"two folds would lie in one folder: {', '.join(fold.name for fold in cut)}; rename one")
         for method in recipe.methods:
             own = [fold for fold in cut if not method.held_out or set(fold.test) <= set(method.held_out)]
@@ -203,10 +205,15 @@ def _train_plan(
         maps=False, only=(*others, *fold.test), input=own.model.get("input", "features"), **read,
     )  # fmt: skip
     folder = _folder(recipe, cohort, method, plan.inputs, {name: read[name] for name in read if name != "image"})
+    return replace(plan, out=out / "runs" / folder / f"{_leaf(fold)}-{seed}")
+
+
+def _leaf(fold: Fold) -> str:
+    """Name of a fold's folder: with a hash of the sections where its own does not say which are held out."""
     leaf = _slug(fold.name)
-    if fold.test != (fold.name,):  # a patient or a number says not which sections are held out
-        leaf += "-" + hashlib.sha256(json.dumps(sorted(fold.test)).encode()).hexdigest()[:8]
-    return replace(plan, out=out / "runs" / folder / f"{leaf}-{seed}")
+    if fold.test == (fold.name,) and len(leaf) <= _LONGEST:
+        return leaf
+    return f"{leaf[:_LONGEST]}-{hashlib.sha256(json.dumps(sorted(fold.test)).encode()).hexdigest()[:8]}"
 
 
 def _folder(recipe: Recipe, cohort: Cohort, method: Method, inputs: Inputs, read: Mapping[str, float]) -> str:

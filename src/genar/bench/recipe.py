@@ -172,8 +172,19 @@ def _recipe(path: Path, facts) -> Recipe:
         compare=_pairs(path, facts.get("compare", ()), names), tables=_tables(path, facts, names),
         figure=_figure(path, facts, names), groups=_groups(path, facts.get("groups")), name=path.stem,
     )  # fmt: skip
+    _refuse_idle(path, facts, recipe)
     _check(path, recipe)
     return recipe
+
+
+def _refuse_idle(path: Path, facts: Mapping, recipe: Recipe) -> None:
+    """``InputError`` where a key is there that the others leave nothing to do."""
+    if "k" in facts and recipe.protocol != "kfold":
+        raise InputError(f"{path}: k is the number of folds of protocol kfold, found protocol {recipe.protocol}")
+    if "n_genes" in facts and (files := [c.panel for c in recipe.cohorts if Path(c.panel).is_file()]):
+        raise InputError(
+            f"{path}: n_genes beside the list {files[0]}, which is taken whole; leave it out, or cut the list"
+        )
 
 
 def _read_yaml(name: str) -> tuple[Path, object]:

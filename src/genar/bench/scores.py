@@ -1,8 +1,10 @@
 """Score the runs of a plan: every method of a section sees the same resamples of its spots, differences are paired."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from genar.data.door import read_json
 from genar.errors import InputError
 from genar.evaluation import intervals, metrics
 from genar.evaluation.intervals import Interval
-from genar.features import FeatureRecipe
+from genar.features import FeatureRecipe, recipe_and_inputs, store_path
 from genar.genes import leak_note, read_panel
 from genar.models import model_class
 
@@ -36,6 +38,8 @@ class BenchScores:
     """the same, number of genes whose PCC is undefined"""
     runs: pd.DataFrame
     """a row a run: seed, hashes, seconds, memory"""
+    patients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """cohort -> section -> patient, "" where not known"""
     notes: tuple[str, ...] = ()
     """what a reader of the scores must know: of the folds, and of panels that saw what is held out"""
 
@@ -52,19 +56,31 @@ class BenchScores:
         return intervals.intervals_of(intervals.over_sections(self._gains(cohort, ours, rival)), differences=True)
 
     def across(self, key: Key, only: Sequence[str] = ()) -> dict[str, Interval]:
-        """As :meth:`row`, with intervals across sections; none where a single one is held out."""
-        return _across(self._of(key, only))
+        """As :meth:`row`, with intervals across patients and sections; none where a single one is held out."""
+        sections = only or list(self.sampled[key])
+        return _across(self._of(key, only), self.patients_of(key[0], sections))
 
     def gain_across(self, cohort: str, ours: str, rival: str) -> dict[str, Interval]:
-        """As :meth:`gain`, with intervals across sections; none where a single one is held out."""
-        return _across(self._gains(cohort, ours, rival), differences=True)
+        """As :meth:`gain`, with intervals across patients and sections; none where a single one is held out."""
+        patients = self.patients_of(cohort, self.shared(cohort, ours, rival))
+        return _across(self._gains(cohort, ours, rival), patients, differences=True)
+
+    def shared(self, cohort: str, ours: str, rival: str) -> list[str]:
+        """The sections that both methods hold out."""
+        return [section for section in self.sampled[cohort, ours] if section in self.sampled[cohort, rival]]
+
+    def patients_of(self, cohort: str, sections: Sequence[str]) -> list[str]:
+        """The patient of each section, "" where not known."""
+        known = self.patients.get(cohort, {})
+        return [known.get(section, "") for section in sections]
 
     def _of(self, key: Key, only: Sequence[str]) -> list[dict[str, np.ndarray]]:
         return [self.sampled[key][section] for section in only or self.sampled[key]]
 
     def _gains(self, cohort: str, ours: str, rival: str) -> list[dict[str, np.ndarray]]:
         one, other = self.sampled[cohort, ours], self.sampled[cohort, rival]
-        return [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in one if s in other]
+        both = self.shared(cohort, ours, rival)
+        return [{name: one[s][name] - other[s][name] for name in intervals.METRICS} for s in both]
 
     def by_section(self) -> pd.DataFrame:
         """A row per cohort, method and held-out section."""
@@ -77,10 +93,13 @@ class BenchScores:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data", "method", "section"])
 
 
-def _across(sections: Sequence[Mapping[str, np.ndarray]], *, differences: bool = False) -> dict[str, Interval]:
+def _across(
+    sections: Sequence[Mapping[str, np.ndarray]], patients: Sequence[str], *, differences: bool = False
+) -> dict[str, Interval]:
     if len(sections) < 2:
         return {}
-    return intervals.intervals_of(intervals.across_sections(sections), differences=differences)
+    drawn = intervals.across_sections(sections, patients)
+    return intervals.intervals_of(drawn, differences=differences, unbiased=True)
 
 
 def score_runs(plan: Plan) -> BenchScores:
@@ -101,7 +120,8 @@ def score_runs(plan: Plan) -> BenchScores:
         for part in (1, 2)
     )
     facts = pd.DataFrame([_facts(run) for run in plan.runs])
-    return BenchScores(drawn, held, undefined, facts, _notes(plan.runs))
+    patients = {cohort.name: cohort.sections for cohort in plan.recipe.cohorts}
+    return BenchScores(drawn, held, undefined, facts, patients, _notes(plan.runs))
 
 
 def _score(run: Run, section: str, truth: AnnData, weights: np.ndarray) -> tuple[dict[str, np.ndarray], float, int]:
@@ -124,13 +144,26 @@ def refuse_other_data(plan: Plan) -> None:
 
 
 def _refuse_other(read: AnnData, runs: Iterable[Run], section: str) -> None:
-    digest = contract.digest(read)
+    digest, names = contract.digest(read), cache(lambda facts: _stores_of(read, json.loads(facts)))
     for run in runs:
-        if _data_of(run).get(section, digest) != digest:
+        told, what = _told(run), ""
+        if told.get("data", {}).get(section, digest) != digest:
+            what = "another section"
+        elif (made := told.get("features", {}).get(section)) and contract.slide_path(read) is not None:
+            path = run.plan.out / "checkpoint" / "config.json"
+            facts = read_json(path, "checkpoint", "delete the folder and run again").get("features", {})
+            what = "" if made == names(json.dumps(facts)) else "another image, or other places, of section"
+        if what:
             raise InputError(
-                f"{run.plan.out}: was made with another section {section} than the data hold now; give the data it was "
+                f"{run.plan.out}: was made with {what} {section} than the data hold now; give the data it was "
                 "made with, or delete the folder to make it again"
             )
+
+
+def _stores_of(section: AnnData, facts: Mapping) -> list[str]:
+    """Names that the feature stores of a section have, of a checkpoint that says this of its features."""
+    recipe, inputs = recipe_and_inputs(facts)
+    return [store_path(section, one, Path()).name for one in inputs.recipes(recipe)]
 
 
 def _data_of(run: Run) -> dict[str, str]:

@@ -26,7 +26,7 @@ _NAMES = {
     "n_undefined": "n undef.",
 }
 _METRICS = ("pcc_10", "pcc_50", "pcc_200", "n_undefined", "pcc_fixed", "mse", "mae", "rvd", "coverage_90")
-_FEW_SECTIONS = 5
+_FEW = 5  # sections, or patients
 _NONE = "–"
 _ESCAPES = {
     "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
@@ -37,14 +37,15 @@ _ESCAPES = {
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: value, low and high of each metric, the same across sections where there are several, and the
-    paper's value where it has one."""
+    """A row of a table: value, low and high of each metric, the same across patients and sections where there are
+    several, and the paper's value where it has one."""
 
     data: str
     name: str
     values: Mapping[str, Interval]
     across: Mapping[str, Interval]
-    n_sections: int
+    patients: Sequence[str]
+    """of the sections that it is of, "" where not known"""
     paper: Mapping[str, float]
 
 
@@ -67,8 +68,8 @@ def table_lines(recipe: Recipe, table: TableOfRecipe, scores: BenchScores) -> li
     for cohort in recipe.cohorts:
         for row, method in table.rows.items():
             key, paper = (cohort.name, method), _paper_row(table, cohort, row)
-            n_sections = len(only or scores.sampled[key])
-            lines.append(Line(cohort.name, row, scores.row(key, only), scores.across(key, only), n_sections, paper))
+            patients = scores.patients_of(cohort.name, only or list(scores.sampled[key]))
+            lines.append(Line(cohort.name, row, scores.row(key, only), scores.across(key, only), patients, paper))
     return lines
 
 
@@ -81,9 +82,9 @@ def gain_lines(recipe: Recipe, scores: BenchScores) -> list[Line]:
     lines = []
     for cohort in recipe.cohorts:
         for pair in recipe.compare:
-            one, other = (scores.sampled[cohort.name, method] for method in pair)
+            patients = scores.patients_of(cohort.name, scores.shared(cohort.name, *pair))
             found = scores.gain(cohort.name, *pair), scores.gain_across(cohort.name, *pair)
-            lines.append(Line(cohort.name, " minus ".join(pair), *found, len(set(one) & set(other)), {}))
+            lines.append(Line(cohort.name, " minus ".join(pair), *found, patients, {}))
     return lines
 
 
@@ -238,16 +239,32 @@ def _markdown(recipe: Recipe, table: TableOfRecipe, notes, lines, gains, runs: p
 
 
 def _across(lines: Sequence[Line], gains: Sequence[Line]) -> list[str]:
-    """The tables once more with intervals across sections, where several are held out."""
+    """The tables once more with intervals across patients and sections, where several are held out."""
     parts = []
     for of, signed in ((lines, False), (gains, True)):
         wide = [replace(line, values=line.across, paper={}) for line in of if line.across]
         parts += [_pipes(*_grid(wide, signed=signed))] if wide else []
     if not parts:
         return []
-    fewest = min(line.n_sections for line in (*lines, *gains) if line.across)
-    few = f"; from {fewest} sections they are too narrow" if fewest < _FEW_SECTIONS else ""
-    return [f"Across sections (sections are drawn, too: what holds for a new section), 95 % intervals{few}:", *parts]
+    fewest, what, how = min(map(_drawn, (line.patients for line in (*lines, *gains) if line.across)))
+    few = f"; from {fewest} {what} they are too narrow" if fewest < _FEW else ""
+    return [f"Across {what} ({how}), 95 % intervals{few}:", *parts]
+
+
+def _drawn(patients: Sequence[str]) -> tuple[int, str, str]:
+    """How many of what are drawn for an interval across the sections of these patients, and what it holds for."""
+    groups = intervals.sections_of(patients)
+    if len(groups) == 1:
+        how = "sections are drawn, too: what holds for another section of that patient"
+        return len(patients), "sections of one patient", how
+    if any(patients):
+        how = "patients are drawn, and sections of each: what holds for a new patient"
+        return (
+            len(groups),
+            "patients",
+            how if all(patients) else f"{how}; sections of unknown patients are taken for one each",
+        )
+    return len(groups), "sections", "sections are drawn, too: what holds for a new section"
 
 
 def _runs_grid(runs: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -265,6 +265,21 @@ def expected_log2(adata: AnnData, genes: list[str] | None = None) -> np.ndarray:
     return layer(adata[:, genes], LOG1P_MEAN).astype(np.float64) / np.log(2)
 
 
+def expected_counts(adata: AnnData) -> np.ndarray:
+    """Expected counts, float64 [N, G]: of a prediction with the expectation of ln(1 + count) alone what that is in
+    counts, of one without either its X."""
+    if MEAN in adata.layers:
+        return layer(adata, MEAN).astype(np.float64)
+    if LOG1P_MEAN in adata.layers:
+        return np.expm1(layer(adata, LOG1P_MEAN).astype(np.float64))
+    return values(adata, list(adata.var_names))
+
+
+def has_expectation(adata: AnnData) -> bool:
+    """Whether a prediction says what it expects, beside its X."""
+    return MEAN in adata.layers or LOG1P_MEAN in adata.layers
+
+
 def _of_genes(adata: AnnData, genes: list[str]):
     """The columns of X."""
     if genes and not has_counts(adata):

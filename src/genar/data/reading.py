@@ -42,6 +42,8 @@ class ReadOptions:
     """pitch of the grid laid on a bare slide, um; 100 is Visium's"""
     spot_um: float = contract.VISIUM_SPOT_UM
     """diameter of the spots laid on a bare slide, um"""
+    hexagonal: bool = False
+    """whether they lie as Visium's, and not on a square grid"""
 
     def __post_init__(self):
         for name in ("mpp", "bin_um", "spacing_um", "spot_um"):

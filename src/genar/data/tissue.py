@@ -7,6 +7,7 @@ walls are all that is stained. Stain that has bled onto the glass is as pale as 
 texture. Saturated ink is left out.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +122,33 @@ def on_tissue(xy_px: np.ndarray, mask: np.ndarray, size_px: tuple[int, int]) -> 
     return inside & mask[row.clip(0, shape[1] - 1), col.clip(0, shape[0] - 1)]
 
 
+def _grid(size_px: tuple[int, int], step: float, hexagonal: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns and rows [N] and centres [N, 2] (x, y) of a grid of ``step`` px over a slide, row by row; a hexagonal one
+    has Visium's columns, two apart in a row and shifted by one from row to row."""
+    apart = (step / 2, step * math.sqrt(3) / 2) if hexagonal else (step, step)
+    counts = (len(np.arange(step / 2, side, one)) for side, one in zip(size_px, apart, strict=True))
+    col, row = (axis.ravel() for axis in np.meshgrid(*map(np.arange, counts)))
+    if hexagonal:
+        taken = (col + row) % 2 == 0
+        col, row = col[taken], row[taken]
+    return col, row, step / 2 + np.column_stack([col, row]) * apart
+
+
 def place_spots(
     slide: str | Path,
     *,
     spacing_um: float = 100.0,
     spot_um: float = contract.VISIUM_SPOT_UM,
+    hexagonal: bool = False,
     mpp: float | None = None,
     section: str = "",
 ) -> AnnData:
     """Spots on the tissue of a bare slide: N spots x 0 genes, as the contract has it, named by row and column.
 
-    A square grid of ``spacing_um`` um over the whole slide; spots whose centre lies on tissue stay, round and
-    ``spot_um`` um wide. ``mpp`` (um per px) overrides the pixel size; ``section`` is its name, the file's where none is
-    given. Raises ``InputError`` where no pixel size is known or the image's tag says a finer one than any scanner's, no
-    tissue is found or none of it lies on the grid.
+    A square grid of ``spacing_um`` um over the whole slide, or a ``hexagonal`` one as Visium's; spots whose centre lies
+    on tissue stay, round and ``spot_um`` um wide. ``mpp`` (um per px) overrides the pixel size; ``section`` is its
+    name, the file's where none is given. Raises ``InputError`` where no pixel size is known or the image's tag says a
+    finer one than any scanner's, no tissue is found or none of it lies on the grid.
 
     >>> spots = genar.place_spots("tissue/wsis/SIM2.tif", spacing_um=200, mpp=2.0)
     >>> spots.n_vars, spots.obsm["spatial"].shape[1]
@@ -152,9 +166,7 @@ def place_spots(
         raise InputError(f"{slide}: --spacing-um {spacing_um:g} is less than a pixel ({mpp_used:g} um)")
     if not mask.any():
         raise InputError(f"{slide}: no tissue found; is it an H&E slide, and is the pixel size {mpp_used:g} um right?")
-    cols, rows = (np.arange(step / 2, side, step) for side in size_px)
-    col, row = (axis.ravel() for axis in np.meshgrid(np.arange(len(cols)), np.arange(len(rows))))
-    xy = np.column_stack([cols[col], rows[row]])
+    col, row, xy = _grid(size_px, step, hexagonal)
     kept = on_tissue(xy, mask, size_px)
     if not kept.any():
         raise InputError(f"{slide}: no spot of a grid of {spacing_um:g} um lies on tissue; pass a smaller --spacing-um")

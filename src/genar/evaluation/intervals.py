@@ -127,9 +127,12 @@ def interval(resampled: np.ndarray, share: float = 0.95, *, biased: bool = False
     return value, min(low, value), max(high, value)
 
 
-def intervals_of(resampled: Mapping[str, np.ndarray], *, differences: bool = False) -> dict[str, Interval]:
-    """:func:`interval` of every metric of :func:`resampled_scores`, or of their differences, which may fall below 0."""
-    found = {name: interval(values, biased=name in BIASED) for name, values in resampled.items()}
+def intervals_of(
+    resampled: Mapping[str, np.ndarray], *, differences: bool = False, unbiased: bool = False
+) -> dict[str, Interval]:
+    """:func:`interval` of every metric of :func:`resampled_scores`, or of their differences, which may fall below 0;
+    ``unbiased`` where their bias was taken back, as :func:`across_sections` does."""
+    found = {name: interval(values, biased=name in BIASED and not unbiased) for name, values in resampled.items()}
     if differences:
         return found
     return {n: (v, max(low, 0.0), high) if n in BIASED else (v, low, high) for n, (v, low, high) in found.items()}
@@ -152,21 +155,65 @@ def over_sections(sections: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.
     return {name: np.mean([section[name] for section in sections], axis=0) for name in METRICS}
 
 
-def across_sections(sections: Sequence[Mapping[str, np.ndarray]], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """As :func:`over_sections`, the sections drawn with replacement too, each with a resample of its spots.
+def across_sections(
+    sections: Sequence[Mapping[str, np.ndarray]], patients: Sequence[str] = (), *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """As :func:`over_sections`, the sections drawn with replacement too, each with a resample of its spots. Of
+    ``patients`` (each section's, "" where not known) those are drawn first, then as many sections as each has: sections
+    of one patient are alike.
 
-    The interval says what other sections would change, as far as so few can tell: with less than five it is too
-    narrow. Differences are paired as there: give the differences of two methods.
+    The interval says what other patients, or sections where patients are not known, would change, as far as so few can
+    tell: with less than five it is too narrow. Differences are paired as there: give the differences of two methods.
+    What resampling its spots adds to a biased metric is taken back in each section: its intervals are ``unbiased``.
     """
-    n, n_scores = len(sections), len(sections[0][METRICS[0]])
-    random = np.random.default_rng(seed)
-    drawn = random.integers(0, n, size=(n_scores - 1, n))
+    n_scores, random = len(sections[0][METRICS[0]]), np.random.default_rng(seed)
+    drawn, n_drawn = _drawn_sections(sections_of(patients or [""] * len(sections)), n_scores - 1, random)
     which = random.integers(1, n_scores, size=drawn.shape)  # a section drawn twice brings two resamples
     resampled = {}
     for name in METRICS:
-        table = np.stack([np.asarray(section[name]) for section in sections])
-        resampled[name] = np.concatenate([[table[:, 0].mean()], table[drawn, which].mean(axis=1)])
+        table = np.stack([np.asarray(section[name], np.float64) for section in sections])
+        each = table - 2 * (_median(table) - table[:, :1]) if name in BIASED else table  # see interval
+        values = np.where(drawn < 0, 0, each[drawn, which])
+        resampled[name] = np.concatenate([[table[:, 0].mean()], values.sum(axis=1) / n_drawn])
     return resampled
+
+
+def sections_of(patients: Sequence[str]) -> list[list[int]]:
+    """The rows of each patient; one whose patient is not known ("") is a patient by itself.
+
+    >>> sections_of(["Ann", "", "Ann", ""])
+    [[0, 2], [1], [3]]
+    """
+    found: dict[str | int, list[int]] = {}
+    for row, patient in enumerate(patients):
+        found.setdefault(patient or row, []).append(row)
+    return list(found.values())
+
+
+def _drawn_sections(
+    groups: list[list[int]], n_draws: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [R, P * largest], -1 for none: of as many groups as there are, drawn with replacement, as many of its rows;
+    and how many each draw has [R]."""
+    sizes = np.array([len(group) for group in groups])
+    rows = np.full((len(groups), sizes.max()), -1)
+    for place, group in zip(rows, groups, strict=True):
+        place[: len(group)] = group
+    chosen = random.integers(0, len(groups), size=(n_draws, len(groups)))
+    slot = np.broadcast_to(np.arange(sizes.max()), (*chosen.shape, sizes.max()))
+    within = slot
+    if sizes.max() > 1:
+        within = (random.random(slot.shape) * sizes[chosen][..., None]).astype(np.int64)
+    drawn = np.where(slot < sizes[chosen][..., None], rows[chosen[..., None], within], -1)
+    return drawn.reshape(n_draws, -1), sizes[chosen].sum(axis=1)
+
+
+def _median(table: np.ndarray) -> np.ndarray:
+    """[S, 1], of the resamples [S, 1 + R]; NaN where all are."""
+    known = ~np.isnan(table[:, 1:]).all(axis=1)
+    found = np.full((len(table), 1), np.nan)
+    found[known, 0] = np.nanmedian(table[known, 1:], axis=1)
+    return found
 
 
 def compare(

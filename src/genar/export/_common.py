@@ -35,16 +35,6 @@ def cut(predicted: AnnData, genes: Sequence[str]) -> AnnData:
     return predicted
 
 
-def expected(predicted: AnnData) -> np.ndarray:
-    """Expected counts [N, G]; where the prediction has the expectation of ln(1 + count) alone, what that is in counts,
-    and where it has neither, its X."""
-    if contract.MEAN in predicted.layers:
-        return contract.layer(predicted, contract.MEAN).astype(np.float64)
-    if contract.LOG1P_MEAN in predicted.layers:
-        return np.expm1(contract.layer(predicted, contract.LOG1P_MEAN).astype(np.float64))
-    return contract.values(predicted, list(predicted.var_names))
-
-
 def plain_table(predicted: AnnData) -> AnnData:
     """Counts (csr), layers and names, without what other programs cannot write."""
     table = AnnData(

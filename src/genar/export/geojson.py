@@ -29,8 +29,8 @@ def write_geojson(predicted: AnnData, path: str | Path, *, genes: Sequence[str] 
     names, counts, means = chosen, contract.values(predicted, chosen), np.empty((predicted.n_obs, 0))
     whole = (counts == np.rint(counts)).all()  # other methods' may be fractional
     counts = counts.astype(np.int64) if whole else counts.round(_DECIMALS)
-    if "mean" in predicted.layers:
-        means = contract.layer(predicted, "mean")
+    if contract.has_expectation(predicted):
+        means = contract.expected_counts(predicted)
         names = [*chosen, *(f"{gene} mean" for gene in chosen)]
     rings = _rings(predicted)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

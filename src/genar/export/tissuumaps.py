@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from genar.data import contract
 from genar.data.files import replacing, write_text
-from genar.export._common import IMAGE_PX, cut, expected
+from genar.export._common import IMAGE_PX, cut
 from genar.report.maps import background
 
 UID = "genar"
@@ -40,7 +40,8 @@ def write_tissuumaps(predicted: AnnData, path: str | Path, *, genes: Sequence[st
     places = {axis: [f"{value:.2f}" for value in xy[:, i]] for i, axis in enumerate("xy")}  # the format is for counts
     table = pd.DataFrame({**places, "spot": list(chosen.obs_names)})
     table = pd.concat(
-        [table, pd.DataFrame(expected(chosen), columns=pd.Index([f"gene {name}" for name in names]))], axis=1
+        [table, pd.DataFrame(contract.expected_counts(chosen), columns=pd.Index([f"gene {name}" for name in names]))],
+        axis=1,
     )
     spots = path.with_name(f"{path.stem}_tmap.csv")
     write_text(spots, table.to_csv(index=False, float_format="%.5g"))

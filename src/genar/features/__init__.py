@@ -7,7 +7,7 @@ from genar.features.imports import (
     imported_sha256,
     read_foreign_features,
 )
-from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_of, store_path
+from genar.features.recipe import FeatureRecipe, Inputs, default_store, recipe_and_inputs, recipe_of, store_path
 from genar.features.sections import default_workers, embed_sections, embed_widths, import_sections
 from genar.features.store import BATCH_SIZE, Busy, check_source, embed
 from genar.features.stored import StoredInputs, read_features, read_inputs
@@ -32,6 +32,7 @@ __all__ = [
     "read_features",
     "read_foreign_features",
     "read_inputs",
+    "recipe_and_inputs",
     "recipe_of",
     "store_path",
 ]

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import platformdirs
 from anndata import AnnData
 
 from genar.data import contract
+from genar.data.door import reason_of
 from genar.encoders import Encoder, check_precision
 from genar.errors import InputError
 
@@ -106,6 +108,22 @@ def recipe_of(encoder: Encoder, *, patch: str = "hest", width_um: float = 112.0,
     """
     views = views or encoder.row.views
     return FeatureRecipe(encoder.row.name, encoder.weights_sha256, patch, width_um, views, encoder.precision)
+
+
+def recipe_and_inputs(facts: Mapping) -> tuple[FeatureRecipe, Inputs]:
+    """What a checkpoint says of its features. Raises ``InputError`` where that is not enough to make them."""
+    known = {f.name for f in fields(Inputs)}
+    try:
+        inputs = Inputs(**{name: tuple(facts[name]) for name in known if name in facts})
+        recipe = FeatureRecipe(**{name: value for name, value in facts.items() if name not in known})
+        if not (isinstance(recipe.encoder, str) and isinstance(recipe.weights_sha256, str)):
+            raise TypeError("encoder and weights_sha256 must be text")
+    except TypeError as error:
+        raise InputError(
+            f"the checkpoint does not say how its features are made ({reason_of(error)}): expected the fields of a "
+            "FeatureRecipe in Checkpoint.features (dataclasses.asdict); genar.predict_section takes features themselves"
+        ) from error
+    return recipe, inputs
 
 
 def default_store() -> Path:

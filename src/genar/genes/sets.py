@@ -1,11 +1,12 @@
 """Gene sets: read from a GMT file, as an order of the panel, and as what the groups of a hierarchy are enriched in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from genar.data.door import door
 from genar.errors import InputError
@@ -93,15 +94,23 @@ def over_representation(
     inside = {name: members for name, members in inside.items() if members}
     if not inside:
         raise InputError(f"none of the {len(known)} genes is in the {len(sets)} gene sets; same kind of name?")
-    rows = []
-    for number, group in enumerate(groups):
-        for name, members in inside.items():
-            shared = sorted(members & set(group))
-            p = hypergeom.sf(len(shared) - 1, len(known), len(members), len(group))
-            expected = len(members) * len(group) / len(known)
-            rows.append((number, name, len(group), len(members), len(shared), expected, float(p), ", ".join(shared)))
-    columns = ["group", "set", "n_group", "n_set", "n_shared", "expected", "p", "genes"]
-    table = pd.DataFrame.from_records(rows, columns=columns)
-    table.insert(7, "q", false_discovery_control(table["p"]))
-    found = table.loc[table["n_shared"] > 0]
+    n_group, n_set = np.array([len(group) for group in groups]), np.array([len(members) for members in inside.values()])
+    place = {gene: i for i, gene in enumerate(known)}
+    n_shared = (_membership(groups, place) @ _membership(list(inside.values()), place).T).toarray()  # [groups, sets]
+    p = hypergeom.sf(n_shared - 1, len(known), n_set, n_group[:, None])
+    q = false_discovery_control(p.ravel()).reshape(p.shape)
+    rows, names = [], list(inside)
+    for g, s in zip(*np.nonzero(n_shared), strict=True):
+        shared = sorted(inside[names[s]] & set(groups[g]))
+        expected = n_set[s] * n_group[g] / len(known)
+        rows.append((g, names[s], n_group[g], n_set[s], len(shared), expected, p[g, s], q[g, s], ", ".join(shared)))
+    columns = ["group", "set", "n_group", "n_set", "n_shared", "expected", "p", "q", "genes"]
+    found = pd.DataFrame.from_records(rows, columns=columns)
     return found.sort_values(by=["p", "group", "set"], kind="stable").reset_index(drop=True)
+
+
+def _membership(lists: Sequence[Collection[str]], place: Mapping[str, int]) -> sparse.csr_matrix:
+    """int32 [lists, genes]: 1 where a list has the gene."""
+    pairs = [(i, place[gene]) for i, genes in enumerate(lists) for gene in set(genes) if gene in place]
+    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return sparse.csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(lists), len(place)))

@@ -233,6 +233,8 @@ class Model(nn.Module, abc.ABC):
     ``prepare`` then see a sample, whose ``parts`` are all"""
     sums: ClassVar[bool] = False
     """whether its loss is the sum over a batch's spots, and a larger batch a longer step; else it is the mean"""
+    compares: ClassVar[bool] = False
+    """whether its loss compares the spots of a batch, so that shares of it, one a process, are another thing"""
     unit: ClassVar[str] = "spot"
     """what a batch holds: any ``spot``, or all spots of one ``section``, which may then attend to each other"""
     inputs: ClassVar[tuple[str, ...]] = ("features",)
@@ -270,6 +272,10 @@ class Model(nn.Module, abc.ABC):
         """Refuse, before it is trained, what a model of these settings cannot decode. Raises ``InputError``."""
         if how.decode not in cls.decodings:
             raise InputError(f"the model decodes by {', '.join(cls.decodings)}, not by {how.decode!r}")
+
+    def decodes_by_of(self, how: Decoding) -> tuple[str, ...]:
+        """Those of ``decodes_by`` that change something beside the others of ``how``."""
+        return self.decodes_by
 
     def cost(self, n_spots: int, how: Decoding) -> str:
         """A line to tell before a prediction that will take long; empty for all others."""

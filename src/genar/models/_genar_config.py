@@ -108,6 +108,8 @@ class GenARConfig:
         for name in ("max_count", "token_noise", "count_basis", "components", "sigma_slope", "group_temperature"):
             if not 0 <= getattr(self, name) <= _MOST:
                 raise InputError(f"model: {name} must be at least 0 (at most {_MOST}), found {getattr(self, name)}")
+        if self.count_basis == 1:
+            raise InputError("model: count_basis must be 0 or at least 2, found 1: one bump tells no counts apart")
         if self.scale_weights and not (min(self.scale_weights) >= 0 and sum(self.scale_weights) > 0):
             raise InputError("model: scale_weights must not be negative, and not all zero")
 

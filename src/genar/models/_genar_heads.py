@@ -146,6 +146,10 @@ class ValueHead(nn.Module):
         return cumulative.diff(dim=2).clamp(min=1e-30).log().float()
 
 
+_FEW_CLASSES = 512
+_FAR = 15  # standard deviations: the density is 0 there in float32
+
+
 def log_frequencies(means: Tensor, max_count: int) -> Tensor:
     """Log of the smoothed frequency of each count at each position: means [N, M] -> [M, V], mean zero over the classes.
 
@@ -155,7 +159,9 @@ def log_frequencies(means: Tensor, max_count: int) -> Tensor:
     classes = torch.arange(max_count + 1, dtype=torch.float32, device=means.device)
     frequency = torch.zeros(means.shape[1], max_count + 1, device=means.device)
     for mean in means.clamp(max=max_count):  # one spot at a time bounds the memory
-        spread = torch.exp(-0.5 * (classes - mean[:, None]).square() / (1 + mean[:, None]))
-        frequency += spread / spread.sum(dim=1, keepdim=True)
+        top = float(mean.max())  # classes far above every mean of the spot get nothing
+        n = max(_FEW_CLASSES, 2 ** math.ceil(math.log2(2 + top + _FAR * math.sqrt(1 + top))))
+        spread = torch.exp(-0.5 * (classes[:n] - mean[:, None]).square() / (1 + mean[:, None]))
+        frequency[:, :n] += spread / spread.sum(dim=1, keepdim=True)
     frequency = frequency / len(means) + 1e-6
     return frequency.log() - frequency.log().mean(dim=1, keepdim=True)

@@ -58,6 +58,7 @@ class Condition(nn.Module):
     def set_components(self, found: Components, n_spots: int) -> None:
         """Set the map from features to components."""
         self.feature_mean.copy_(found.mean)
+        self.feature_map.zero_()  # an earlier call may have found more
         self.feature_map[:, : found.directions.shape[1]] = found.directions * found.shrink(n_spots)
 
     def components(self, batch: Batch) -> Tensor:

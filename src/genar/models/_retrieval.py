@@ -97,6 +97,8 @@ class RetrievalRival(SpotRival):
     """A method with one space for images and expression: it predicts the mean of the training spots whose expression
     lies nearest to the query's image (cosine). Its configuration has a ``neighbours``."""
 
+    compares = True
+
     def __init__(self, n_features: int, n_genes: int, config, *, n_keys: int = 0):
         super().__init__(n_features, n_genes, config, n_keys=n_keys)
         self.keys = Keys(n_keys, n_genes)

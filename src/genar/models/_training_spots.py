@@ -49,6 +49,20 @@ def strips(coords_um: Tensor, n_strips: int = _N_PARTS) -> Tensor:
     return rank * min(n_strips, len(rank)) // len(rank)
 
 
+def max_count_of(asked: int, counts: Tensor) -> int:
+    """The largest count of a class: what was ``asked`` for, 0 for :func:`auto_max_count`. A warning tells of training
+    counts [G], the largest of each gene, beyond it."""
+    if not asked:
+        return auto_max_count(counts)
+    if beyond := int((counts > asked).sum()):
+        warnings.warn(
+            f"training counts of {beyond} of {counts.numel()} genes are above max_count {asked} and taken for it (the "
+            f"largest is {int(counts.max()):,}); predictions never exceed it",
+            stacklevel=2,
+        )
+    return asked
+
+
 def auto_max_count(counts: Tensor) -> int:
     """The largest count, rounded up to a power of two less one, so that the classes number a power of two.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,11 @@ class Checkpoint:
         """Diameter of the training's spots, um; 0 where it is not told."""
         return self._length("spot_diameter_um")
 
+    @property
+    def hexagonal(self) -> bool:
+        """Whether the training's spots lie on a hexagonal array, as Visium's."""
+        return self.training.get("hexagonal") is True
+
     def _length(self, name: str) -> float:
         told = self.training.get(name)
         return float(told) if isinstance(told, int | float) and 0 < told < math.inf else 0.0
@@ -110,6 +116,7 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> Path:
             "sha256": checkpoint.sha256,
         }
         (temporary / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # which their library lets nobody else read
         kept = checkpoint.card if checkpoint.card_of in ("", checkpoint.sha256) else ""
         card = kept or card_markdown(facts, _n_weights(checkpoint.model), {})
         (temporary / CARD).write_text(card, encoding="utf-8")

@@ -182,6 +182,7 @@ class EGN(SpotRival):
     """Exemplar-guided network: six similar training spots, with their counts, revise what is read from the features."""
 
     config = EGNConfig
+    compares = True
     may_be_none = ("refinements",)
     presets: ClassVar = {
         "small": {"width": 128, "depth": 4, "heads": 4, "mlp_width": 256, "bridge_heads": 4, "bridge_width": 32},

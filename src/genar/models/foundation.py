@@ -16,7 +16,7 @@ from genar.models._base import Batch, Card, Counts, LossOutput, Spots
 from genar.models._count_loss import cross_entropy, summed
 from genar.models._decoding import Decoding, summarise
 from genar.models._spot import SpotRival
-from genar.models._training_spots import auto_max_count
+from genar.models._training_spots import max_count_of
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ class Foundation(SpotRival):
         """Sized for these spots."""
         assert spots.counts is not None
         config = cls.configure(preset, settings)
-        if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
+        config = replace(config, max_count=max_count_of(config.max_count, spots.largest_counts()))
         return cls(n_features, spots.counts.shape[1], config)
 
     def loss(self, batch: Batch) -> LossOutput:

@@ -45,7 +45,7 @@ from genar.models._linear_start import (
     fit_means,
     level,
 )
-from genar.models._training_spots import auto_max_count, left_out_parts
+from genar.models._training_spots import left_out_parts, max_count_of
 
 __all__ = ["PRESETS", "GenAR", "GenARConfig", "paper", "released", "small"]
 
@@ -246,6 +246,8 @@ class GenAR(Model):
         believed the less, and spread the wider, the more that does to them."""
         x = ((spots.features.mean(dim=1) - found.mean) @ found.directions).double()
         shrink, fold, start = found.shrink(len(spots)).double()[:, None], left_out_parts(spots), self.linear_start
+        for kept in (start.slope, start.follow):
+            kept.zero_()  # an earlier call may have had more spots
         noise = [x.new_zeros(0)]
         for k, mean in enumerate(means):
             y, place = level(mean).double(), self.layout.places[k]
@@ -444,16 +446,24 @@ class GenAR(Model):
 
     @classmethod
     def idle_settings(cls, preset: str, settings: Mapping) -> dict[str, str]:
-        """The widths of targets that the loss does not have, and noise where no scale is coarser."""
+        """The widths of targets that the loss does not have, and what is of several scales or blocks."""
         config = config_from_dict(network_settings(settings), preset)
-        idle = {}
-        if config.final_loss != "gaussian":
-            idle |= dict.fromkeys(("sigma_base", "sigma_slope"), f"final_loss {config.final_loss}")
+        idle, targets = {}, ("sigma_base", "sigma_slope")
+        if config.final_loss == "cross_entropy":
+            idle |= dict.fromkeys(targets, "final_loss cross_entropy")
         if config.output == "continuous":
-            idle["group_temperature"] = "output continuous"
+            idle |= dict.fromkeys((*targets, "group_temperature"), "output continuous")
         if len(settings.get("scales", ())) == 1:
-            idle["token_noise"] = "a single scale"
+            idle |= dict.fromkeys(("token_noise", "group_temperature", "scale_weights"), "a single scale")
+        if config.depth == 1:
+            idle["drop_path"] = "a single block"
         return {name: why for name, why in idle.items() if name in settings}
+
+    def decodes_by_of(self, how: Decoding) -> tuple[str, ...]:
+        """Of squared error nothing is drawn, nor where the one trajectory takes the likeliest tokens."""
+        if self.config.final_loss == "squared_error":
+            return ("bf16",)
+        return self.decodes_by if how.decode == "sample" or how.samples > 1 else ("samples", "bf16")
 
     @classmethod
     def check_decoding(cls, preset: str, settings: Mapping, how: Decoding) -> None:
@@ -471,9 +481,7 @@ class GenAR(Model):
         config = config_from_dict(
             {**network_settings(settings), "n_features": n_features, "n_blocks": spots.n_blocks}, preset
         )
-        if config.max_count == 0:
-            config = replace(config, max_count=auto_max_count(spots.largest_counts()))
-        return cls(config, scales)
+        return cls(replace(config, max_count=max_count_of(config.max_count, spots.largest_counts())), scales)
 
     def facts(self) -> dict:
         """Configuration and scales."""

@@ -24,6 +24,7 @@ from genar.report.page import GENERATOR, render, write_page
 from genar.report.subject import Subject, is_run, log2_of, subjects
 
 _DEPTH = 3  # folders below the one that is named in which runs are looked for
+_LONGEST = 60  # characters of a page's name, of which one may be four bytes
 _METRICS = {"pcc_200": "PCC-200", "mse": "MSE", "mae": "MAE"}
 
 
@@ -41,11 +42,13 @@ class _Entry:
     genes: list[str]
     pcc: pd.Series | None
     scores: dict[str, str]
+    other: str
+    """what of the prediction is shown and scored, where that is not its X"""
 
 
 def write_report(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     truth: str | Path | None = None,
     gene: str = "",
@@ -61,6 +64,7 @@ def write_report(
     read, where neither it nor the prediction knows: ``image``, ``mpp`` (um per px), ``bin_um`` (um). Raises
     ``InputError`` as :func:`subject.subjects` does, or where no prediction has the gene.
     """
+    out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out}: expected a name that ends in .html")
     refuse_foreign(out, GENERATOR)
@@ -132,9 +136,10 @@ def _methods(folder: Path) -> dict[str, str]:
 
 
 def _page_name(stem: str, run: str, section: str, taken: Sequence[str]) -> str:
-    """Name of a page; with a hash of both names where others, made plain, gave the same."""
-    name = f"{stem}_{plain(run)}_{plain(section)}"
-    if f"{name}.html".lower() in map(str.lower, taken):
+    """Name of a page; with a hash of both names where it is cut, or others, made plain, gave the same."""
+    whole = f"{stem}_{plain(run)}_{plain(section)}"
+    name = whole[:_LONGEST]
+    if len(whole) > _LONGEST or f"{name}.html".lower() in map(str.lower, taken):
         name += "-" + hashlib.sha256(f"{run}/{section}".encode()).hexdigest()[:8]
     return f"{name}.html"
 
@@ -151,7 +156,9 @@ def _entry(subject: Subject, run: str, page: Path) -> _Entry:
     pcc = None if subject.per_gene is None else pd.Series(subject.per_gene["pcc"])
     log2 = {name: values.astype(np.float16) for name, values in log2_of(subject).items()}
     genes = list(map(str, subject.predicted.var_names))
-    return _Entry(run, page.name, subject.model, subject.section, bare, log2, genes, pcc, scores)
+    decode = subject.predicted.uns[contract.GENAR][contract.PREDICTION].get("decode", "mean")
+    other = "expectation" if decode != "mean" and contract.has_expectation(subject.predicted) else ""
+    return _Entry(run, page.name, subject.model, subject.section, bare, log2, genes, pcc, scores, other)
 
 
 def _write_index(entries: list[_Entry], out: Path, name: str, gene: str, methods: Mapping[str, str]) -> None:
@@ -168,7 +175,7 @@ def _write_index(entries: list[_Entry], out: Path, name: str, gene: str, methods
             {
                 "run": methods.get("/".join(Path(entry.run).parts[-2:]), entry.run),
                 "page": entry.page,
-                "model": entry.model,
+                "model": ", ".join(filter(None, (entry.model, entry.other))),
                 "scores": entry.scores,
                 "image": _thumbnail(entry, "predicted", chosen, top) if entry in shown else "",
             }

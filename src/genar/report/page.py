@@ -73,7 +73,7 @@ def page_html(subject: Subject, gene: str = "") -> str:
         calibration=[Markup(places[name]) for name in ("coverage", "zeros") if name in places],
         training=[Markup(places[name]) for name in training],
         palettes=list(figures.PALETTES),
-        expected=contract.MEAN in subject.predicted.layers,
+        expected=contract.has_expectation(subject.predicted),
         uncertain=_uncertainties(subject),
         genes=list(subject.predicted.var_names),
         metrics=_SHOWN_METRICS,
@@ -132,7 +132,9 @@ def _payload(subject: Subject) -> dict:
     """What the page's script works on."""
     predicted, genes = subject.predicted, list(subject.predicted.var_names)
     matrices = {"counts": pack(contract.values(predicted, genes))}
-    named = {"mean": contract.MEAN, "low": "q05", "high": "q95", "zero": contract.P_ZERO}
+    if contract.has_expectation(predicted):
+        matrices["mean"] = pack(contract.expected_counts(predicted))
+    named = {"low": "q05", "high": "q95", "zero": contract.P_ZERO}
     matrices |= {
         name: pack(contract.layer(predicted, layer)) for name, layer in named.items() if layer in predicted.layers
     }
@@ -161,8 +163,7 @@ def _payload(subject: Subject) -> dict:
 def _table(subject: Subject) -> dict[str, list]:
     """A column a figure of the genes, in the panel's order; NaN where it is undefined."""
     genes = list(subject.predicted.var_names)
-    has_mean = contract.MEAN in subject.predicted.layers
-    mean = contract.layer(subject.predicted, contract.MEAN) if has_mean else contract.values(subject.predicted, genes)
+    mean = contract.expected_counts(subject.predicted)
     columns: dict[str, np.ndarray] = {}
     if subject.truth is not None and subject.per_gene is not None:
         names = {"pcc": "PCC", "mse": "MSE", "coverage_90": "in 90 %"}

@@ -152,7 +152,10 @@ def _read(path: Path) -> AnnData:
     if contract.GENAR not in predicted.uns or contract.SPATIAL not in predicted.obsm:
         raise InputError(f"{path}: not a prediction of GenAR: no obsm['spatial'] or uns['genar']")
     if contract.PREDICTION not in predicted.uns[contract.GENAR]:
-        raise InputError(f"{path}: a measured section; expected a prediction, with this as --truth")
+        raise InputError(
+            f"{path}: no prediction, by its uns['genar'], which lacks 'prediction': a measured section is named by "
+            "--truth, and another method's prediction needs a dict there, as {'model': its name}"
+        )
     if not predicted.n_obs or not predicted.n_vars:
         raise InputError(f"{path}: {predicted.n_obs} spots and {predicted.n_vars} genes; expected at least one of each")
     contract.check_prediction(predicted, str(path))

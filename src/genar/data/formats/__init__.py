@@ -32,7 +32,7 @@ FORMATS = ("hest", "visium_hd", "visium", "spatialdata", "legacy_st", "h5ad", "s
 
 
 # Options that sections of one format alone are read by.
-USED_BY = {"bin_um": "visium_hd", "spacing_um": "slide", "spot_um": "slide"}
+USED_BY = {"bin_um": "visium_hd", "spacing_um": "slide", "spot_um": "slide", "hexagonal": "slide"}
 
 
 def used_by(refs: Sequence["SectionRef"], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def read_section(path: str | Path, *, format: str | None = None, **options) -> A
     """Read the one section that ``path`` names: N spots x all genes, slots as in :mod:`genar.data.contract`.
 
     ``options`` are the fields of :class:`genar.data.ReadOptions`: ``image``, ``mpp``, ``bin_um``, ``spacing_um``,
-    ``spot_um``.
+    ``spot_um``, ``hexagonal``.
     Raises ``InputError`` where ``path`` names none or several, where an option means nothing to it, or where the
     section breaks the contract.
 

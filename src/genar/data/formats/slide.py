@@ -49,7 +49,9 @@ def read(root: Path, section: str, options: ReadOptions) -> AnnData:
     name = section if section in _slides(root) else path.stem  # two may have one stem
     home = _in_hest(path)
     mpp = options.mpp or (hest.stated_mpp(home, path.stem) if home else None)
-    spots = place_spots(path, spacing_um=options.spacing_um, spot_um=options.spot_um, mpp=mpp, section=name)
+    spots = place_spots(
+        path, spacing_um=options.spacing_um, spot_um=options.spot_um, hexagonal=options.hexagonal, mpp=mpp, section=name
+    )
     spots.uns[contract.GENAR][contract.PATIENT] = patient(root, section)
     return spots
 
