@@ -13,15 +13,8 @@ from PIL import Image
 from genar.data import contract, open_slide, read_section
 from genar.data.slide import glance, image_head
 from genar.errors import InputError
-from test_formats import write_h5ad, write_spatialdata
-
-TILED, STRIPED = {"tile": (64, 64)}, {"rowsperstrip": 16}
-
-
-def gradient(height=384, width=512):
-    """Colours that say where they are."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x // 2, y // 2, np.full_like(x, 128)], axis=2).astype(np.uint8)
+from section_files import write_h5ad, write_spatialdata
+from slides import STRIPED, TILED, gradient
 
 
 @pytest.mark.parametrize("how", [TILED, STRIPED])
@@ -98,9 +91,6 @@ def test_pixels_that_are_no_squares_have_no_size(tmp_path, how):
         slide.read_patch((100, 100), 30, 30)
 
 
-# --- SpatialData: several images, other frames
-
-
 @pytest.fixture
 def store(tmp_path):
     pytest.importorskip("spatialdata")
@@ -155,9 +145,6 @@ def test_the_pixel_size_of_a_table_is_that_of_its_own_frame(store):
     section = read_section(rewritten(store, shrink))
     assert contract.mpp(section) == pytest.approx(2.0)
     assert section.uns["genar"]["spot_diameter_um"] == pytest.approx(10.0)
-
-
-# --- files that reach into others
 
 
 def with_dataset(path, **how):

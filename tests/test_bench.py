@@ -1,3 +1,5 @@
+""""""
+
 import json
 
 import numpy as np
@@ -8,46 +10,19 @@ from commands import run as genar
 from genar import bench
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
+from toy_bench import RECIPE, read
 
-RECIPE = """
-title: toy
-sections: [A, B]
-n_genes: 12
-encoder: genar.bench.toy:narrow_encoder
-seeds: [1, 2]
-methods:
-  - {name: "ridge!", model: ridge}
-  - {name: knn, model: knn}
-  - name: tiny
-    model: genar
-    set: {width: 16, depth: 1, heads: 2, components: 4, max_epochs: 1, samples: 2, validation_share: 0, scales: [3, 12]}
-compare:
-  - [tiny, ridge!]
-"""
 SMALL = TissueConfig(n_rows=5, n_cols=5, n_genes=80, counts_per_nucleus=20)
 
 
-@pytest.fixture(scope="module")
-def tissue(tmp_path_factory):
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B", "C"), seed=1, config=SMALL)
-
-
-def read(tmp_path, text=RECIPE, **changes):
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "toy.yaml").write_text(text)
-    return bench.read_recipe(str(tmp_path / "toy.yaml"))
-
-
-def test_a_recipe_runs_once_and_writes_its_tables(tissue, tmp_path):
+def test_a_recipe_runs_once_and_writes_its_tables(bench_tissue, tmp_path):
     said, recipe, out = [], read(tmp_path), tmp_path / "out"
     options = {"features": tmp_path / "features", "say": said.append}
-    planned = bench.plan_bench(recipe, tissue, out, **options)
+    planned = bench.plan_bench(recipe, bench_tissue, out, **options)
     assert (planned.n_runs, planned.n_done, len(planned.runs), planned.missing) == (8, 0, 8, [])
     assert not out.exists()
     assert len(said) == 1 + 2 + 2 + 4  # closed forms have no seeds
-    result = bench.bench_run(recipe, tissue, out, **options)
+    result = bench.bench_run(recipe, bench_tissue, out, **options)
     assert list(result.table.index) == ["ridge!", "knn", "tiny"]
     table = pd.read_csv(out / "table.csv", index_col=0)
     for metric, rows in (("mse", table), ("pcc_200", table.drop("knn"))):  # knn is constant on so few spots
@@ -73,14 +48,14 @@ def test_a_recipe_runs_once_and_writes_its_tables(tissue, tmp_path):
     assert facts["panel_sha256"] in table.loc["tiny", "panel_sha256"]
     assert table.loc["tiny", "seconds_training"] >= 0
     said.clear()
-    bench.bench_run(recipe, tissue, out, **options)
+    bench.bench_run(recipe, bench_tissue, out, **options)
     assert len(said) == 1
     assert "8 of them there already" in said[0]
 
 
-def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
+def test_a_killed_bench_goes_on(bench_tissue, tmp_path, monkeypatch):
     recipe, options = read(tmp_path, **{"[1, 2]": "[1]"}), {"features": tmp_path / "features", "say": lambda line: None}
-    whole = bench.bench_run(recipe, tissue, tmp_path / "whole", **options)
+    whole = bench.bench_run(recipe, bench_tissue, tmp_path / "whole", **options)
     calls = []
 
     def killed(*arguments, **more):
@@ -95,7 +70,7 @@ def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "predict_section", killed)
         with pytest.raises(KeyboardInterrupt):
-            bench.bench_run(recipe, tissue, tmp_path / "out", **options)
+            bench.bench_run(recipe, bench_tissue, tmp_path / "out", **options)
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("runs/*/*/run.json")}
     assert len(finished) == 4
     for path in finished:  # as if killed between their last file and their end
@@ -103,19 +78,19 @@ def test_a_killed_bench_goes_on(tissue, tmp_path, monkeypatch):
         (path.parent / ".lock").touch()
     assert not (tmp_path / "out/table.csv").exists()
     said = []
-    result = bench.bench_run(recipe, tissue, tmp_path / "out", **{**options, "say": said.append})
+    result = bench.bench_run(recipe, bench_tissue, tmp_path / "out", **{**options, "say": said.append})
     assert len(said) == 1 + 2
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name in ("resume", ".lock")]
     pd.testing.assert_frame_equal(result.table, whole.table)
 
 
-def test_a_dear_method_is_run_on_some_folds(tissue, tmp_path):
+def test_a_dear_method_is_run_on_some_folds(bench_tissue, tmp_path):
     """A table averages over the sections that all its rows hold out, a difference over those of its pair."""
     some = {"{name: knn, model: knn}": "{name: knn, model: knn, held_out: [B]}", "[1, 2]": "[1]"}
     extra = "tables: {every: [ridge!, tiny]}\ncompare:\n  - [knn, ridge!]\n"
     recipe = read(tmp_path, **some, **{"compare:\n": extra})
-    result = bench.bench_run(recipe, tissue, tmp_path / "out", features=tmp_path / "features", say=str)
+    result = bench.bench_run(recipe, bench_tissue, tmp_path / "out", features=tmp_path / "features", say=str)
     by_section = pd.read_csv(tmp_path / "out/by_section.csv", index_col=[0, 1])["mse"]
     every = pd.read_csv(tmp_path / "out/every.csv", index_col=0)["mse"]
     whole = {(name, section) for name in ("ridge!", "tiny") for section in "AB"}
@@ -130,14 +105,14 @@ def test_a_dear_method_is_run_on_some_folds(tissue, tmp_path):
     assert "each section held out in turn" in (tmp_path / "out/every.md").read_text()
 
 
-def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
+def test_methods_that_differ_in_name_alone_share_their_runs(bench_tissue, tmp_path):
     again = '  - {name: "ridge!", model: ridge}\n  - {name: the same, model: ridge}\n'
     recipe = read(tmp_path, **{'  - {name: "ridge!", model: ridge}\n': again})
-    plan = bench.plan_runs(recipe, tissue, tmp_path / "out")
+    plan = bench.plan_runs(recipe, bench_tissue, tmp_path / "out")
     assert len(plan.runs) == 10
     assert len(plan.waiting) == 8
     other = bench.plan_runs(
-        read(tmp_path, **{"n_genes: 12": "n_genes: 11", "[3, 12]": "[3, 11]"}), tissue, tmp_path / "out"
+        read(tmp_path, **{"n_genes: 12": "n_genes: 11", "[3, 12]": "[3, 11]"}), bench_tissue, tmp_path / "out"
     )
     assert not set(other.waiting) & set(plan.waiting)  # another panel is another run
 
@@ -172,10 +147,10 @@ def test_methods_that_differ_in_name_alone_share_their_runs(tissue, tmp_path):
         (("sections: [A, B]", "sections: [A, Z]"), "1 of 2 sections .Z."),
     ],
 )
-def test_a_wrong_recipe_is_refused_before_anything_runs(change, says, tissue, tmp_path):
+def test_a_wrong_recipe_is_refused_before_anything_runs(change, says, bench_tissue, tmp_path):
     def wrong():
         recipe = read(tmp_path, RECIPE.replace("encoder: genar.bench.toy:narrow_encoder\n", ""), **dict([change]))
-        bench.bench_run(recipe, tissue, tmp_path / "out", say=lambda line: None)
+        bench.bench_run(recipe, bench_tissue, tmp_path / "out", say=lambda line: None)
 
     with pytest.raises(InputError, match=says):
         wrong()

@@ -11,6 +11,21 @@ from genar.models.bleep import BLEEP, BLEEPConfig, ProjectionHead, soft_contrast
 from genar.training import TrainConfig, fit, train_config_from_dict
 
 
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_are_the_published_ones():
+    assert parameters(BLEEP(1024, 200, BLEEPConfig())) == 446_464
+    with torch.device("meta"):
+        from torchvision.models import resnet50
+
+        backbone = resnet50(weights=None)
+        backbone.fc = torch.nn.Identity()
+        heads = [ProjectionHead(n, 256, 0.1) for n in (2048, 3467)]
+    assert parameters(backbone) + sum(map(parameters, heads)) == 25_052_992
+
+
 def toy(n=60, genes=6, features=5, sections=3, seed=0):
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 1, features, generator=random)
@@ -30,21 +45,6 @@ def ready(spots, **settings):
 def elsewhere(batch):
     """The same spots as of a section that is no key's."""
     return Batch(**{**vars(batch), "section": torch.full_like(batch.section, 99)})
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_sizes_are_the_published_ones():
-    assert parameters(BLEEP(1024, 200, BLEEPConfig())) == 446_464
-    with torch.device("meta"):
-        from torchvision.models import resnet50
-
-        backbone = resnet50(weights=None)
-        backbone.fc = torch.nn.Identity()
-        heads = [ProjectionHead(n, 256, 0.1) for n in (2048, 3467)]
-    assert parameters(backbone) + sum(map(parameters, heads)) == 25_052_992
 
 
 def test_the_mean_of_all_keys_is_the_training_mean():

@@ -1,3 +1,5 @@
+"""``genar check``: what it tells of sections, refuses, and draws."""
+
 import gc
 import io
 import json
@@ -17,19 +19,12 @@ from rich.console import Console
 from commands import run
 from genar import _console
 from genar.data import contract, open_slide, read_section
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.data.tissue import tissue_of
 from genar.report import maps
 from genar.report.sections import CheckResult, check_sections, name_genes
 
 TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
 SET = [word for setting in TINY for word in ("--set", setting)]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
 
 
 @pytest.fixture
@@ -47,13 +42,6 @@ def check(monkeypatch, capsys, tmp_path):
     return checked
 
 
-def edit(folder, change, section="A"):
-    path = folder / "st" / f"{section}.h5ad"
-    adata = anndata.read_h5ad(path)
-    changed = change(adata)
-    (adata if changed is None else changed).write_h5ad(path)
-
-
 def test_check_tells_what_is_there(folder, check, tmp_path):
     code, told, _ = check(folder)
     assert (code, told["status"], told["faults"]) == (0, "done", [])
@@ -68,6 +56,13 @@ def test_check_tells_what_is_there(folder, check, tmp_path):
     assert (row["gene_names"], row["species"]) == ("symbols", "human")
     with Image.open(tmp_path / "overlays" / "A.png") as overlay:
         assert min(overlay.size) > 400
+
+
+def edit(folder, change, section="A"):
+    path = folder / "st" / f"{section}.h5ad"
+    adata = anndata.read_h5ad(path)
+    changed = change(adata)
+    (adata if changed is None else changed).write_h5ad(path)
 
 
 def test_every_section_is_checked_when_one_fails(folder, check):
@@ -295,9 +290,6 @@ def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
         assert not gc.isenabled()  # as it was
     finally:
         gc.enable()
-
-
-# --- from a bare slide to a prediction
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+""""""
+
 import json
 import shutil
 import warnings
@@ -126,27 +128,6 @@ def test_a_spot_outside_the_image_is_named(xy):
     contract.check_inside(section[[0, 1, 3]], (30, 20))
 
 
-# --- the HEST-1k layout
-
-
-@pytest.fixture
-def folder(tissue, tmp_path):
-    return shutil.copytree(tissue, tmp_path / "hest")
-
-
-def edit_metadata(folder, **changes):
-    path = folder / "metadata" / "SIM1.json"
-    metadata = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
-
-
-def edit_adata(folder, edit):
-    path = folder / "st" / "SIM1.h5ad"
-    adata = anndata.read_h5ad(path)
-    edit(adata)
-    adata.write_h5ad(path)
-
-
 def test_simulated_folder_reads_as_written(tissue, tissue_sections):
     assert [contract.name(section) for section in tissue_sections] == ["SIM1", "SIM2"]
     for section in tissue_sections:
@@ -169,6 +150,18 @@ def test_x_is_no_layer(tissue_sections):
     section.layers["mean"] = section.X.copy()
     assert contract.layer_names(section) == ["mean"]
     assert contract.layer_names(SimpleNamespace(layers={"mean": section.X, None: section.X})) == ["mean"]  # pyright: ignore
+
+
+@pytest.fixture
+def folder(tissue, tmp_path):
+    return shutil.copytree(tissue, tmp_path / "hest")
+
+
+def edit_adata(folder, edit):
+    path = folder / "st" / "SIM1.h5ad"
+    adata = anndata.read_h5ad(path)
+    edit(adata)
+    adata.write_h5ad(path)
 
 
 def test_layer_counts_wins_over_x(folder, tissue_sections):
@@ -214,6 +207,12 @@ def test_without_metadata_the_pixel_size_is_the_slide_tags(folder):
     assert contract.mpp(section) == pytest.approx(0.7, rel=1e-4)
     assert section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM] == pytest.approx(55, rel=1e-4)
     assert section.uns[contract.GENAR][contract.SOURCE] == "hest"
+
+
+def edit_metadata(folder, **changes):
+    path = folder / "metadata" / "SIM1.json"
+    metadata = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
 
 
 @pytest.mark.parametrize("silent", [None, float("nan")])

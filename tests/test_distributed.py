@@ -20,26 +20,18 @@ from genar.errors import InputError
 from genar.models import Spots
 from genar.training import TrainConfig
 from genar.training_loop import _Module
+from launchers import environment
 
+pytestmark = pytest.mark.usefixtures("_nobody_started_us")
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
     "feature_dropout": 0, "validation_share": 0.2, "validate_every": 1, "batch_size": 16, "ema_decay": 0,
     "patience": 50, "max_epochs": 3, "widths_um": "[]", "context_spots": "[]",
 }  # fmt: skip
-LAUNCHERS = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_ID",
-    "SLURM_NTASKS", "SLURM_NNODES", "NODE_RANK",
-)  # fmt: skip
 SRUN = {
     "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "train",
     "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nobody_started_us(monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
 
 
 def command(tissue, out, *more, **settings):
@@ -48,11 +40,6 @@ def command(tissue, out, *more, **settings):
     for name, value in {**SETTINGS, **settings}.items():
         words += ["--set", f"{name}={value}"]
     return [sys.executable, "-m", "genar.cli", *map(str, words)]
-
-
-def environment(**more):
-    known = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    return {**known, "OMP_NUM_THREADS": "1", **more}
 
 
 @pytest.fixture(scope="module")

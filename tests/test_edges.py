@@ -13,31 +13,20 @@ import torch
 from commands import run as genar
 from genar import bench
 from genar.data import contract, read_sections
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.genes import Scales, select_panel
-from genar.models import Decoding, Spots, model_class
+from genar.models import Decoding, model_class
 from genar.models._base import Counts
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.models.genar import GenAR, small
 from genar.settings import read_decoding
 from genar.training import TrainConfig, fit
-
-SMALL = TissueConfig(n_rows=4, n_cols=4, n_genes=80, counts_per_nucleus=20)
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
-
-
-def make_spots(n=40, n_genes=12, n_sections=2):
-    random = torch.Generator().manual_seed(3)
-    features = torch.randn(n, 2, 6, generator=random)
-    counts = torch.poisson((1 + 0.5 * features[:, 0, :1]).exp() * 3 + torch.arange(n_genes) / 4, generator=random)
-    xy = torch.rand(n, 2, generator=random)
-    section = torch.arange(n) * n_sections // n
-    return Spots(features, 1000 * xy, xy, torch.arange(n), section, counts.long())
+from toy_bench import PATIENTS, bench_of
+from toy_training import TINY, few_spots
 
 
 def trained(model="genar", settings=None, spots=None, **config):
-    spots = make_spots() if spots is None else spots
+    spots = few_spots() if spots is None else spots
     torch.manual_seed(1)
     made = model_class(model).create(6, spots, "small", TINY if settings is None else settings)
     return made, fit(made, spots, TrainConfig(**{"batch_size": 16, "lr": 1e-2, **config}))
@@ -78,8 +67,8 @@ def test_accumulate_is_refused_where_a_section_is_a_step():
 
 def test_one_training_spot_is_refused_in_words():
     with pytest.raises(InputError, match="linear_start=false"):
-        trained(spots=make_spots(1, n_sections=1))
-    trained(settings={**TINY, "linear_start": False, "components": 0}, spots=make_spots(1, n_sections=1), max_epochs=1)
+        trained(spots=few_spots(1, n_sections=1))
+    trained(settings={**TINY, "linear_start": False, "components": 0}, spots=few_spots(1, n_sections=1), max_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +147,7 @@ def test_a_model_of_many_genes_is_read_back(tmp_path):
     n_genes = 3000
     random = torch.Generator().manual_seed(0)
     counts = torch.poisson(torch.ones(6, n_genes), generator=random).long()
-    spots = replace(make_spots(6, 2, 1), counts=counts)
+    spots = replace(few_spots(6, 2, 1), counts=counts)
     settings = {"width": 16, "depth": 1, "heads": 2, "max_count": 31, "components": 0, "linear_start": False}
     model = model_class("genar").create(6, spots, "small", settings)
     panel = SimpleNamespace(genes=tuple(f"G{i}" for i in range(n_genes)))
@@ -189,34 +178,6 @@ def test_a_section_without_counts_chooses_no_gene(tissue, recipe):
     )
     with pytest.raises(InputError, match="can rank no gene"):
         select_panel([empty], n_genes=5, recipe=recipe)
-
-
-# --- bench
-
-RECIPE = """
-title: toy
-sections: [A, B, C, D]
-patients: {A: Ann, B: Ann, C: Bea, D: Bea}
-n_genes: 10
-encoder: genar.bench.toy:narrow_encoder
-protocol: PROTOCOL
-methods:
-  - {name: ridge, model: ridge}
-"""
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return write_tissue(tmp_path_factory.mktemp("four"), ("A", "B", "C", "D"), seed=1, config=SMALL)
-
-
-def bench_of(four, tmp_path, protocol, *more, out="out", old="", new=""):
-    text = RECIPE.replace("PROTOCOL", protocol) + "\n".join(more)
-    (tmp_path / "toy.yaml").write_text(text.replace(old, new) if old else text)
-    said = []
-    recipe = bench.read_recipe(str(tmp_path / "toy.yaml"))
-    result = bench.bench_run(recipe, four, tmp_path / out, features=tmp_path / "features", say=said.append)
-    return result, said
 
 
 def test_a_fold_of_other_sections_is_another_run(four, tmp_path):
@@ -280,7 +241,7 @@ def test_methods_that_make_no_sense(four, tmp_path, entry, says):
 
 
 def test_patients_of_sections_named_by_numbers_are_known(tmp_path):
-    text = RECIPE.replace("PROTOCOL", "kfold").replace("[A, B, C, D]", "[1, 2, 3, 4]") + "k: 2\n"
+    text = PATIENTS.replace("PROTOCOL", "kfold").replace("[A, B, C, D]", "[1, 2, 3, 4]") + "k: 2\n"
     text = text.replace("{A: Ann, B: Ann, C: Bea, D: Bea}", "{1: Ann, 2: Ann, 3: Bea, 4: Bea}")
     (tmp_path / "toy.yaml").write_text(text)
     (cohort,) = bench.read_recipe(tmp_path / "toy.yaml").cohorts

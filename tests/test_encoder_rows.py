@@ -1,3 +1,5 @@
+"""Every row of the table of encoders, its poolers, and the files that its weights come in."""
+
 import json
 import os
 import subprocess
@@ -6,7 +8,6 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -22,30 +23,15 @@ from genar.encoders.table import CLASS, CLASS_AND_MEAN
 from genar.encoders.towers import POOLERS
 from genar.encoders.weights import read_state
 from genar.errors import InputError
+from small_encoders import BIG, random_network, random_patches, small
 
-TRANSFORMERS = [name for name, row in ENCODERS.items() if row.library == "transformers"]
-BIG = [name for name, row in ENCODERS.items() if row.n_parameters > 50_000_000]
-
-
-def small(name):
-    """The row with one block and four by four patches where the whole would take gigabytes and minutes; every width,
-    head and patch as published."""
-    row = ENCODERS[name]
-    if name not in BIG:
-        return row
-    ours = row.library == "timm"
-    side_px = 4 * row.arguments.get("patch_size", 16 if "patch16" in row.architecture else 14)
-    depth, size = ("depth", "img_size") if ours else ("num_hidden_layers", "image_size")
-    return replace(row, input_px=side_px, arguments={**row.arguments, depth: 1, size: side_px})
-
-
-def random_network(row, seed=0):
-    torch.manual_seed(seed)
-    return build_network(row)
-
-
-def random_patches(row, n):
-    return np.random.default_rng(0).integers(0, 255, (n, row.input_px, row.input_px, 3), np.uint8)
+TOWERS = [name for name, row in ENCODERS.items() if row.pooler]
+GATED = ("/MahmoodLab/", "/paige-ai/", "/bioptimus/")
+ALL = (
+    "/timm/resnet18.tv_in1k/resolve/main/model.safetensors",
+    "/owkin/phikon/resolve/main/model.safetensors",
+    "/owkin/phikon/resolve/main/config.json",
+)
 
 
 # -- every row ------------------------------------------------------------------------------------------------------
@@ -146,11 +132,6 @@ def test_half_precision_is_close_and_not_the_same(name, precision):
 def test_unknown_precision_is_refused():
     with pytest.raises(InputError, match="fp32, bf16, fp16"):
         load_encoder(precision="int8")
-
-
-# -- attention poolers ----------------------------------------------------------------------------------------------
-
-TOWERS = [name for name, row in ENCODERS.items() if row.pooler]
 
 
 def by_hand(q, k, v, out):
@@ -382,9 +363,6 @@ def test_what_is_no_encoder_is_refused(own, name, says):
     assert "\n" not in str(caught.value)
 
 
-# -- a hub on this machine ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def content(tmp_path_factory):
     """A repository's files."""
@@ -399,9 +377,6 @@ def content(tmp_path_factory):
     for name in ("config.json", "model.safetensors"):
         read[f"/owkin/phikon/resolve/main/{name}"] = (folder / "phikon" / name).read_bytes()
     return read
-
-
-GATED = ("/MahmoodLab/", "/paige-ai/", "/bioptimus/")
 
 
 @pytest.fixture
@@ -493,13 +468,6 @@ def test_hub_gives_refuses_and_lacks(hub, tmp_path):
     assert (again["resnet18"], again["phikon"]) == (told["resnet18"], told["phikon"])
     assert "https://huggingface.co/MahmoodLab/UNI" in again["uni"][1]
     assert len([path for command, path, _ in asked if command == "GET" and path in ALL]) == 3
-
-
-ALL = (
-    "/timm/resnet18.tv_in1k/resolve/main/model.safetensors",
-    "/owkin/phikon/resolve/main/model.safetensors",
-    "/owkin/phikon/resolve/main/config.json",
-)
 
 
 def test_granted_access_is_used_and_a_pickled_file_found(hub, tmp_path):

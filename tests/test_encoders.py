@@ -1,3 +1,5 @@
+"""The encoder of the package, folded norms, and weights from files."""
+
 import os
 import socket
 import subprocess
@@ -15,17 +17,7 @@ from genar.encoders import DEFAULT, ENCODERS, Encoder, build_network, embedded_l
 from genar.encoders.folding import fold_norms
 from genar.errors import InputError
 
-
-def random_network(name, seed=0, **changes):
-    torch.manual_seed(seed)
-    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
-    return path
+FILE = "/timm/resnet18.tv_in1k/resolve/main/model.safetensors"
 
 
 def test_embedded_weights_are_the_packages():
@@ -45,6 +37,18 @@ def test_embedded_weights_are_the_packages():
     assert len(stored) == 247  # and the classifier's two
     for name, tensor in own.items():
         assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in stored), name
+
+
+def random_network(name, seed=0, **changes):
+    torch.manual_seed(seed)
+    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
+    return path
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
@@ -135,14 +139,8 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
         load_encoder("resnet18", weights=path)
 
 
-# --- a hub on this machine
-
-
-FILE = "/timm/resnet18.tv_in1k/resolve/main/model.safetensors"
-
-
 @pytest.fixture
-def hub(weights):
+def hub_of_one(weights):
     content, asked = weights.read_bytes(), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -176,7 +174,7 @@ def hub(weights):
     server.server_close()
 
 
-def load_elsewhere(endpoint, home):
+def load_resnet18_elsewhere(endpoint, home):
     code = "from genar.encoders import load_encoder; print(load_encoder('resnet18').weights_sha256)"
     env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     for name in ("HF_HUB_CACHE", "HF_TOKEN"):
@@ -186,10 +184,10 @@ def load_elsewhere(endpoint, home):
     return run.stdout.strip()
 
 
-def test_weights_are_fetched_from_the_hub_once(hub, weights, tmp_path, monkeypatch):
-    endpoint, asked = hub
+def test_weights_are_fetched_from_the_hub_once(hub_of_one, weights, tmp_path, monkeypatch):
+    endpoint, asked = hub_of_one
     expected = load_encoder("resnet18", weights=weights).weights_sha256
-    assert load_elsewhere(endpoint, tmp_path) == expected
+    assert load_resnet18_elsewhere(endpoint, tmp_path) == expected
     assert asked.count(("GET", FILE)) == 1
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert load_encoder("resnet18").weights_sha256 == expected  # offline now

@@ -1,3 +1,5 @@
+"""Predictions in the forms of QuPath, SpatialData, TissUUmaps and Vitessce, read back where their libraries are."""
+
 import json
 
 import anndata
@@ -9,7 +11,7 @@ from genar.assess import read_prediction
 from genar.data import contract
 from genar.errors import InputError
 from genar.export import write_geojson
-from test_downstream import write_toy
+from toy_prediction import write_toy
 
 
 @pytest.fixture(scope="module")

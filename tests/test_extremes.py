@@ -15,27 +15,10 @@ from genar.models._linear_start import drawn_variance, fit_followers
 from genar.settings import read_settings
 from genar.training import TrainConfig, fit, make_spots
 from genar.training_loop import _Module
-from test_models import GRADIENT, TINY, training
+from toy_models import GRADIENT, made, training
 
 STEPS = {"lr": 1e-2, "optimizer": "sgd", "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "clip": 0.0,
          "ema_decay": 0.0, "max_epochs": 2}  # fmt: skip
-
-
-def made(name, spots, **settings):
-    torch.manual_seed(0)
-    return model_class(name).create(spots.n_features, spots, "small", {**TINY.get(name, {}), **settings})
-
-
-def sparse_spots(mean, seed, n=400, n_genes=60):
-    """Counts of a few components, far below one on average."""
-    r = np.random.default_rng(seed)
-    features = r.standard_normal((n, 2, 8)).astype(np.float32)
-    fixed = np.random.default_rng(99)
-    weights, base = 0.3 * fixed.standard_normal((8, n_genes)), np.exp(0.7 * fixed.standard_normal((1, n_genes)))
-    rate = mean * base * np.exp(features.mean(axis=1) @ weights + 0.4 * r.standard_normal((n, 1)))
-    xy = torch.from_numpy(r.uniform(0, 2000, (n, 2)).astype(np.float32))
-    section = torch.arange(n) * 3 // n
-    return Spots(torch.from_numpy(features), xy, xy / 2000, torch.arange(n), section, torch.from_numpy(r.poisson(rate)))
 
 
 @pytest.mark.filterwarnings("ignore:bf16 will be slower")
@@ -54,6 +37,18 @@ def test_one_position_and_one_spot_a_step_train_in_bf16():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "bf16 will be slower")
         fit(made("genar", spots), spots, TrainConfig(max_epochs=1, batch_size=1, precision="bf16"), device="cpu")
+
+
+def sparse_spots(mean, seed, n=400, n_genes=60):
+    """Counts of a few components, far below one on average."""
+    r = np.random.default_rng(seed)
+    features = r.standard_normal((n, 2, 8)).astype(np.float32)
+    fixed = np.random.default_rng(99)
+    weights, base = 0.3 * fixed.standard_normal((8, n_genes)), np.exp(0.7 * fixed.standard_normal((1, n_genes)))
+    rate = mean * base * np.exp(features.mean(axis=1) @ weights + 0.4 * r.standard_normal((n, 1)))
+    xy = torch.from_numpy(r.uniform(0, 2000, (n, 2)).astype(np.float32))
+    section = torch.arange(n) * 3 // n
+    return Spots(torch.from_numpy(features), xy, xy / 2000, torch.arange(n), section, torch.from_numpy(r.poisson(rate)))
 
 
 # -- sparse panels --------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Features in their store: killed, shared, read by processes of their own, in little memory."""
+
 import hashlib
 import json
 import multiprocessing
@@ -39,6 +41,17 @@ from genar.features import (
     store_path,
 )
 
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+WIDTH_PX = 225
+
+
 OWN = """
 import os, time
 import torch
@@ -70,11 +83,6 @@ def encoder(place, monkeypatch):
     return load_encoder("own_store_encoder:tiny")
 
 
-@pytest.fixture
-def section(tissue):
-    return read_section(f"{tissue}:SIM1")
-
-
 def start(place, tissue, store, *more, slow="0"):
     """`genar features` in a process of its own."""
     words = ["features", tissue, "--encoder", "own_store_encoder:tiny", "--widths-um", 112, "--out", store, "--json"]
@@ -96,6 +104,24 @@ def until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def ps(what, *which):
+    """What `ps` says, however long: by itself it may cut a command line at 80 characters."""
+    return subprocess.run(["ps", "-ww", "-o", f"{what}=", *map(str, which)], capture_output=True, text=True).stdout
+
+
+def children(pid):
+    return [int(word) for word in ps("pid", "--ppid", pid).split()]
+
+
+def told_by_ps(pid, what):
+    return ps(what, "-p", pid).strip()
+
+
+def alive(pid):
+    state = told_by_ps(pid, "stat")
+    return bool(state) and not state.startswith("Z")
 
 
 # -- killed, shared, resumed ----------------------------------------------------------------------------------------
@@ -137,22 +163,14 @@ def test_a_killed_worker_ends_the_command_in_a_line_and_it_goes_on(place, tissue
     assert len(made) == 2
 
 
-def children(pid):
-    return [int(word) for word in ps("pid", "--ppid", pid).split()]
+class CountCalls(Encoder):
+    def __init__(self, encoder, calls):
+        super().__init__(encoder.row, encoder._network, weights_sha256=encoder.weights_sha256)
+        self.calls = calls
 
-
-def alive(pid):
-    state = told_by_ps(pid, "stat")
-    return bool(state) and not state.startswith("Z")
-
-
-def told_by_ps(pid, what):
-    return ps(what, "-p", pid).strip()
-
-
-def ps(what, *which):
-    """What `ps` says, however long: by itself it may cut a command line at 80 characters."""
-    return subprocess.run(["ps", "-ww", "-o", f"{what}=", *map(str, which)], capture_output=True, text=True).stdout
+    def __call__(self, patches):
+        self.calls.append(len(patches))
+        return super().__call__(patches)
 
 
 def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
@@ -171,24 +189,9 @@ def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
     assert set(made) == set(alone)
 
 
-class CountCalls(Encoder):
-    def __init__(self, encoder, calls):
-        super().__init__(encoder.row, encoder._network, weights_sha256=encoder.weights_sha256)
-        self.calls = calls
-
-    def __call__(self, patches):
-        self.calls.append(len(patches))
-        return super().__call__(patches)
-
-
-HOLD = """
-import sys, time
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
+@pytest.fixture
+def section(tissue):
+    return read_section(f"{tissue}:SIM1")
 
 
 def test_lock_of_a_living_process_is_respected_and_a_dead_ones_taken_over(section, encoder, tmp_path):
@@ -285,9 +288,6 @@ def test_damage_found_by_a_worker_is_told_in_one_line(tissue, place, tmp_path, m
     assert not list((tmp_path / "store").glob("*.zarr"))
 
 
-# -- recipe ---------------------------------------------------------------------------------------------------------
-
-
 def fixed_section():
     adata = AnnData(np.ones((3, 2), np.float32))
     adata.obs_names = ["a", "b", "c"]
@@ -373,12 +373,6 @@ def test_bad_options_end_with_2_and_one_line(tissue, place, tmp_path, monkeypatc
     assert not out.exists()
 
 
-# -- features made elsewhere ----------------------------------------------------------------------------------------
-
-
-WIDTH_PX = 225
-
-
 def made_elsewhere(section, n=5):
     return np.random.default_rng(0).normal(size=(section.n_obs, n)).astype(np.float32)
 
@@ -436,11 +430,6 @@ def test_pt_and_npy_are_taken_in_the_order_of_the_spots(section, tmp_path, form)
     np.testing.assert_array_equal(read_features(made["SIM1"], section)[:, 0], features)
 
 
-class Code:
-    def __reduce__(self):
-        return (os.system, ("touch was_run",))
-
-
 def spoil_rows(path, features, section):
     np.save(path.with_suffix(".npy"), features[1:])
 
@@ -456,6 +445,11 @@ def spoil_nan(path, features, section):
 
 def spoil_text(path, features, section):
     path.with_suffix(".npy").write_text("none")
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("touch was_run",))
 
 
 def spoil_pickle(path, features, section):
@@ -543,9 +537,6 @@ def test_imported_features_serve_as_an_encoder(tissue, section, tmp_path):
     assert found == made
     with pytest.raises(InputError, match=r"import:theirs: .* section SIM2 are not in the store; .*--encoder theirs"):
         embed_sections([read_section(f"{tissue}:SIM2")], encoder, recipe_of(encoder), tmp_path / "store")
-
-
-# -- memory ---------------------------------------------------------------------------------------------------------
 
 
 MEASURE = """

@@ -1,3 +1,5 @@
+"""Features of patches: views, stores that go on or are damaged, and what a model sees of them."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -41,37 +43,18 @@ def tiny_encoder():
     return CountingEncoder(ROW, nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
-def read_spots(tissue):
-    return read_section(f"{tissue}:SIM1")[::3].copy()  # 20 spots: a whole chunk and a part of one
-
-
 @pytest.fixture
 def encoder():
     return tiny_encoder()
 
 
+def read_spots(tissue):
+    return read_section(f"{tissue}:SIM1")[::3].copy()  # 20 spots: a whole chunk and a part of one
+
+
 @pytest.fixture
 def section(tissue):
     return read_spots(tissue)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tissue, tmp_path_factory):
-    section, encoder = read_spots(tissue), tiny_encoder()
-    return arrays(embed(section, encoder, recipe_of(encoder), tmp_path_factory.mktemp("whole")), section)
-
-
-def upright(section, encoder, spots=slice(None)):
-    slide = open_slide(contract.slide_path(section))
-    centers = contract.coords_px(section)[spots]
-    mpp = contract.mpp(section)
-    patches = [slide.read_patch(center, 112, encoder.row.input_px, mpp=mpp) for center in centers]
-    slide.close()
-    return np.stack(patches)
-
-
-def arrays(path, section):
-    return read_features(path, section).tobytes()
 
 
 @pytest.mark.parametrize("views", [1, 8])
@@ -88,6 +71,15 @@ def test_store_holds_every_spot_view_and_feature(section, encoder, tmp_path, vie
     assert steps[0] == (0, section.n_obs)
     assert steps[-1] == (section.n_obs, section.n_obs)
     assert steps == sorted(steps)
+
+
+def upright(section, encoder, spots=slice(None)):
+    slide = open_slide(contract.slide_path(section))
+    centers = contract.coords_px(section)[spots]
+    mpp = contract.mpp(section)
+    patches = [slide.read_patch(center, 112, encoder.row.input_px, mpp=mpp) for center in centers]
+    slide.close()
+    return np.stack(patches)
 
 
 def test_view_0_is_the_upright_patch_and_rows_are_the_spots(section, encoder, tmp_path):
@@ -146,6 +138,16 @@ def test_second_call_encodes_nothing(section, encoder, tmp_path):
     encoder.n_patches = 0
     assert embed(section, encoder, recipe, tmp_path) == path
     assert encoder.n_patches == 0
+
+
+def arrays(path, section):
+    return read_features(path, section).tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tissue, tmp_path_factory):
+    section, encoder = read_spots(tissue), tiny_encoder()
+    return arrays(embed(section, encoder, recipe_of(encoder), tmp_path_factory.mktemp("whole")), section)
 
 
 class Killed(Exception):  # noqa: N818

@@ -9,33 +9,26 @@ import pytest
 from PIL import Image
 
 from genar.data import contract, find_sections, open_slide, read_section
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.encoders import load_encoder
 from genar.errors import InputError, NoRawCountsError, SectionWarning
-from test_formats import write_h5ad, write_hd, write_legacy, write_visium
+from section_files import write_h5ad, write_hd, write_legacy, write_visium
 
 
-@pytest.fixture
-def tissue(tmp_path):
-    write_tissue(tmp_path / "t", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20))
-    return tmp_path / "t"
-
-
-def test_a_pixel_size_no_scanner_has_is_not_believed(tissue, tmp_path):
+def test_a_pixel_size_no_scanner_has_is_not_believed(own_tissue, tmp_path):
     """TIFFs of the HEST library say a tenth of the truth in their tags, and metadata may be missing."""
-    shutil.rmtree(tissue / "metadata")
-    image = tissue / "wsis" / "A.tif"
+    shutil.rmtree(own_tissue / "metadata")
+    image = own_tissue / "wsis" / "A.tif"
     import tifffile
 
     pixels = tifffile.imread(image)
     tifffile.imwrite(image, pixels, photometric="rgb", resolution=(1e4 / 0.07, 1e4 / 0.07), resolutionunit="CENTIMETER")
     with pytest.raises(InputError, match=r"finer than any scanner; .* pass --mpp 0\.7, or --mpp 0\.07"):
-        read_section(f"{tissue}:A")
-    assert contract.mpp(read_section(f"{tissue}:A", mpp=0.7)) == 0.7
+        read_section(f"{own_tissue}:A")
+    assert contract.mpp(read_section(f"{own_tissue}:A", mpp=0.7)) == 0.7
 
 
-def test_merged_sections_are_refused(tissue, tmp_path):
-    one = anndata.read_h5ad(tissue / "st" / "A.h5ad")
+def test_merged_sections_are_refused(own_tissue, tmp_path):
+    one = anndata.read_h5ad(own_tissue / "st" / "A.h5ad")
     for name, options in (("ids", {"label": "library_id"}), ("places", {})):
         merged = anndata.concat({"A": one, "B": one}, index_unique="-", **options)
         merged.write_h5ad(tmp_path / f"{name}.h5ad")
@@ -43,12 +36,12 @@ def test_merged_sections_are_refused(tissue, tmp_path):
             read_section(tmp_path / f"{name}.h5ad", mpp=0.5)
 
 
-def test_an_image_is_found_from_any_folder(tissue, tmp_path, monkeypatch):
+def test_an_image_is_found_from_any_folder(own_tissue, tmp_path, monkeypatch):
     for project, grey in (("one", 90), ("two", 200)):
         (tmp_path / project / "wsis").mkdir(parents=True)
         Image.new("RGB", (600, 600), (grey,) * 3).save(tmp_path / project / "wsis" / "A.png")
     monkeypatch.chdir(tmp_path / "one")
-    section = read_section(f"{tissue}:A", image="wsis/A.png")
+    section = read_section(f"{own_tissue}:A", image="wsis/A.png")
     section.write_h5ad(tmp_path / "one" / "kept.h5ad")
     monkeypatch.chdir(tmp_path / "two")
     again = read_section("../one/kept.h5ad")
@@ -86,21 +79,21 @@ def test_a_link_is_called_as_it_is_called(tmp_path):
         assert (contract.name(section), section.uns["genar"]["patient"]) == ("P1", "Ann")
 
 
-def test_a_table_of_patients_is_of_its_own_folder(tissue, tmp_path):
+def test_a_table_of_patients_is_of_its_own_folder(own_tissue, tmp_path):
     (tmp_path / "patients.csv").write_text("section,patient\nA,Bea\n")  # of another data set, further up
-    before = read_section(f"{tissue}:A").uns["genar"]["patient"]
+    before = read_section(f"{own_tissue}:A").uns["genar"]["patient"]
     assert before != "Bea"
-    (tissue / "wsis" / "patients.csv").write_text("section,patient\nA,Cem\n")
-    for path in (tissue / "wsis" / "A.tif", f"{tissue / 'wsis'}:A"):
+    (own_tissue / "wsis" / "patients.csv").write_text("section,patient\nA,Cem\n")
+    for path in (own_tissue / "wsis" / "A.tif", f"{own_tissue / 'wsis'}:A"):
         assert read_section(path, mpp=0.7).uns["genar"]["patient"] == "Cem"
 
 
-def test_a_file_is_the_same_named_from_within_its_folder(tissue, monkeypatch):
-    whole = read_section(f"{tissue}:A")
-    monkeypatch.chdir(tissue / "st")
+def test_a_file_is_the_same_named_from_within_its_folder(own_tissue, monkeypatch):
+    whole = read_section(f"{own_tissue}:A")
+    monkeypatch.chdir(own_tissue / "st")
     assert read_section("A.h5ad").uns["genar"] == whole.uns["genar"]
-    monkeypatch.chdir(tissue / "wsis")
-    assert read_section("A.tif").uns["genar"]["mpp"] == read_section(tissue / "wsis" / "A.tif").uns["genar"]["mpp"]
+    monkeypatch.chdir(own_tissue / "wsis")
+    assert read_section("A.tif").uns["genar"]["mpp"] == read_section(own_tissue / "wsis" / "A.tif").uns["genar"]["mpp"]
 
 
 def test_sections_of_another_format_are_told(tmp_path):
@@ -134,8 +127,8 @@ def test_colours_that_are_not_rgb_are_refused(tmp_path, mode, told):
         open_slide(tmp_path / "y.tif")
 
 
-def test_a_layer_that_holds_no_counts_is_named(tissue, tmp_path):
-    section = anndata.read_h5ad(tissue / "st" / "A.h5ad")
+def test_a_layer_that_holds_no_counts_is_named(own_tissue, tmp_path):
+    section = anndata.read_h5ad(own_tissue / "st" / "A.h5ad")
     section.layers["counts"] = np.log1p(section.X)
     section.write_h5ad(tmp_path / "A.h5ad")
     with pytest.raises(NoRawCountsError, match=r"layers\['counts'\] holds fractional .* goes before X: delete it"):
@@ -147,6 +140,6 @@ def test_imported_features_have_one_precision():
         load_encoder("import:mine", precision="bf16")
 
 
-def test_a_name_that_no_file_can_have_is_refused(tissue):
+def test_a_name_that_no_file_can_have_is_refused(own_tissue):
     with pytest.raises(InputError, match="its id must be a plain name"):
         contract.check_name("ж" * 150)

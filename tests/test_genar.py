@@ -1,3 +1,5 @@
+"""GenAR: what a position sees, what its loss and its counts are, at any scales."""
+
 import math
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ import torch
 
 from genar.errors import InputError
 from genar.genes import Scales, default_sizes
-from genar.models import Batch, Decoding, Spots, _cosine_attention
+from genar.models import Batch, Decoding, _cosine_attention
 from genar.models._base import uniforms
 from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
 from genar.models._decoding import draw, summarise
@@ -15,57 +17,13 @@ from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import bf16_products, count_bumps, position_code
 from genar.models._training_spots import auto_max_count
 from genar.models.genar import GenAR, paper, released, small
+from small_genar import DISTRIBUTIONS, N_FEATURES, N_GENES, TINY, VARIANTS, make_model, make_spots
 
-N_GENES, N_FEATURES = 24, 16
-TINY = small(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, components=6, count_basis=8)
-VARIANTS = {
-    "default": TINY,
-    "tokens": replace(TINY, history="tokens"),
-    "causal": replace(TINY, within="causal"),
-    "tokens-causal": replace(TINY, history="tokens", within="causal"),
-    "no-identity": replace(TINY, gene_identity=False),
-    "unit": replace(TINY, coords="unit"),
-    "pitch": replace(TINY, coords="pitch"),
-    "free-classes": replace(TINY, count_basis=0),
-    "temperature": replace(TINY, group_temperature=1.5),
-    "paper-like": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31),
-    "no-linear-start": replace(TINY, linear_start=False),
-    "cross-entropy": replace(TINY, final_loss="cross_entropy"),
-    "gaussian-nll": replace(TINY, final_loss="gaussian_nll"),
-    "continuous": replace(TINY, output="continuous", final_loss="gaussian_nll"),
-    "squared-error": replace(TINY, output="continuous", final_loss="squared_error"),
-    "continuous-paper": paper(
-        n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, output="continuous", final_loss="gaussian_nll"
-    ),
-    "two-blocks": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, n_blocks=2),
-    "recompute": replace(TINY, recompute=True),
-}
-DISTRIBUTIONS = [name for name in VARIANTS if name != "squared-error"]
 WRONG_LOSS = {"output": "continuous", "final_loss": "cross_entropy"}
-
-
-def make_spots(n=20, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.poisson(torch.rand(N_GENES, generator=g) * 8 * torch.rand(n, 1, generator=g), generator=g).long()
-    return Spots(
-        torch.randn(n, 8, N_FEATURES, generator=g),
-        torch.rand(n, 2, generator=g) * 2000,
-        torch.rand(n, 2, generator=g),
-        torch.arange(n),
-        torch.arange(n) % 2,
-        counts.clamp(max=31),
-    )
-
-
-def make_model(config=TINY, sizes=None, shake=0.2):
-    torch.manual_seed(1)
-    order = tuple(np.random.default_rng(3).permutation(N_GENES).tolist())
-    model = GenAR(config, Scales(order, sizes or default_sizes(N_GENES)))
-    model.prepare(make_spots())
-    with torch.no_grad():  # fresh heads are alike; shaken weights make every path matter
-        for parameter in model.parameters():
-            parameter += shake * torch.randn_like(parameter)
-    return model.eval()
+DESIGNS = [
+    (200,), (1, 20, 200), (1, 40, 100, 200), (1, 4, 8, 40, 100, 200), (1, 8, 40, 200), (1, 4, 20, 100, 200),
+    (1, 2, 4, 8, 40, 100, 200), default_sizes(50), default_sizes(777), (1, 5000),
+]  # fmt: skip
 
 
 @pytest.fixture(params=VARIANTS)
@@ -337,12 +295,6 @@ def test_counts_above_the_cap_are_capped():
     model, spots = make_model(), make_spots()
     high = replace(spots, counts=spots.counts * 1000)
     assert torch.isfinite(model.loss(high.batch()).total)
-
-
-DESIGNS = [
-    (200,), (1, 20, 200), (1, 40, 100, 200), (1, 4, 8, 40, 100, 200), (1, 8, 40, 200), (1, 4, 20, 100, 200),
-    (1, 2, 4, 8, 40, 100, 200), default_sizes(50), default_sizes(777), (1, 5000),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", DESIGNS)

@@ -1,3 +1,5 @@
+"""Panels from files, the two recipes of the paper and its successor, and the scales that genes are pooled to."""
+
 import json
 
 import numpy as np
@@ -5,10 +7,10 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import torch
-from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counted_sections import make_section, random_section
 from genar.data import contract, read_section
 from genar.errors import InputError
 from genar.genes import (
@@ -24,20 +26,6 @@ from genar.genes import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")  # few genes
-
-
-def make_section(counts, genes, name="S1"):
-    adata = AnnData(np.asarray(counts, dtype=np.float32))
-    adata.var_names = list(genes)
-    adata.obs_names = [f"{name}-{i}" for i in range(adata.n_obs)]
-    adata.obsm["spatial"] = np.arange(2.0 * adata.n_obs).reshape(-1, 2)
-    return contract.new_section(adata, section=name, mpp=0.5, spot_diameter_um=55, source="test")
-
-
-def random_section(genes, name="S1", n_spots=60, seed=0):
-    rng = np.random.default_rng([seed, 1])
-    mean = np.exp(np.random.default_rng(seed).normal(1, 1.2, len(genes)))
-    return make_section(rng.negative_binomial(2, 2 / (2 + mean), (n_spots, len(genes))), genes, name)
 
 
 # --- Panel
@@ -91,9 +79,6 @@ def test_what_is_no_panel_is_refused_naming_the_file(tmp_path, name, content, sa
     with pytest.raises(InputError, match=says) as caught:
         read_panel(path)
     assert str(path) in str(caught.value)
-
-
-# --- selection: the same recipe written with pandas
 
 
 def expected_table(sections):
@@ -236,9 +221,6 @@ def test_paper_recipe_on_a_real_section(shared):
     panel = select_panel([section], n_genes=None, recipe="paper")
     assert panel.genes == tuple(expected)
     assert panel.n_top == PAPER_N_TOP
-
-
-# --- Scales
 
 
 def make_scales(n_genes, sizes=None, seed=0):

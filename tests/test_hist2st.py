@@ -10,6 +10,21 @@ N_FEATURES, N_GENES = 6, 5
 TINY = {"width": 16, "heads": 2, "head_width": 8, "hidden": 16}
 
 
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_published_sizes():
+    network = Hist2ST(1024, 785, Hist2ST.configure("official", {"input": "patches"}))
+    assert count(network) == 75_789_833
+    assert count(network) - count(network.zinb) - count(network.score) == 72_325_333
+    assert count(network.token.mixers) == 5_824
+    assert count(network.token.narrow) == 132
+    assert count(network.trunk.blocks) == 50_388_992
+    assert count(network.trunk.graph) == 4_194_304
+    assert count(network.trunk.read) == 16_793_600
+
+
 def section(n_columns=7, n_rows=6, views=4):
     torch.manual_seed(0)
     coords = torch.cartesian_prod(torch.arange(n_columns).float(), torch.arange(n_rows).float()) * 200
@@ -24,21 +39,6 @@ def model(spots, **settings):
     made = Hist2ST.create(N_FEATURES, spots, "small", {**TINY, **settings})
     made.prepare(spots)
     return made.eval()
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_published_sizes():
-    network = Hist2ST(1024, 785, Hist2ST.configure("official", {"input": "patches"}))
-    assert count(network) == 75_789_833
-    assert count(network) - count(network.zinb) - count(network.score) == 72_325_333
-    assert count(network.token.mixers) == 5_824
-    assert count(network.token.narrow) == 132
-    assert count(network.trunk.blocks) == 50_388_992
-    assert count(network.trunk.graph) == 4_194_304
-    assert count(network.trunk.read) == 16_793_600
 
 
 def test_inner_spots_have_four_neighbours_and_no_loop():

@@ -7,26 +7,10 @@ import pandas as pd
 import pytest
 
 from genar import bench
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
+from toy_bench import HEAD, RIDGE, read, run_recipe
 
-HEAD = """
-title: toy
-sections: [A, B]
-held_out: [A]
-n_genes: 12
-encoder: genar.bench.toy:narrow_encoder
-seeds: [1]
-methods:
-"""
-RIDGE = "  - {name: ridge, model: ridge}\n"
 TINY = "width: 16, depth: 1, heads: 2, components: 4, max_epochs: 1, samples: 2, scales: [3, 12]"
-SMALL = TissueConfig(n_rows=5, n_cols=5, n_genes=80, counts_per_nucleus=20)
-
-
-@pytest.fixture(scope="module")
-def tissue(tmp_path_factory):
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B", "C"), seed=1, config=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -34,39 +18,32 @@ def features(tmp_path_factory):
     return tmp_path_factory.mktemp("features")
 
 
-def read(tmp_path, text, name="toy"):
-    (tmp_path / f"{name}.yaml").write_text(text)
-    return bench.read_recipe(str(tmp_path / f"{name}.yaml"))
-
-
-def run(recipe, data, out, features, said=None):
-    return bench.bench_run(recipe, data, out, features=features, say=str if said is None else said.append)
-
-
 @pytest.mark.parametrize("section", ["A", "B"])
-def test_runs_made_with_other_sections_are_refused_before_anything_runs(section, tissue, features, tmp_path):
+def test_runs_made_with_other_sections_are_refused_before_anything_runs(section, bench_tissue, features, tmp_path):
     """Held out or trained on: the runs that are there would stand beside runs of other data."""
-    data = shutil.copytree(tissue, tmp_path / "data")
-    run(read(tmp_path, HEAD + RIDGE), data, tmp_path / "out", features)
+    data = shutil.copytree(bench_tissue, tmp_path / "data")
+    run_recipe(read(tmp_path, HEAD + RIDGE), data, tmp_path / "out", features)
     edited = anndata.read_h5ad(data / "st" / f"{section}.h5ad")
     edited.X = edited.X * 2
     edited.write_h5ad(data / "st" / f"{section}.h5ad")
     said = []
     with pytest.raises(InputError, match=f"made with another section {section} than the data hold now"):
-        run(read(tmp_path, HEAD + RIDGE + "  - {name: mean, model: mean}\n"), data, tmp_path / "out", features, said)
+        run_recipe(
+            read(tmp_path, HEAD + RIDGE + "  - {name: mean, model: mean}\n"), data, tmp_path / "out", features, said
+        )
     assert len(said) == 1  # what was planned, and no run
-    run(read(tmp_path, HEAD + RIDGE), tissue, tmp_path / "out", features)
+    run_recipe(read(tmp_path, HEAD + RIDGE), bench_tissue, tmp_path / "out", features)
 
 
-def test_an_edited_file_of_gene_sets_is_another_run(tissue, features, tmp_path):
+def test_an_edited_file_of_gene_sets_is_another_run(bench_tissue, features, tmp_path):
     recipe_text = f"{HEAD}  - {{name: sets, model: genar, set: {{order: {tmp_path / 'sets.gmt'}, {TINY}}}}}\n"
-    genes = list(anndata.read_h5ad(tissue / "st" / "A.h5ad").var_names)
+    genes = list(anndata.read_h5ad(bench_tissue / "st" / "A.h5ad").var_names)
     (tmp_path / "sets.gmt").write_text("\t".join(["one", "-", *genes]) + "\n")
     first = read(tmp_path, recipe_text)
-    run(first, tissue, tmp_path / "out", features)
-    assert not bench.plan_runs(first, tissue, tmp_path / "out").waiting
+    run_recipe(first, bench_tissue, tmp_path / "out", features)
+    assert not bench.plan_runs(first, bench_tissue, tmp_path / "out").waiting
     (tmp_path / "sets.gmt").write_text("\t".join(["one", "-", *genes[::-1]]) + "\n")
-    assert len(bench.plan_runs(first, tissue, tmp_path / "out").waiting) == 1
+    assert len(bench.plan_runs(first, bench_tissue, tmp_path / "out").waiting) == 1
     (tmp_path / "sets.gmt").unlink()
     with pytest.raises(InputError, match=r"method 'sets': .*sets.gmt: no such file"):
         read(tmp_path, recipe_text)
@@ -79,13 +56,13 @@ def test_folders_of_runs_without_gene_sets_keep_their_names(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tissue, features, tmp_path_factory):
+def made(bench_tissue, features, tmp_path_factory):
     """Two methods with each of two sections held out."""
     out = tmp_path_factory.mktemp("bench")
     seen = "  - {name: seen, model: ridge, set: {widths_um: [112, 309], context_spots: [6]}}\n"
     others = f"{seen}  - {{name: mean, model: mean}}\ncompare: [[seen, ridge], [mean, ridge]]\n"
     text = HEAD.replace("held_out: [A]\n", "") + RIDGE + others
-    return run(read(out, text), tissue, out / "out", features), out
+    return run_recipe(read(out, text), bench_tissue, out / "out", features), out
 
 
 def test_tables_say_what_each_method_saw(made):
@@ -109,8 +86,8 @@ def test_tables_have_intervals_across_sections(made):
     assert told.count("| seen minus ridge |") == 2
 
 
-def test_one_section_has_none_across_sections(tissue, features, tmp_path):
-    result = run(read(tmp_path, HEAD + RIDGE), tissue, tmp_path / "out", features)
+def test_one_section_has_none_across_sections(bench_tissue, features, tmp_path):
+    result = run_recipe(read(tmp_path, HEAD + RIDGE), bench_tissue, tmp_path / "out", features)
     assert not result.table.filter(like="across").size
     assert "Across sections" not in (tmp_path / "out/table.md").read_text()
 
@@ -127,33 +104,33 @@ def test_tables_count_the_undefined_genes(made):
     assert pd.read_csv(out / "out/by_section.csv", index_col=[0, 1]).loc[("mean", "A"), "n_undefined"] == 12
 
 
-def test_two_recipes_in_one_folder_keep_their_tables(tissue, features, tmp_path):
+def test_two_recipes_in_one_folder_keep_their_tables(bench_tissue, features, tmp_path):
     out, compared = tmp_path / "out", "  - {name: mean, model: mean}\ncompare: [[ridge, mean]]\n"
-    run(read(tmp_path, HEAD + RIDGE + compared, "first"), tissue, out, features)
+    run_recipe(read(tmp_path, HEAD + RIDGE + compared, "first"), bench_tissue, out, features)
     first = {path.name: path.read_bytes() for path in out.glob("*.*")}
     assert "differences.csv" in first
     said = []
-    result = run(read(tmp_path, HEAD + RIDGE, "second"), tissue, out, features, said)
+    result = run_recipe(read(tmp_path, HEAD + RIDGE, "second"), bench_tissue, out, features, said)
     assert result.outputs["table"] == out / "second" / "table.md"
     assert result.outputs["runs"] == out / "runs"
     assert said[0].endswith("1 runs, 1 of them there already")
     assert said[1:] == [f"{out} holds the tables of another recipe: those of second go to {out / 'second'}"]
     assert {path.name: path.read_bytes() for path in out.glob("*.*")} == first
     (out / "notes.csv").touch()
-    run(read(tmp_path, HEAD + RIDGE, "first"), tissue, out, features)  # compares nothing any more
+    run_recipe(read(tmp_path, HEAD + RIDGE, "first"), bench_tissue, out, features)  # compares nothing any more
     assert not (out / "differences.csv").exists()
     assert (out / "notes.csv").exists()
     assert (out / "table.md").exists()
 
 
-def test_tables_of_an_older_bench_are_known_by_their_head(tissue, features, tmp_path):
+def test_tables_of_an_older_bench_are_known_by_their_head(bench_tissue, features, tmp_path):
     out, recipe = tmp_path / "out", read(tmp_path, HEAD + RIDGE)
-    run(recipe, tissue, out, features)
+    run_recipe(recipe, bench_tissue, out, features)
     (out / "tables.json").unlink()
-    assert run(recipe, tissue, out, features).outputs["table"] == out / "table.md"
+    assert run_recipe(recipe, bench_tissue, out, features).outputs["table"] == out / "table.md"
     (out / "tables.json").unlink()
     other = read(tmp_path, HEAD.replace("title: toy", "title: other") + RIDGE, "other")
-    assert run(other, tissue, out, features).outputs["table"] == out / "other" / "table.md"
+    assert run_recipe(other, bench_tissue, out, features).outputs["table"] == out / "other" / "table.md"
 
 
 @pytest.mark.parametrize(
@@ -168,25 +145,25 @@ def test_tables_of_an_older_bench_are_known_by_their_head(tissue, features, tmp_
         ("  - {name: late, model: genar, set: {scales: [3, 20]}}", "method 'late': .*20"),
     ],
 )
-def test_what_cannot_be_drawn_or_fit_is_refused_before_anything_runs(change, says, tissue, features, tmp_path):
+def test_what_cannot_be_drawn_or_fit_is_refused_before_anything_runs(change, says, bench_tissue, features, tmp_path):
     text = f"{HEAD}{RIDGE}  - {{name: knn, model: knn}}\n{change}\n"
     with pytest.raises(InputError, match=says):
-        run(read(tmp_path, text), tissue, tmp_path / "out", features)
+        run_recipe(read(tmp_path, text), bench_tissue, tmp_path / "out", features)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_figure_of_methods_with_other_folds_is_of_one_that_they_share(tissue, features, tmp_path):
+def test_a_figure_of_methods_with_other_folds_is_of_one_that_they_share(bench_tissue, features, tmp_path):
     every = HEAD.replace("held_out: [A]\n", "") + RIDGE + "  - {name: knn, model: knn, held_out: [B]}\n"
     genes = "figure: {genes: [ACTB]}\n"
-    plan = bench.plan_runs(read(tmp_path, every + genes), tissue, tmp_path / "out")
+    plan = bench.plan_runs(read(tmp_path, every + genes), bench_tissue, tmp_path / "out")
     assert bench.figure_section(plan.recipe, plan.recipe.cohorts[0], plan.runs) == "B"
     with pytest.raises(InputError, match="section 'A' is not held out for each of ridge, knn"):
-        bench.plan_runs(read(tmp_path, every + genes.replace("]}", "], section: A}")), tissue, tmp_path / "out")
+        bench.plan_runs(read(tmp_path, every + genes.replace("]}", "], section: A}")), bench_tissue, tmp_path / "out")
 
 
-def test_a_figures_gene_outside_of_the_selected_panel_is_told_after_the_tables(tissue, features, tmp_path):
+def test_a_figures_gene_outside_of_the_selected_panel_is_told_after_the_tables(bench_tissue, features, tmp_path):
     recipe = read(tmp_path, HEAD + RIDGE + "figure: {genes: [NOWHERE]}\n")
     with pytest.raises(InputError, match=r"gene 'NOWHERE' is not among the 12 that panel clean selected.*panel.json"):
-        run(recipe, tissue, tmp_path / "out", features)
+        run_recipe(recipe, bench_tissue, tmp_path / "out", features)
     assert (tmp_path / "out/table.md").exists()
     assert (tmp_path / "out/tables.json").exists()

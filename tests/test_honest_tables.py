@@ -10,7 +10,6 @@ import pytest
 from genar.assess import evaluate_run
 from genar.data import contract, read_section
 from genar.data.files import file_part
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.evaluation import intervals
 from genar.report import maps
 from genar.report.figures import wilson
@@ -86,29 +85,13 @@ def test_one_spot_has_no_interval():
     assert intervals.interval_in_words(found["pcc_200"]) == "undefined"
 
 
-@pytest.fixture(scope="module")
-def ridge(tmp_path_factory):
-    """A tissue of two small sections and a run on it."""
-    folder = tmp_path_factory.mktemp("ridge")
-    write_tissue(
-        folder / "tissue",
-        ("A", "B"),
-        config=TissueConfig(n_rows=5, n_cols=5, n_genes=80, mpp=2.0, counts_per_nucleus=20),
-    )
-    plan = TrainPlan(
-        folder / "tissue", ("B",), folder / "run", "ridge", n_genes=8, views=1, features=folder / "store", maps=False
-    )
-    train_run(plan, say=lambda line: None)
-    return folder
-
-
 @pytest.fixture
-def pair(ridge):
+def pair(ridge_home):
     """A prediction of one gene, and the truth, in which that gene has another name."""
 
     def named(gene, section="B"):
-        predicted = anndata.read_h5ad(ridge / "run/predictions/B.h5ad")[:, :1].copy()
-        truth = read_section(f"{ridge / 'tissue'}:B")
+        predicted = anndata.read_h5ad(ridge_home / "run/predictions/B.h5ad")[:, :1].copy()
+        truth = read_section(f"{ridge_home / 'tissue'}:B")
         truth.var_names = [gene if name == predicted.var_names[0] else name for name in truth.var_names]
         predicted.var_names = [gene]
         truth.uns[contract.GENAR][contract.SECTION] = section
@@ -148,13 +131,20 @@ def test_long_names_of_methods_stay_within_their_map(pair, tmp_path, monkeypatch
         assert max(map(len, axis.get_title().splitlines())) <= 40
 
 
-def test_scores_are_written_before_a_picture_can_fail(ridge, tmp_path, monkeypatch):
+def test_scores_are_written_before_a_picture_can_fail(ridge_home, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(maps, "write_section_maps", fail)
     plan = TrainPlan(
-        ridge / "tissue", ("B",), tmp_path / "run", "ridge", n_genes=8, views=1, features=ridge / "store", beside=()
+        ridge_home / "tissue",
+        ("B",),
+        tmp_path / "run",
+        "ridge",
+        n_genes=8,
+        views=1,
+        features=ridge_home / "store",
+        beside=(),
     )
     with pytest.raises(RuntimeError, match="no picture"):
         train_run(plan, say=lambda line: None)
@@ -168,29 +158,29 @@ def test_fractional_predictions_are_shown_as_they_are_scored(pair):
     np.testing.assert_allclose(contract.expected_log2(predicted, ["X"])[:, 0], np.log2(1 + values[:, 0]), rtol=1e-6)
 
 
-def test_a_fractional_prediction_keeps_its_values_on_its_page(ridge, tmp_path):
-    predicted = anndata.read_h5ad(ridge / "run/predictions/B.h5ad")
+def test_a_fractional_prediction_keeps_its_values_on_its_page(ridge_home, tmp_path):
+    predicted = anndata.read_h5ad(ridge_home / "run/predictions/B.h5ad")
     values = np.random.default_rng(0).random(predicted.shape).astype(np.float32)
     bare = anndata.AnnData(values, predicted.obs, predicted.var, uns=predicted.uns, obsm=dict(predicted.obsm))
     bare.write_h5ad(tmp_path / "bare.h5ad")
-    (subject,) = subjects(tmp_path / "bare.h5ad", f"{ridge / 'tissue'}:B")
+    (subject,) = subjects(tmp_path / "bare.h5ad", f"{ridge_home / 'tissue'}:B")
     payload = json.loads(page_html(subject).split('id="payload">')[1].split("</script>")[0])
     assert payload["table"]["mean predicted"] == pytest.approx(values.mean(axis=0).tolist(), rel=1e-3)
     assert min(payload["matrices"]["counts"]["step"]) < 1e-4
 
 
-def test_the_page_counts_undefined_genes(ridge):
-    (subject,) = subjects(ridge / "run")
+def test_the_page_counts_undefined_genes(ridge_home):
+    (subject,) = subjects(ridge_home / "run")
     assert subject.methods["mean"]["n_undefined"] == 8
     html = page_html(subject)
     assert "n undefined" in html
     assert "<td>8</td>" in html
 
 
-def test_pages_of_names_that_are_plain_alike_stay_apart(ridge, tmp_path):
+def test_pages_of_names_that_are_plain_alike_stay_apart(ridge_home, tmp_path):
     names = ["run_1", "run-1", "RUN 1", "第一", "第二"]
     for name in names:
-        shutil.copytree(ridge / "run", tmp_path / "runs" / name)
+        shutil.copytree(ridge_home / "run", tmp_path / "runs" / name)
     made = write_report(tmp_path / "runs", tmp_path / "all.html")
     assert len({path.name.lower() for path in made.values()}) == 1 + len(names)
     for name in names:
@@ -199,9 +189,9 @@ def test_pages_of_names_that_are_plain_alike_stay_apart(ridge, tmp_path):
     assert all(html.count(f'href="{path.name}"') == 1 for name, path in made.items() if name != "index")
 
 
-def test_a_prediction_without_the_gene_keeps_its_card(ridge, tmp_path):
+def test_a_prediction_without_the_gene_keeps_its_card(ridge_home, tmp_path):
     for name in ("whole", "cut"):
-        shutil.copytree(ridge / "run", tmp_path / "runs" / name)
+        shutil.copytree(ridge_home / "run", tmp_path / "runs" / name)
     path = tmp_path / "runs/cut/predictions/B.h5ad"
     predicted = anndata.read_h5ad(path)
     predicted[:, 1:].copy().write_h5ad(path)
@@ -214,8 +204,8 @@ def test_a_prediction_without_the_gene_keeps_its_card(ridge, tmp_path):
     assert "linear-gradient(to right, #440154" in html
 
 
-def test_the_index_says_that_pcc_chose_where_it_did(ridge, tmp_path):
-    shutil.copytree(ridge / "run", tmp_path / "runs/one")
+def test_the_index_says_that_pcc_chose_where_it_did(ridge_home, tmp_path):
+    shutil.copytree(ridge_home / "run", tmp_path / "runs/one")
     write_report(tmp_path / "runs", tmp_path / "all.html")
     assert "it flatters" in (tmp_path / "all.html").read_text()
     facts = json.loads((tmp_path / "runs/one/run.json").read_text())

@@ -1,3 +1,5 @@
+"""Intervals of scores, of their differences, of shares, and across sections."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""The start of GenAR at the regressions of its tokens."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""The machine: peaks of memory, and devices that are here or not."""
+
 import subprocess
 import sys
 

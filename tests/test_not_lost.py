@@ -2,7 +2,6 @@
 that mean nothing swallowed."""
 
 import anndata
-import numpy as np
 import pytest
 import torch
 
@@ -14,31 +13,7 @@ from genar.data import contract, read_section, read_sections
 from genar.errors import InputError
 from genar.export import write_export
 from genar.genes import Panel, selection
-from genar.models import Spots, model_class
-from genar.models.checkpoint import Checkpoint
-from genar.prediction import predict_section, write_prediction
-from genar.training import TrainConfig, fit, make_spots
-
-
-@pytest.fixture(scope="module")
-def sections(tissue):
-    return read_sections(tissue)
-
-
-@pytest.fixture(scope="module")
-def prediction(sections):
-    """Of SIM2, by ridge on random features."""
-    panel = Panel(tuple(sections[0].var_names[:10]), "given")
-    features = [np.random.default_rng(i).normal(size=(s.n_obs, 1, 6)).astype("f4") for i, s in enumerate(sections)]
-    spots = Spots.join([make_spots(s, f, panel.genes) for s, f in zip(sections, features, strict=True)])
-    model = model_class("ridge").create(6, spots, "", {})
-    fit(model, spots, TrainConfig())
-    return predict_section(Checkpoint("ridge", model, panel, {"encoder": "none"}), sections[1], features[1])
-
-
-@pytest.fixture
-def file(prediction, tmp_path):
-    return write_prediction(prediction, tmp_path / "pred.h5ad")
+from genar.prediction import write_prediction
 
 
 def test_a_project_of_tissuumaps_leaves_the_slide_beside_it_alone(prediction, tmp_path):
@@ -47,6 +22,11 @@ def test_a_project_of_tissuumaps_leaves_the_slide_beside_it_alone(prediction, tm
     write_export(prediction, tmp_path / "S.tmap")
     assert [(tmp_path / name).read_text() for name in ("S.tif", "S.csv")] == ["mine", "mine"]
     assert (tmp_path / "S_tmap.csv").is_file()
+
+
+@pytest.fixture(scope="module")
+def sections(tissue):
+    return read_sections(tissue)
 
 
 def test_predict_does_not_overwrite_what_was_measured(sections, tissue, prediction, tmp_path, monkeypatch, capsys):
@@ -62,6 +42,11 @@ def test_predict_does_not_overwrite_what_was_measured(sections, tissue, predicti
     with pytest.raises(InputError, match="no prediction of GenAR's"):
         write_export(prediction, store)
     assert (store / "tables").is_dir()
+
+
+@pytest.fixture
+def file(prediction, tmp_path):
+    return write_prediction(prediction, tmp_path / "pred.h5ad")
 
 
 def test_a_prediction_is_no_measured_section(file, tissue, tmp_path, monkeypatch, capsys):

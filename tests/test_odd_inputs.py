@@ -18,9 +18,8 @@ from genar.data.slide import glance, image_head
 from genar.encoders.weights import fit_weights
 from genar.errors import InputError
 from genar.features.recipe import _fingerprint
-from test_formats import edit_text, write_h5ad, write_hd, write_legacy, write_spatialdata, write_visium
-
-# --- Visium
+from section_files import edit_text, write_h5ad, write_hd, write_legacy, write_spatialdata, write_visium
+from slides import noise
 
 
 def positions(outs):
@@ -166,15 +165,6 @@ def test_an_image_is_not_that_of_a_section_with_a_longer_name(tmp_path):
     write_legacy(tmp_path)
     (tmp_path / "X1.jpg").rename(tmp_path / "X1.2.jpg")
     assert contract.slide_path(read_section(tmp_path)) is None
-
-
-# --- slides
-
-
-def noise(height=400, width=500):
-    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
-    pixels[..., 1] //= 2
-    return pixels
 
 
 @pytest.mark.parametrize("tile", [None, (256, 256)])

@@ -8,33 +8,18 @@ import anndata
 import numpy as np
 import pytest
 
-from commands import run
+from commands import run, told
 from genar import bench
 from genar.data import contract
 from genar.errors import InputError
 from genar.export import write_export
 from genar.report.subject import subjects
-from test_overwriting_and_order import home  # noqa: F401
-
-RECIPE = """
-title: x
-sections: [S1, S2]
-encoder: genar.bench.toy:narrow_encoder
-panel: clean
-n_genes: 20
-seeds: [1]
-methods: [{name: ridge, model: ridge}, {name: mean, model: mean}]
-"""
+from toy_bench import OF_HOME
 
 
 @pytest.fixture
-def predicted(home):  # noqa: F811
+def predicted(home):
     return anndata.read_h5ad(home / "run" / "predictions" / "S2.h5ad")
-
-
-def told(capsys):
-    got = capsys.readouterr()
-    return " ".join((got.out + got.err).split())
 
 
 def nan_place(adata):
@@ -98,7 +83,7 @@ def test_fractional_counts_are_exported_as_they_are(predicted, tmp_path):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_scores_of_a_page_are_of_the_truth_it_shows(home, tmp_path, named):  # noqa: F811
+def test_scores_of_a_page_are_of_the_truth_it_shows(home, tmp_path, named):
     made = tmp_path / "made"
     shutil.copytree(home, made)
     (before,) = subjects(made / "run")
@@ -117,7 +102,7 @@ def test_scores_of_a_page_are_of_the_truth_it_shows(home, tmp_path, named):  # n
     assert abs(after.scores["pcc_200"]) < 0.2
 
 
-def test_nothing_of_an_earlier_scoring_stays(home, predicted, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_of_an_earlier_scoring_stays(home, predicted, tmp_path, monkeypatch):
     truth, out = f"{home / 'tissue'}:S2", tmp_path / "scores"
     first = home / "run" / "predictions" / "S2.h5ad"
     assert run(monkeypatch, "evaluate", first, truth, "--out", out, "--resamples", 20) == 0
@@ -136,7 +121,7 @@ def test_nothing_of_an_earlier_scoring_stays(home, predicted, tmp_path, monkeypa
     assert kinds == ["best", "best", "median", "worst"]  # and what is not GenAR's
 
 
-def test_gene_sets_of_an_earlier_call_do_not_stay(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_gene_sets_of_an_earlier_call_do_not_stay(home, tmp_path, monkeypatch, capsys):
     genes = json.loads((home / "run" / "panel.json").read_text())["genes"]
     (tmp_path / "sets.gmt").write_text("[acyl] kinase [/x]\tabout\t" + "\t".join(genes[:5]) + "\n")
     words = ("groups", home / "run", "--out", tmp_path / "g")
@@ -170,13 +155,13 @@ def test_a_recipe_that_is_not_there_is_no_other_one(tmp_path):
     ],
 )
 def test_recipes_that_say_something_else_than_meant(tmp_path, old, new, words):
-    (tmp_path / "mine.yaml").write_text(RECIPE.replace(old, new))
+    (tmp_path / "mine.yaml").write_text(OF_HOME.replace(old, new))
     with pytest.raises(InputError, match=words):
         bench.read_recipe(str(tmp_path / "mine.yaml"))
 
 
-def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):  # noqa: F811
-    (tmp_path / "mine.yaml").write_text(RECIPE)
+def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(OF_HOME)
     words = ("bench", tmp_path / "mine.yaml", "--out", tmp_path / "out")
     assert run(monkeypatch, *words, "--data", home / "tissue", "--features", home / "store") == 0
     before = (tmp_path / "out" / "table.md").read_bytes()
@@ -186,10 +171,10 @@ def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.parametrize("text", ['{"1": ', "{}", '{"1": "A B"}', '["A"]'])
-def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home, tmp_path, monkeypatch, text):  # noqa: F811
+def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home, tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text(text)
-    (tmp_path / "g.yaml").write_text(RECIPE.split("seeds")[0] + "groups: {groups: bad.json}\n")
+    (tmp_path / "g.yaml").write_text(OF_HOME.split("seeds")[0] + "groups: {groups: bad.json}\n")
     with pytest.raises(InputError, match=r"bad\.json"):
         bench.bench_run(bench.read_recipe("g.yaml"), home / "tissue", tmp_path / "out")
     assert not list((tmp_path / "out").glob("groups*"))
@@ -209,7 +194,7 @@ def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home,
         ("features TISSUE --spacing-um 50 --out OUT", "--spacing-um is for format slide"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, capsys, words, unused):  # noqa: F811
+def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, capsys, words, unused):
     shutil.copy(home / "run" / "predictions" / "S2.h5ad", tmp_path / "p.h5ad")
     places = {"TISSUE": home / "tissue", "OUT": tmp_path / "o", "OUT.html": tmp_path / "o.html"}
     places["PREDICTION"] = tmp_path / "p.h5ad"
@@ -217,14 +202,14 @@ def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, 
     assert unused in told(capsys)
 
 
-def test_a_demo_that_was_stopped_at_its_page_gets_it(home, tmp_path, monkeypatch):  # noqa: F811
+def test_a_demo_that_was_stopped_at_its_page_gets_it(home, tmp_path, monkeypatch):
     shutil.copytree(home / "run", tmp_path / "demo" / "run")
     assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 0
     assert "<html" in (tmp_path / "demo" / "report.html").read_text()
     assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 2
 
 
-def test_an_index_of_a_gene_that_none_has_writes_no_page(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_index_of_a_gene_that_none_has_writes_no_page(home, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     shutil.copytree(home / "run", tmp_path / "runs" / "one")
     assert run(monkeypatch, "report", tmp_path / "runs", "--gene", "NOPE", "--out", tmp_path / "i.html") == 2
@@ -232,7 +217,7 @@ def test_an_index_of_a_gene_that_none_has_writes_no_page(home, tmp_path, monkeyp
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_overlays_of_sections_of_one_name_are_all_named(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_overlays_of_sections_of_one_name_are_all_named(home, tmp_path, monkeypatch, capsys):
     shutil.copytree(home / "tissue", tmp_path / "again")
     assert run(monkeypatch, "check", home / "tissue", tmp_path / "again", "--out", tmp_path / "o", "--json") == 0
     outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]

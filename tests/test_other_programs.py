@@ -22,8 +22,8 @@ from genar.genes import Panel
 from genar.models import Spots, model_class
 from genar.models.checkpoint import Checkpoint, save_checkpoint
 from genar.prediction import decoding, predict_section, write_prediction
-from test_downstream import write_toy
-from test_formats import write_visium
+from section_files import write_visium
+from toy_prediction import write_toy
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +263,10 @@ def test_lazyslide_gives_the_expectation_that_predict_gives():
     assert not np.allclose(one[gene], found[gene], rtol=1e-2)
 
 
+def _to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
 def test_lazyslide_gives_a_model_of_several_widths_and_neighbours_what_it_was_trained_on(prediction, tmp_path):
     """Tiles of two widths around the same centres, both embedded by LazySlide, and the means of the nearest tiles."""
     lazyslide = pytest.importorskip("lazyslide", reason="lazyslide is not installed: the adapter is not tried")
@@ -322,10 +326,6 @@ def test_lazyslide_gives_a_model_of_several_widths_and_neighbours_what_it_was_tr
     np.testing.assert_allclose(np.asarray(wsi.tables["counts"].X)[far], expected[far], rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match=r"the model takes \[tiles, 24\], of patches 112 and 309 um wide side by side"):
         lazyslide.tl.feature_prediction(wsi, "genar-wide", feature_key="colours", key_added="x", pbar=False)
-
-
-def _to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from genar.data import files
 from genar.data.files import alone, file_part, refusal, write_text
 
 ROOT = Path(__file__).parent.parent
+RULED = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "windows")}
 TINY = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "batch_size=16", "max_count=63",
         "widths_um=[]", "checkpoint_every_s=0")  # fmt: skip
-RULED = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "windows")}
 UNIX_ALONE = {"fcntl", "grp", "pty", "pwd", "resource", "termios"}
+
 
 BREAKS_THE_RULE = """
 import os, pathlib, sys
@@ -50,16 +51,16 @@ def as_on_windows(tmp_path_factory):
     return call
 
 
+def test_the_rule_holds_in_such_a_process(as_on_windows, tmp_path):
+    assert subprocess.run([sys.executable, "-c", BREAKS_THE_RULE, str(tmp_path / "held")], env=RULED).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def trained(as_on_windows, tissue):
     settings = [word for setting in TINY for word in ("--set", setting)]
     return as_on_windows(
         "train", tissue, "--test", "SIM2", "--out", "run", "--n-genes", 20, "--views", 1, "--samples", 2, *settings
     )
-
-
-def test_the_rule_holds_in_such_a_process(as_on_windows, tmp_path):
-    assert subprocess.run([sys.executable, "-c", BREAKS_THE_RULE, str(tmp_path / "held")], env=RULED).returncode == 0
 
 
 def test_training_leaves_nothing_behind(trained):

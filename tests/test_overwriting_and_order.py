@@ -13,7 +13,6 @@ import genar
 from commands import run
 from genar.data import contract, read_section, read_sections
 from genar.data.neighbours import nearest_spots
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.features import Inputs
 from genar.genes import fit_scales, select_panel
@@ -22,26 +21,9 @@ from genar.models.checkpoint import load_checkpoint
 from genar.training import make_spots
 from genar.training_config import RESUME_FILE
 
+PREDICT = ("--mpp", 2.0, "--samples", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 NET = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "samples=2", "widths_um=[112]")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Two sections, a run that held S2 out, and its features."""
-    from genar.runs import train_run
-    from genar.settings import read_settings
-    from genar.train_plan import TrainPlan
-
-    folder = tmp_path_factory.mktemp("home")
-    tissue = TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0, counts_per_nucleus=20)
-    write_tissue(folder / "tissue", ("S1", "S2"), config=tissue)
-    plan = TrainPlan(
-        folder / "tissue", ("S2",), folder / "run", n_genes=20, views=1, encoder="genar.bench.toy:narrow_encoder",
-        features=folder / "store", settings=read_settings(None, NET, "genar"), maps=False,
-    )  # fmt: skip
-    train_run(plan, say=lambda line: None)
-    return folder
 
 
 def bare(home, where):
@@ -50,9 +32,6 @@ def bare(home, where):
     with Image.open(home / "tissue" / "wsis" / "S2.tif") as image:
         image.convert("RGB").save(where / "A.png")
     return where / "A.png"
-
-
-PREDICT = ("--mpp", 2.0, "--samples", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 
 
 def test_a_picture_takes_no_slides_place(home, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from commands import run
 from genar.data import contract, read_section, read_sections
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError, SectionWarning
-from test_formats import write_visium
+from section_files import write_visium
 
 TABLE = "section,patient\nP1,Ann\nP2,Bea\n"
 

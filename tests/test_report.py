@@ -1,3 +1,5 @@
+"""The page of a run or a prediction: its matrices, scores, groups, provenance and truth."""
+
 import base64
 import json
 import re
@@ -17,26 +19,6 @@ from genar.report.index import write_report
 from genar.report.matrices import pack
 from genar.report.page import page_html, write_page
 from genar.report.subject import Subject, subjects
-from genar.runs import train_run
-from genar.settings import Settings
-from genar.train_plan import TrainPlan
-
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
-EPOCHS = {"max_epochs": 2, "validate_every": 1, "batch_size": 16, "validation_share": 0.2}
-
-
-@pytest.fixture(scope="module")
-def trained(tissue, tmp_path_factory):
-    """A training run with one held-out section."""
-    out = tmp_path_factory.mktemp("report") / "run"
-    settings = Settings(model=dict(TINY), train=dict(EPOCHS), decoding={"samples": 2})
-    plan = TrainPlan(tissue, ("SIM2",), out, n_genes=20, views=1, settings=settings)
-    train_run(plan, say=lambda line: None)
-    return out
-
-
-def payload_of(html):
-    return json.loads(re.search(r'id="payload">(.*?)</script>', html, re.S)[1])
 
 
 def unpack(packed, n_genes):
@@ -52,11 +34,15 @@ def test_a_packed_matrix_holds_its_values(values):
     assert (np.abs(found - values) <= tolerance).all()
 
 
-def test_the_page_of_a_run_holds_counts_scores_groups_and_provenance(trained, tissue):
-    subject = subjects(trained)[0]
+def payload_of(html):
+    return json.loads(re.search(r'id="payload">(.*?)</script>', html, re.S)[1])
+
+
+def test_the_page_of_a_run_holds_counts_scores_groups_and_provenance(report_run, tissue):
+    subject = subjects(report_run)[0]
     html = page_html(subject)
     payload = payload_of(html)
-    predicted = anndata.read_h5ad(trained / "predictions" / "SIM2.h5ad")
+    predicted = anndata.read_h5ad(report_run / "predictions" / "SIM2.h5ad")
     (truth,) = [one for one in read_sections(tissue) if contract.name(one) == "SIM2"]
     genes = list(predicted.var_names)
     assert payload["genes"] == genes
@@ -73,7 +59,7 @@ def test_the_page_of_a_run_holds_counts_scores_groups_and_provenance(trained, ti
     for row in payload["groups"]:
         assert sorted(gene for group in row for gene in group) == list(range(len(genes)))
     assert [len(row) for row in payload["groups"]] == list(subject.scales.sizes)
-    found = json.loads((trained / "intervals.json").read_text())["SIM2"]
+    found = json.loads((report_run / "intervals.json").read_text())["SIM2"]
     value, low, high = found["methods"]["ridge"]["mse"]
     assert f"{value:.3f} <small>{low:.3f} to {high:.3f}</small>" in html
     for words in (
@@ -87,8 +73,8 @@ def test_the_page_of_a_run_holds_counts_scores_groups_and_provenance(trained, ti
     assert "://" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)  # nothing is asked of the network
 
 
-def test_a_prediction_alone_has_no_truth_and_none_is_made_up(trained, tmp_path):
-    alone = shutil.copy(trained / "predictions" / "SIM2.h5ad", tmp_path / "alone.h5ad")
+def test_a_prediction_alone_has_no_truth_and_none_is_made_up(report_run, tmp_path):
+    alone = shutil.copy(report_run / "predictions" / "SIM2.h5ad", tmp_path / "alone.h5ad")
     (subject,) = subjects(alone)
     payload = payload_of(page_html(subject))
     assert subject.truth is None
@@ -97,18 +83,18 @@ def test_a_prediction_alone_has_no_truth_and_none_is_made_up(trained, tmp_path):
     assert payload["groups"] == []
 
 
-def test_truth_of_another_order_is_put_in_the_predictions_order(trained, tissue, tmp_path):
+def test_truth_of_another_order_is_put_in_the_predictions_order(report_run, tissue, tmp_path):
     alone = tmp_path / "alone.h5ad"
-    predicted = anndata.read_h5ad(trained / "predictions" / "SIM2.h5ad")
+    predicted = anndata.read_h5ad(report_run / "predictions" / "SIM2.h5ad")
     predicted[::-1].copy().write_h5ad(alone)
     (subject,) = subjects(alone, f"{tissue}:SIM2")
     assert list(subject.truth.obs_names) == list(predicted.obs_names)[::-1]
-    assert subject.scores["pcc_200"] == pytest.approx(subjects(trained)[0].scores["pcc_200"])
+    assert subject.scores["pcc_200"] == pytest.approx(subjects(report_run)[0].scores["pcc_200"])
     assert set(subject.methods) == {"prediction", "prediction_mean"}
 
 
-def test_truth_of_another_section_is_refused_or_told(trained, tissue, tmp_path):
-    moved = anndata.read_h5ad(trained / "predictions" / "SIM2.h5ad")
+def test_truth_of_another_section_is_refused_or_told(report_run, tissue, tmp_path):
+    moved = anndata.read_h5ad(report_run / "predictions" / "SIM2.h5ad")
     moved.obsm["spatial"] = moved.obsm["spatial"] + 1000
     moved.write_h5ad(tmp_path / "moved.h5ad")
     with pytest.raises(InputError, match="are both of the same section"):
@@ -120,8 +106,8 @@ def test_truth_of_another_section_is_refused_or_told(trained, tissue, tmp_path):
     assert "truth is of section SIM2" in subject.notes[0]
 
 
-def test_a_run_whose_sections_are_gone_says_so(trained, tmp_path):
-    moved = shutil.copytree(trained, tmp_path / "moved")
+def test_a_run_whose_sections_are_gone_says_so(report_run, tmp_path):
+    moved = shutil.copytree(report_run, tmp_path / "moved")
     facts = json.loads((moved / "run.json").read_text())
     facts["plan"]["sections"] = str(tmp_path / "nowhere")
     (moved / "run.json").write_text(json.dumps(facts))
@@ -131,8 +117,8 @@ def test_a_run_whose_sections_are_gone_says_so(trained, tmp_path):
     assert "--truth" in page_html(subject)
 
 
-def test_names_from_files_do_nothing(trained):
-    subject = subjects(trained)[0]
+def test_names_from_files_do_nothing(report_run):
+    subject = subjects(report_run)[0]
     evil = "</script><script>document.title='evil'</script>"
     subject.predicted.uns[contract.GENAR][contract.SECTION] = evil
     subject.predicted.obs_names = [evil, *subject.predicted.obs_names[1:]]
@@ -146,25 +132,25 @@ def test_names_from_files_do_nothing(trained):
     assert f"script-src 'nonce-{nonces.pop()}'" in html
 
 
-def test_colour_bars_have_titles_from_the_start(trained):
+def test_colour_bars_have_titles_from_the_start(report_run):
     """Bokeh leaves no room for a title that comes later."""
-    made = spot_maps(subjects(trained)[0].predicted, PANELS)
+    made = spot_maps(subjects(report_run)[0].predicted, PANELS)
     bars = [bar for plot in made.values() for bar in plot.below if isinstance(bar, ColorBar)]
     assert len(bars) == len(PANELS)
     assert all(bar.title for bar in bars)
 
 
-def test_what_a_model_does_not_draw_is_left_out_of_how_it_decodes(trained):
-    subject = subjects(trained)[0]
+def test_what_a_model_does_not_draw_is_left_out_of_how_it_decodes(report_run):
+    subject = subjects(report_run)[0]
     assert "<dt>decoding</dt><dd>greedy, 2 trajectories, seed 0</dd>" in page_html(subject)
     made = subject.predicted.uns[contract.GENAR]["prediction"]
     subject.predicted.uns[contract.GENAR]["prediction"] = {"model": "ridge", "decode": "mean", "layers": made["layers"]}
     assert "<dt>decoding</dt><dd>mean</dd>" in page_html(subject)
 
 
-def test_a_large_section_stays_below_15_mb(trained, tmp_path):
+def test_a_large_section_stays_below_15_mb(report_run, tmp_path):
     """4,000 spots and 200 genes, with every layer and the truth."""
-    small = subjects(trained)[0]
+    small = subjects(report_run)[0]
     spots = np.arange(4000) % small.predicted.n_obs
     random = np.random.default_rng(0)
     mean = random.gamma(2, 20, size=(4000, 200))
@@ -178,9 +164,9 @@ def test_a_large_section_stays_below_15_mb(trained, tmp_path):
     assert path.stat().st_size < 15e6
 
 
-def test_several_runs_make_an_index(trained, tmp_path, monkeypatch, capsys):
+def test_several_runs_make_an_index(report_run, tmp_path, monkeypatch, capsys):
     for name in ("first", "second <b>"):
-        shutil.copytree(trained, tmp_path / "runs" / name)
+        shutil.copytree(report_run, tmp_path / "runs" / name)
     assert run(monkeypatch, "report", tmp_path / "runs", "--out", tmp_path / "all.html") == 0
     html = (tmp_path / "all.html").read_text()
     assert "second &lt;b&gt;" in html
@@ -192,9 +178,9 @@ def test_several_runs_make_an_index(trained, tmp_path, monkeypatch, capsys):
     assert "no prediction of section SIM2 has it" in capsys.readouterr().err
 
 
-def test_the_index_of_a_bench_calls_its_methods_by_name(trained, tmp_path, monkeypatch):
+def test_the_index_of_a_bench_calls_its_methods_by_name(report_run, tmp_path, monkeypatch):
     for name in ("genar-0a1b/SIM2-1", "ridge-2c3d/SIM2-1"):
-        shutil.copytree(trained, tmp_path / "bench" / "runs" / name)
+        shutil.copytree(report_run, tmp_path / "bench" / "runs" / name)
     table = "method,fold,seed,folder\nGenAR <i>,SIM2,1,genar-0a1b/SIM2-1\nridge,SIM2,,ridge-2c3d/SIM2-1\n"
     (tmp_path / "bench" / "runs.csv").write_text(table)
     for source in (tmp_path / "bench", tmp_path / "bench" / "runs"):
@@ -204,9 +190,9 @@ def test_the_index_of_a_bench_calls_its_methods_by_name(trained, tmp_path, monke
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["empty"], ["run", "--out", "x.txt"]])
-def test_bad_input_is_told_in_a_line(words, trained, tissue, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_told_in_a_line(words, report_run, tissue, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty", "run": trained}
+    places = {"nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty", "run": report_run}
     words = [places.get(word, word.format(tissue=tissue)) for word in words]
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "report", *words) == 2
@@ -281,13 +267,13 @@ class Opened:
 
 
 @pytest.fixture(scope="module")
-def page(trained):
-    return write_page(subjects(trained)[0], trained.parent / "page.html")
+def page(report_run):
+    return write_page(subjects(report_run)[0], report_run.parent / "page.html")
 
 
-def test_in_a_browser_a_gene_is_chosen_by_typing(browser, page, trained):
+def test_in_a_browser_a_gene_is_chosen_by_typing(browser, page, report_run):
     opened = Opened(browser, page)
-    predicted = anndata.read_h5ad(trained / "predictions" / "SIM2.h5ad")
+    predicted = anndata.read_h5ad(report_run / "predictions" / "SIM2.h5ad")
     before, gene = opened.picture(1), next(g for g in predicted.var_names if g not in opened.told())
     opened.type(gene.lower())
     opened.until(lambda _: opened.told().startswith(gene))
@@ -301,8 +287,8 @@ def test_in_a_browser_a_gene_is_chosen_by_typing(browser, page, trained):
     assert opened.errors() == []
 
 
-def test_in_a_browser_genes_that_differ_in_case_alone_are_chosen_as_typed(browser, trained, tmp_path):
-    subject = subjects(trained)[0]
+def test_in_a_browser_genes_that_differ_in_case_alone_are_chosen_as_typed(browser, report_run, tmp_path):
+    subject = subjects(report_run)[0]
     subject.predicted.var_names = ["Actb", "ACTB", *subject.predicted.var_names[2:]]
     opened = Opened(browser, write_page(Subject(subject.predicted), tmp_path / "case.html"))
     for name, other in (("ACTB", "ACTB"), ("Actb", "Actb"), ("actb", "Actb")):
@@ -344,12 +330,12 @@ def test_in_a_browser_maps_move_together_and_a_unit_is_as_wide_as_high(browser, 
     assert opened.errors() == []
 
 
-def test_in_a_browser_a_group_shows_the_mean_of_its_genes(browser, page, trained):
+def test_in_a_browser_a_group_shows_the_mean_of_its_genes(browser, page, report_run):
     opened = Opened(browser, page)
     boxes = browser.find_elements("css selector", ".groups button")
     boxes[0].click()
     opened.until(lambda _: "20 genes" in opened.told())
-    predicted = anndata.read_h5ad(trained / "predictions" / "SIM2.h5ad")
+    predicted = anndata.read_h5ad(report_run / "predictions" / "SIM2.h5ad")
     expected = np.log2(1 + predicted.layers["mean"].mean(axis=1))
     np.testing.assert_allclose(opened.colours("predicted"), expected, rtol=1e-3, atol=1e-3)
     assert all(value is None or value != value for value in opened.colours("uncertainty"))
@@ -392,8 +378,8 @@ def test_in_a_browser_a_phone_scrolls_no_sideways(browser, page):
     assert opened.errors() == []
 
 
-def test_in_a_browser_names_from_files_do_nothing(browser, trained, tmp_path):
-    subject = subjects(trained)[0]
+def test_in_a_browser_names_from_files_do_nothing(browser, report_run, tmp_path):
+    subject = subjects(report_run)[0]
     evil = "</script><img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
     subject.predicted.uns[contract.GENAR][contract.SECTION] = evil
     subject.predicted.var_names = [evil, *subject.predicted.var_names[1:]]

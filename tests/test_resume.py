@@ -19,12 +19,12 @@ from genar.models import Spots, model_class
 from genar.training import TrainConfig, fit, make_spots
 from genar.training_config import RESUME_FILE
 
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 QUICK = {
     "max_epochs": 3, "batch_size": 24, "validate_every": 2, "warmup_steps": 2, "validation_samples": 2,
     "validation_share": 0.2, "checkpoint_every_s": 0.0,
 }  # fmt: skip
 N_STEPS = 12  # four batches, three epochs
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,12 @@ from genar.models._lattice import Places
 from genar.models.knn import N_NEAREST
 from genar.training import TrainConfig, fit, train_config_from_dict
 from genar.training_loop import _Module
-
-
-def spots(n_rows, n_columns, n_genes, n_features=24, seed=0):
-    """A square array of 100 um whose counts follow the features."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(n_rows * n_columns, 1, n_features, generator=random)
-    weight = torch.randn(n_features, n_genes, generator=torch.Generator().manual_seed(9)) / n_features**0.5
-    counts = torch.poisson((x[:, 0] @ weight + 1.5).exp2(), generator=random).long()
-    place = torch.cartesian_prod(torch.arange(n_columns), torch.arange(n_rows)).float()
-    n = len(x)
-    return Spots(x, 100 * place, place / place.amax(dim=0), torch.arange(n), torch.full((n,), seed), counts)
+from toy_models import array_spots
 
 
 @pytest.mark.parametrize("n_genes", [1, 3, 8])
 def test_st_net_learns_few_genes(n_genes):
-    train = spots(14, 14, n_genes, n_features=1280)
+    train = array_spots(14, 14, n_genes, n_features=1280)
     model = model_class("st_net").create(1280, train, "small", {})
     config = train_config_from_dict({**model.train_defaults, "max_epochs": 10})
     fit(model, train, config)
@@ -39,7 +29,7 @@ def test_st_net_learns_few_genes(n_genes):
 
 
 def test_the_nearest_are_those_of_all_distances():
-    train, asked = spots(20, 30, 5), spots(3, 3, 5, seed=1)
+    train, asked = array_spots(20, 30, 5), array_spots(3, 3, 5, seed=1)
     model = model_class("knn").create(24, train, "", {})
     model.prepare(train)
     found = model.predict(asked.batch(), Decoding("mean", layers=("log1p_mean",))).layers["log1p_mean"] / LN2
@@ -58,7 +48,7 @@ def test_the_nearest_are_those_of_all_distances():
     ],
 )
 def test_an_epoch_looks_at_each_spot_about_once(name, settings, expected):
-    whole = spots(14, 14, 4)
+    whole = array_spots(14, 14, 4)
     model = model_class(name).create(24, whole, "small", settings)
     assert model.section_steps(len(whole)) == expected
     config = TrainConfig(validation_share=0.0)
@@ -67,7 +57,7 @@ def test_an_epoch_looks_at_each_spot_about_once(name, settings, expected):
 
 
 def test_sections_come_as_often_as_they_have_steps():
-    both = Spots.join([spots(4, 4, 2), spots(8, 8, 2, seed=1)])
+    both = Spots.join([array_spots(4, 4, 2), array_spots(8, 8, 2, seed=1)])
     turns = section_turns(both.section, lambda n: n // 16)
     assert turns.tolist() == [0, 1, 1, 1, 1]
     given = [int(share.batch.section[0]) for share in SectionLoader(both, turns, 7, lambda: 0, 0, 1)]
@@ -78,9 +68,9 @@ def test_sections_come_as_often_as_they_have_steps():
 
 def test_places_beyond_the_trained_ones_are_the_last_of_them():
     places = Places(64, 8)
-    places.prepare(spots(10, 12, 1))
+    places.prepare(array_spots(10, 12, 1))
     assert places.last.tolist() == [11, 9]
-    wide = spots(20, 20, 1).coords_um
+    wide = array_spots(20, 20, 1).coords_um
     found = places(wide).reshape(20, 20, 8)  # by column and row
     assert torch.equal(found[:, 9:], found[:, 9:10].expand(-1, 11, -1))
     assert torch.equal(found[11:], found[11:12].expand(9, -1, -1))
@@ -108,7 +98,7 @@ def test_settings_that_would_do_nothing_are_refused(name, settings, message):
 def test_a_radius_that_is_given_counts_on_any_array():
     x = torch.arange(12.0)
     hexagonal = torch.stack([(x[:, None] + 0.5 * (x % 2)).ravel(), (x * 3**0.5 / 2).expand(12, -1).ravel()], dim=1)
-    wide = model_class("hist2st").create(24, spots(12, 12, 2), "small", {"neighbours": 18, "radius": 2.0})
-    own = model_class("hist2st").create(24, spots(12, 12, 2), "small", {})
+    wide = model_class("hist2st").create(24, array_spots(12, 12, 2), "small", {"neighbours": 18, "radius": 2.0})
+    own = model_class("hist2st").create(24, array_spots(12, 12, 2), "small", {})
     assert wide.edges(100 * hexagonal)[1].sum(dim=1).max() == 18
     assert own.edges(100 * hexagonal)[1].sum(dim=1).max() == 6

@@ -17,7 +17,6 @@ from genar.models.checkpoint import load_checkpoint
 from genar.models.genar import small
 from genar.prediction import predict_section
 from genar.training_config import RESUME_FILE
-from test_overwriting_and_order import home  # noqa: F401
 
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 
@@ -34,7 +33,7 @@ def test_strips_of_a_grid_are_the_same_in_any_order():
     assert int((shared.diff(dim=1) != 0).sum(dim=1).max()) == 1
 
 
-def test_a_model_left_in_training_predicts_as_ever(home):  # noqa: F811
+def test_a_model_left_in_training_predicts_as_ever(home):
     checkpoint, section = load_checkpoint(home / "run"), read_section(f"{home / 'tissue'}:S2")
     features = np.random.default_rng(0).normal(size=(section.n_obs, 1, checkpoint.model.n_features)).astype(np.float32)
     awake = checkpoint.model.train()
@@ -78,7 +77,7 @@ def test_many_trajectories_go_through_in_parts(monkeypatch):
         ("bleep", "width=10000000000"),
     ],
 )
-def test_sizes_have_a_limit(home, tmp_path, monkeypatch, capsys, model, setting):  # noqa: F811
+def test_sizes_have_a_limit(home, tmp_path, monkeypatch, capsys, model, setting):
     words = ("--test", "S2", "--model", model, "--set", setting, "--out", tmp_path / "run", *TINY)
     assert run(monkeypatch, "train", home / "tissue", *words) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -98,7 +97,7 @@ def test_temperature_has_a_least():
         Decoding(decode="sample", temperature=1e-38)
 
 
-def test_settings_that_this_training_does_not_use_are_told(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_settings_that_this_training_does_not_use_are_told(home, tmp_path, monkeypatch, capsys):
     net = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "samples=2", "widths_um=[112]")
     for number, (words, told) in enumerate(
         [
@@ -116,7 +115,7 @@ def test_settings_that_this_training_does_not_use_are_told(home, tmp_path, monke
         assert told in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_does_not_go_on_with_other_imported_features(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_does_not_go_on_with_other_imported_features(home, tmp_path, monkeypatch, capsys):
     def bring(seed):
         random = np.random.default_rng(seed)
         (tmp_path / "made").mkdir(exist_ok=True)
@@ -145,7 +144,7 @@ def test_a_run_does_not_go_on_with_other_imported_features(home, tmp_path, monke
     assert train() == 0
 
 
-def test_the_notebook_refuses_as_the_command_does(home, tmp_path):  # noqa: F811
+def test_the_notebook_refuses_as_the_command_does(home, tmp_path):
     with pytest.raises(InputError, match="--encoder, --views would do nothing here"):
         genar.train(
             home / "tissue", tmp_path / "run", model="hist2st", input="patches", encoder="resnet18", views=1,

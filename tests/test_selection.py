@@ -13,6 +13,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.stats import fisher_exact
 
+from counted_sections import make_section, random_section
 from genar.data import ReadOptions, SectionRef, Sections, contract, find_sections, read_places
 from genar.errors import InputError
 from genar.genes import (
@@ -26,7 +27,6 @@ from genar.genes import (
     select_panel,
 )
 from genar.genes.selection import _Moments, _of_genes
-from test_genes import make_section, random_section
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")
 GENES = [f"G{i:02d}" for i in range(40)]
@@ -204,9 +204,6 @@ def test_over_representation_is_fishers_test_and_benjamini_hochbergs_correction(
 def test_sets_of_other_names_are_refused():
     with pytest.raises(InputError, match="same kind of name"):
         over_representation([["A"]], {"s": ["ENSG1"]}, ["A", "B"])
-
-
-# -- sections that memory does not hold ------------------------------------------------------------------------------
 
 
 @pytest.fixture

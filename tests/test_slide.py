@@ -1,3 +1,5 @@
+"""Slides of every format: their size, pixel size, patches and damage."""
+
 import shutil
 import struct
 
@@ -13,40 +15,6 @@ from genar.errors import InputError
 
 MPP, SQUARE = 0.5, (300, 180, 40)  # um per px; left, top, side of a black square on grey, px
 RESOLUTION = {"resolution": (1e4 / MPP, 1e4 / MPP), "resolutionunit": "CENTIMETER"}
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    image = np.full((400, 500, 3), 160, np.uint8)
-    left, top, side = SQUARE
-    image[top : top + side, left : left + side] = 0
-    return image
-
-
-def write_pyramid(path, image, **tags):
-    with tifffile.TiffWriter(path) as tiff:
-        for level in range(3):
-            small = np.asarray(Image.fromarray(image).reduce(2**level))
-            tiff.write(
-                small, tile=(128, 128), subfiletype=int(level > 0), photometric="rgb", compression="deflate", **tags
-            )
-
-
-@pytest.fixture(params=["pyramid.tif", "striped.tif", "plain.png"])
-def slide(request, pixels, tmp_path):
-    path = tmp_path / request.param
-    if request.param == "pyramid.tif":
-        write_pyramid(path, pixels, **RESOLUTION)
-    elif request.param == "striped.tif":
-        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=16, **RESOLUTION)
-    else:
-        Image.fromarray(pixels).save(path)
-    slide = open_slide(path)
-    yield slide
-    slide.close()
-
-
-# --- formats
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +43,14 @@ def test_every_format_gives_the_same_size_and_patches(tissue, truth, tmp_path, n
     slide.close()
 
 
+@pytest.fixture(scope="module")
+def pixels():
+    image = np.full((400, 500, 3), 160, np.uint8)
+    left, top, side = SQUARE
+    image[top : top + side, left : left + side] = 0
+    return image
+
+
 def test_a_grey_tiff_is_read_as_rgb(tmp_path, pixels):
     path = tmp_path / "grey.tif"
     tifffile.imwrite(path, pixels[..., 0], photometric="minisblack")
@@ -88,6 +64,29 @@ def test_sixteen_bit_tiff_is_refused(tmp_path):
     tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint16), photometric="rgb")
     with pytest.raises(InputError, match=r"deep\.tif: expected an 8-bit RGB image.*uint16"):
         open_slide(path)
+
+
+def write_pyramid(path, image, **tags):
+    with tifffile.TiffWriter(path) as tiff:
+        for level in range(3):
+            small = np.asarray(Image.fromarray(image).reduce(2**level))
+            tiff.write(
+                small, tile=(128, 128), subfiletype=int(level > 0), photometric="rgb", compression="deflate", **tags
+            )
+
+
+@pytest.fixture(params=["pyramid.tif", "striped.tif", "plain.png"])
+def slide(request, pixels, tmp_path):
+    path = tmp_path / request.param
+    if request.param == "pyramid.tif":
+        write_pyramid(path, pixels, **RESOLUTION)
+    elif request.param == "striped.tif":
+        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=16, **RESOLUTION)
+    else:
+        Image.fromarray(pixels).save(path)
+    slide = open_slide(path)
+    yield slide
+    slide.close()
 
 
 # --- patches
@@ -193,9 +192,6 @@ def test_thumbnail_keeps_the_shape(slide):
     assert thumbnail.dtype == np.uint8
     left, top, side = SQUARE
     assert thumbnail[(top + side // 2) // 5, (left + side // 2) // 5].max() < 40
-
-
-# --- what is refused
 
 
 def cut(path, share=0.6):

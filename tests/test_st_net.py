@@ -15,6 +15,13 @@ def _small_patches(monkeypatch):
     monkeypatch.setattr(STNet, "crop_px", 32)
 
 
+@pytest.mark.parametrize(("n_genes", "expected"), [(250, 7_210_106), (200, 7_158_856)])
+def test_size_is_the_published_one(n_genes, expected):
+    with torch.device("meta"):
+        model = STNet(1024, n_genes, STNetConfig("patches"))
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
 def toy(n=48, px=0):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(n, 8, 5, generator=random) * 0.1 + torch.randn(n, 1, 5, generator=random)
@@ -30,13 +37,6 @@ def ready(spots, **settings):
     model = STNet.create(5, spots, "small", settings)
     model.prepare(spots)
     return model.eval()
-
-
-@pytest.mark.parametrize(("n_genes", "expected"), [(250, 7_210_106), (200, 7_158_856)])
-def test_size_is_the_published_one(n_genes, expected):
-    with torch.device("meta"):
-        model = STNet(1024, n_genes, STNetConfig("patches"))
-    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 @pytest.mark.parametrize("px", [0, 32])

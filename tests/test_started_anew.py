@@ -23,19 +23,20 @@ from genar.settings import sort_settings
 from genar.training import TrainConfig, fit
 from genar.training_config import RESUME_FILE
 from genar.training_loop import _Module
-from test_models import fresh, training
+from launchers import LAUNCHERS
+from toy_models import fresh, training
 
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "widths_um": [], "samples": 1, "max_epochs": 3}
+pytestmark = pytest.mark.usefixtures("_nobody_started_us")
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"}
-
-
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "SLURM_NTASKS_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@pytest.fixture(autouse=True)
-def _nobody_started_us(monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
+SETTINGS = {"width": 16, "depth": 1, "heads": 2, "components": 4, "widths_um": [], "samples": 1, "max_epochs": 3}
+PARENT = """
+import os, subprocess, sys
+env = {**os.environ, "LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}
+code = "import time; from genar import processes; processes.end_with_parent(); print(1, flush=True); time.sleep(99)"
+child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+"""
 
 
 def given(monkeypatch, **environ):
@@ -80,7 +81,7 @@ def plan(tissue, tmp_path):
     """Of a run on a tissue of its own that is stopped after its second epoch."""
     own = shutil.copytree(tissue, tmp_path / "own")
     (tmp_path / "panel.txt").write_text("\n".join(list(anndata.read_h5ad(own / "st" / "SIM1.h5ad").var_names)[:12]))
-    panel, settings = str(tmp_path / "panel.txt"), sort_settings(TINY)
+    panel, settings = str(tmp_path / "panel.txt"), sort_settings(SETTINGS)
     return runs.TrainPlan(own, ("SIM2",), tmp_path / "run", panel=panel, views=1, settings=settings, maps=False)
 
 
@@ -155,11 +156,11 @@ def test_a_run_goes_on_whichever_of_its_gpus_a_process_has(plan, monkeypatch):
 
 def test_a_run_does_not_go_on_with_other_settings_and_says_which(plan, monkeypatch):
     stop_after_two(plan, monkeypatch)
-    other = replace(plan, views=8, settings=sort_settings({**TINY, "seed": 7}))
+    other = replace(plan, views=8, settings=sort_settings({**SETTINGS, "seed": 7}))
     with pytest.raises(InputError, match=r"other settings \(train\.seed null there, 7 here; views 1 there, 8 here\)"):
         runs.train_run(other, say=lambda line: None)
     with pytest.raises(InputError, match=r"other settings \(model\.depth 1 there, 2 here\); repeat those, or choose"):
-        runs.train_run(replace(plan, settings=sort_settings({**TINY, "depth": 2})), say=lambda line: None)
+        runs.train_run(replace(plan, settings=sort_settings({**SETTINGS, "depth": 2})), say=lambda line: None)
 
 
 def test_a_run_whose_record_is_lost_says_so(plan, monkeypatch):
@@ -181,9 +182,6 @@ def test_a_run_does_not_go_on_in_steps_of_another_size(tmp_path):
     module = _Module(fresh("genar"), training(), None, TrainConfig(**settings, memory_gib=1e-6), print, 1)
     with pytest.raises(InputError, match=r"batches an epoch in 1 parts each, this one .*as many processes as before"):
         module.on_load_checkpoint(kept)
-
-
-# --- signals, and processes whose first one is gone
 
 
 def started(*words, **environ):
@@ -239,14 +237,11 @@ def test_an_interrupt_while_an_object_is_removed_is_heard():
     assert done.stderr == "interrupted; start the same command again to go on\n"
 
 
-PARENT = """
-import os, subprocess, sys
-env = {**os.environ, "LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}
-code = "import time; from genar import processes; processes.end_with_parent(); print(1, flush=True); time.sleep(99)"
-child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE)
-child.stdout.readline()
-print(child.pid, flush=True)
-"""
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc here to look for the process in")
@@ -263,13 +258,6 @@ def test_a_process_that_nobody_started_outlives_its_shell(environ, monkeypatch):
     given(monkeypatch, **environ)
     monkeypatch.setattr(processes.threading, "Thread", None)  # would be called
     processes.end_with_parent()
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_link_to_a_folder_is_written_anew(tmp_path):

@@ -14,30 +14,6 @@ from genar.models.stem import STEM, Denoiser, STEMConfig, time_code
 TINY = {"width": 16, "depth": 2, "heads": 2}
 
 
-def toy(n=64, genes=6):
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 1, 2, generator=random).repeat(1, 1, 32)  # a wide condition, as encoders give
-    rate = torch.exp(3 + x[:, 0, :1] * torch.linspace(-1, 1, genes))
-    xy = torch.rand(n, 2, generator=random)
-    counts = torch.poisson(rate, generator=random).long()
-    return Spots(x, xy, xy, torch.arange(n), torch.arange(n) % 2, counts)
-
-
-def ready(spots, preset="small", **settings):
-    torch.manual_seed(0)
-    model = STEM.create(spots.features.shape[2], spots, preset, {**TINY, **settings})
-    model.prepare(spots)
-    return model.eval()
-
-
-def stirred(model):
-    """Weights away from the zeros that they start at."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape))
-    return model
-
-
 @pytest.mark.parametrize(("n_features", "expected"), [(1536, 35_639_042), (1024, 34_131_202)])
 def test_size_is_the_published_one(n_features, expected):
     with torch.device("meta"):
@@ -89,6 +65,22 @@ def test_the_bound_is_zero_at_the_true_posterior():
     assert (first >= 0).all()
 
 
+def toy(n=64, genes=6):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 2, generator=random).repeat(1, 1, 32)  # a wide condition, as encoders give
+    rate = torch.exp(3 + x[:, 0, :1] * torch.linspace(-1, 1, genes))
+    xy = torch.rand(n, 2, generator=random)
+    counts = torch.poisson(rate, generator=random).long()
+    return Spots(x, xy, xy, torch.arange(n), torch.arange(n) % 2, counts)
+
+
+def ready(spots, preset="small", **settings):
+    torch.manual_seed(0)
+    model = STEM.create(spots.features.shape[2], spots, preset, {**TINY, **settings})
+    model.prepare(spots)
+    return model.eval()
+
+
 def test_the_untrained_output_is_zero():
     spots = toy()
     model = ready(spots, "official")
@@ -102,6 +94,14 @@ def test_the_untrained_output_is_zero():
     assert error == pytest.approx(1, abs=0.03)  # the noise's variance
     assert math.isfinite(bound)
     assert bound > 0
+
+
+def stirred(model):
+    """Weights away from the zeros that they start at."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    return model
 
 
 def test_permuting_genes_with_their_embeddings_permutes_the_output():

@@ -16,9 +16,8 @@ from genar.data.reading import pitch_px
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.features import Inputs
-from genar.genes import read_gene_sets, read_panel, select_panel
-from genar.genes.panel import read_aliases
-from genar.genes.selection import RECIPES, _Moments
+from genar.genes import RECIPES, read_aliases, read_gene_sets, read_panel, select_panel
+from genar.genes.selection import _Moments
 from genar.inference import pitch_note, predict_run
 from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2
@@ -28,7 +27,7 @@ from genar.training import TrainConfig, fit
 BOM = "﻿"
 
 
-def section(counts, name="A"):
+def line_section(counts, name="A"):
     """A section of these counts [N, G] on a line of spots."""
     counts = np.asarray(counts)
     adata = anndata.AnnData(
@@ -45,10 +44,10 @@ def section(counts, name="A"):
 @pytest.mark.parametrize("counts", [np.full((60, 1), 4), np.full((60, 30), 4), np.zeros((60, 12))])
 def test_genes_that_do_not_vary_are_no_traceback(recipe, counts):
     if recipe == "highest_mean" and counts.any():
-        assert len(select_panel([section(counts)], n_genes=1, recipe=recipe).genes) == 1
+        assert len(select_panel([line_section(counts)], n_genes=1, recipe=recipe).genes) == 1
     else:
         with pytest.raises(InputError, match=r"^panel: "):
-            select_panel([section(counts)], n_genes=1, recipe=recipe)
+            select_panel([line_section(counts)], n_genes=1, recipe=recipe)
 
 
 def test_moments_are_those_of_all_spots():
@@ -56,7 +55,7 @@ def test_moments_are_those_of_all_spots():
     parts = [random.poisson(random.gamma(1, 4, 40), (n, 40)) for n in (90, 7, 1)]
     moments = _Moments(40)
     for part in parts:
-        moments.add(section(part))
+        moments.add(line_section(part))
     whole = np.concatenate(parts)
     np.testing.assert_allclose(moments.mean, whole.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(moments.variance, whole.var(axis=0, ddof=1), rtol=1e-9)
@@ -85,7 +84,7 @@ def test_the_same_input_twice_is_refused(words):
         Inputs(**words)
 
 
-OWN = """
+FAULTY = """
 import torch
 from torch import nn
 
@@ -115,7 +114,7 @@ def narrow():
 )
 def test_faults_of_a_users_encoder_are_told_in_a_line(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file, text in (("own_one", OWN), ("own_two", "undefined + 1\n"), ("own_three", "def (\n")):
+    for file, text in (("own_one", FAULTY), ("own_two", "undefined + 1\n"), ("own_three", "def (\n")):
         (tmp_path / f"{file}.py").write_text(text)
     with pytest.raises(InputError, match=f"encoder {name}: .*{message}") as raised:
         encoders.load_encoder(name)
@@ -145,25 +144,15 @@ def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
     assert (found[1] - found[0]).abs().max() < 0.5
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two sections of one patient, and a model of the first."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_tissue(
-        folder / "tissue", ("A", "B"), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        words = ("--test", "B", "--model", "ridge", "--n-genes", "20", "--views", "1", "--out", folder / "run")
-        assert run(patch, "train", folder / "tissue", *words) == 0
-    return folder
-
-
 @pytest.mark.parametrize(("section", "told"), [("A", True), ("B", False)])
-def test_scores_on_a_section_of_the_training_say_so(section, told, trained, tmp_path, monkeypatch, capsys):
+def test_scores_on_a_section_of_the_training_say_so(section, told, fine_home, tmp_path, monkeypatch, capsys):
     out = tmp_path / "p.h5ad"
-    assert run(monkeypatch, "predict", f"{trained / 'tissue'}:{section}", "--model", trained / "run", "--out", out) == 0
+    assert (
+        run(monkeypatch, "predict", f"{fine_home / 'tissue'}:{section}", "--model", fine_home / "run", "--out", out)
+        == 0
+    )
     said = [capsys.readouterr()]
-    truth = trained / "tissue" / "st" / f"{section}.h5ad"
+    truth = fine_home / "tissue" / "st" / f"{section}.h5ad"
     assert run(monkeypatch, "evaluate", out, truth, "--out", tmp_path / "scores", "--resamples", "10") == 0
     said.append(capsys.readouterr())
     assert run(monkeypatch, "report", out, "--truth", truth, "--out", tmp_path / "report.html") == 0
@@ -173,9 +162,9 @@ def test_scores_on_a_section_of_the_training_say_so(section, told, trained, tmp_
     assert (note in (tmp_path / "report.html").read_text()) == told
 
 
-def test_what_a_model_of_simulated_tissue_says_of_a_slide_is_marked(trained, tmp_path, monkeypatch, capsys):
-    out, slide = tmp_path / "p.h5ad", trained / "tissue" / "wsis" / "B.tif"
-    assert run(monkeypatch, "predict", slide, "--model", trained / "run", "--out", out, "--mpp", 0.7) == 0
+def test_what_a_model_of_simulated_tissue_says_of_a_slide_is_marked(fine_home, tmp_path, monkeypatch, capsys):
+    out, slide = tmp_path / "p.h5ad", fine_home / "tissue" / "wsis" / "B.tif"
+    assert run(monkeypatch, "predict", slide, "--model", fine_home / "run", "--out", out, "--mpp", 0.7) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "note: the model was trained on SIMULATED tissue" in said
     assert "features of" in said  # what takes long is told of before
@@ -187,9 +176,9 @@ def test_what_a_model_of_simulated_tissue_says_of_a_slide_is_marked(trained, tmp
 
 
 @pytest.mark.parametrize(("spacing", "told"), [(110, False), (220, True)])
-def test_neighbours_at_another_distance_than_in_training_are_told(trained, tmp_path, spacing, told):
-    checkpoint = load_checkpoint(trained / "run")
-    slide = read_section(trained / "tissue" / "wsis" / "B.tif", spacing_um=spacing, mpp=0.7)
+def test_neighbours_at_another_distance_than_in_training_are_told(fine_home, tmp_path, spacing, told):
+    checkpoint = load_checkpoint(fine_home / "run")
+    slide = read_section(fine_home / "tissue" / "wsis" / "B.tif", spacing_um=spacing, mpp=0.7)
     assert checkpoint.training["pitch_um"] == pytest.approx(110)
     assert not pitch_note(checkpoint, slide)  # this one looks at no neighbours
     looking = replace(checkpoint, features={**checkpoint.features, "context_spots": [6]})
@@ -199,21 +188,21 @@ def test_neighbours_at_another_distance_than_in_training_are_told(trained, tmp_p
 
 @pytest.mark.parametrize(("given", "pitch"), [([], 110), (["--spacing-um", 220], 220)])
 def test_spots_of_a_bare_slide_lie_as_far_apart_as_in_the_training(
-    trained, tmp_path, monkeypatch, capsys, given, pitch
+    fine_home, tmp_path, monkeypatch, capsys, given, pitch
 ):
-    out, slide = tmp_path / "p.h5ad", trained / "tissue" / "wsis" / "B.tif"
-    assert run(monkeypatch, "predict", slide, "--model", trained / "run", "--out", out, "--mpp", 0.7, *given) == 0
+    out, slide = tmp_path / "p.h5ad", fine_home / "tissue" / "wsis" / "B.tif"
+    assert run(monkeypatch, "predict", slide, "--model", fine_home / "run", "--out", out, "--mpp", 0.7, *given) == 0
     predicted = anndata.read_h5ad(out)
     assert pitch_px(predicted.obsm["spatial"]) * 0.7 == pytest.approx(pitch)
     assert f"{predicted.n_obs} spots, {pitch} um apart" in capsys.readouterr().out
 
 
-def test_spots_of_a_bare_slide_are_as_wide_as_in_the_training(trained):
+def test_spots_of_a_bare_slide_are_as_wide_as_in_the_training(fine_home):
     """What a spot of 100 um has captured is not what one of 55 um has; and patches ``stem`` are as wide as the spot."""
-    checkpoint, slide = load_checkpoint(trained / "run"), trained / "tissue" / "wsis" / "B.tif"
+    checkpoint, slide = load_checkpoint(fine_home / "run"), fine_home / "tissue" / "wsis" / "B.tif"
     assert checkpoint.training["spot_diameter_um"] == 55
     wide = replace(checkpoint, training={**checkpoint.training, "spot_diameter_um": 100.0})
-    store = {"features": trained / "features"}
+    store = {"features": fine_home / "features"}
     of_55, of_100 = (predict_run(slide, one, None, reading={"mpp": 0.7}, **store) for one in (checkpoint, wide))
     assert [contract.spot_diameter_px(one) * 0.7 for one in (of_55, of_100)] == pytest.approx([55, 100])
     (picture,) = of_100.uns["spatial"].values()  # what scanpy draws by
@@ -223,32 +212,32 @@ def test_spots_of_a_bare_slide_are_as_wide_as_in_the_training(trained):
 
 
 @pytest.mark.parametrize(("width", "told"), [(55, False), (60, False), (100, True), (0, False)])
-def test_spots_of_another_width_than_in_training_are_told(trained, width, told):
-    checkpoint, section = load_checkpoint(trained / "run"), read_section(trained / "tissue" / "st" / "B.h5ad")
+def test_spots_of_another_width_than_in_training_are_told(fine_home, width, told):
+    checkpoint, section = load_checkpoint(fine_home / "run"), read_section(fine_home / "tissue" / "st" / "B.h5ad")
     section.uns[contract.GENAR][contract.SPOT_DIAMETER_UM] = float(width)
     said: list[str] = []
-    predict_run(section, checkpoint, None, features=trained / "features", say=said.append)
+    predict_run(section, checkpoint, None, features=fine_home / "features", say=said.append)
     note = f"note: counts are of spots 55 um wide, as in the model's training; here they are {width} um wide"
     assert (note in said) == told
 
 
 @pytest.mark.parametrize("told", [0, -5, "far", None, float("inf"), float("nan")])
-def test_a_distance_of_spots_that_is_none_is_not_used(trained, told):
-    checkpoint = load_checkpoint(trained / "run")
+def test_a_distance_of_spots_that_is_none_is_not_used(fine_home, told):
+    checkpoint = load_checkpoint(fine_home / "run")
     lengths = {"pitch_um": told, "spot_diameter_um": told}
     strange = replace(checkpoint, training={**checkpoint.training, **lengths})
     assert (strange.pitch_um, strange.spot_um) == (0, 0)
 
 
-def test_a_truth_whose_spots_lie_elsewhere_is_refused(trained, tmp_path, monkeypatch, capsys):
+def test_a_truth_whose_spots_lie_elsewhere_is_refused(fine_home, tmp_path, monkeypatch, capsys):
     """Though its names are the same."""
     out = tmp_path / "p.h5ad"
-    assert run(monkeypatch, "predict", f"{trained / 'tissue'}:B", "--model", trained / "run", "--out", out) == 0
+    assert run(monkeypatch, "predict", f"{fine_home / 'tissue'}:B", "--model", fine_home / "run", "--out", out) == 0
     predicted = anndata.read_h5ad(out)
     predicted.obsm[contract.SPATIAL] = predicted.obsm[contract.SPATIAL] + 3000
     predicted.uns[contract.GENAR][contract.SECTION] = "C"
     predicted.write_h5ad(out)
-    truth = trained / "tissue" / "st" / "B.h5ad"
+    truth = fine_home / "tissue" / "st" / "B.h5ad"
     assert run(monkeypatch, "evaluate", out, truth, "--out", tmp_path / "scores") == 2
     assert "um from where the prediction of C has it; are both of the same section, with one --mpp" in " ".join(
         capsys.readouterr().err.split()
@@ -268,7 +257,7 @@ def test_patches_of_bare_glass_are_told(tmp_path):
 
 
 def test_counts_beside_logarithms_are_no_logarithms(recwarn):
-    one = section(np.random.default_rng(0).poisson(3, (60, 30)))
+    one = line_section(np.random.default_rng(0).poisson(3, (60, 30)))
     one.uns["log1p"] = {"base": None}
     select_panel([one], n_genes=10, recipe="clean")
     assert not [warning for warning in recwarn if "log" in str(warning.message)]

@@ -13,7 +13,8 @@ from genar import bench
 from genar.data import contract
 from genar.data.truth import read_truth
 from genar.errors import InputError
-from test_formats import write_hd, write_spatialdata, write_visium
+from section_files import write_hd, write_spatialdata, write_visium
+from toy_bench import write_recipe
 
 RIDGE = ("--model", "ridge", "--panel", "highest_mean", "--n-genes", "3", "--views", "1")
 NARROW = ("--encoder", "genar.bench.toy:narrow_encoder")
@@ -24,6 +25,13 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def write_image(path, size_px=(2000, 1800)):
+    path.parent.mkdir(exist_ok=True)
+    squares = np.random.default_rng(0).integers(0, 255, (size_px[1] // 50, size_px[0] // 50, 3), dtype=np.uint8)
+    pixels = squares.repeat(50, axis=0).repeat(50, axis=1)  # finer noise shows nothing at an encoder's scale
+    tifffile.imwrite(path, pixels, photometric="rgb")
+
+
 @pytest.fixture
 def visium(tmp_path):
     """Two Space Ranger outputs, and their images apart."""
@@ -31,13 +39,6 @@ def visium(tmp_path):
         write_visium(tmp_path / "visium" / section / "outs")
         write_image(tmp_path / "images" / f"{section}.tif")
     return tmp_path / "visium"
-
-
-def write_image(path, size_px=(2000, 1800)):
-    path.parent.mkdir(exist_ok=True)
-    squares = np.random.default_rng(0).integers(0, 255, (size_px[1] // 50, size_px[0] // 50, 3), dtype=np.uint8)
-    pixels = squares.repeat(50, axis=0).repeat(50, axis=1)  # finer noise shows nothing at an encoder's scale
-    tifffile.imwrite(path, pixels, photometric="rgb")
 
 
 # --- train
@@ -66,28 +67,6 @@ def test_imported_features_need_no_image(visium, tmp_path, monkeypatch, capsys):
     assert "those of section P1 are not in the store" in told.err
     assert run(monkeypatch, "features", visium, "--import", "made", "--encoder", "mine", "--out", "store") == 0
     assert run(monkeypatch, *words) == 0
-
-
-# --- bench
-
-RECIPE = """
-title: told
-sections: [P1, P2]
-panel: highest_mean
-n_genes: 3
-encoder: genar.bench.toy:narrow_encoder
-methods:
-  - {name: ridge, model: ridge}
-"""
-
-
-def write_recipe(tmp_path, **changes):
-    text = RECIPE
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "told.yaml").write_text(text)
-    return tmp_path / "told.yaml"
 
 
 def test_a_bench_on_space_ranger_asks_for_images_and_takes_them(visium, tmp_path, monkeypatch, capsys):
@@ -159,9 +138,6 @@ def test_a_recipe_says_how_many_views(tmp_path):
         path = write_recipe(tmp_path, **{"model: ridge}": f"model: ridge, views: {wrong}}}"})
         with pytest.raises(InputError, match="method 'ridge': views must be 1 or 8, found"):
             bench.read_recipe(str(path))
-
-
-# --- report and evaluate
 
 
 def made_on(folder, monkeypatch, *words):

@@ -1,3 +1,5 @@
+"""Training: batches, epochs, validation and averages, and what every trained model predicts."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +8,6 @@ import torch
 
 from genar.data import contract, read_sections
 from genar.errors import InputError
-from genar.genes import Panel
 from genar.models import Decoding, Spots, model_class, model_names
 from genar.models._base import log2p1
 from genar.models._training_spots import strips
@@ -14,21 +15,7 @@ from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.models.ridge import PENALTIES, Ridge
 from genar.prediction import predict_section
 from genar.training import TrainConfig, fit, make_spots, paper_recipe, split_validation, train_config_from_dict
-
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
-QUICK = TrainConfig(
-    max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2, validation_share=0.1
-)
-N_FEATURES = 12
-
-
-def random_features(section, views=8):
-    """Features that carry the depth of a spot, so that there is something to learn."""
-    random = np.random.default_rng(len(contract.name(section)))
-    depth = np.log1p(section.obs[contract.LIBRARY_SIZE].to_numpy(float))
-    features = random.normal(size=(section.n_obs, views, N_FEATURES))
-    features[..., 0] += 3 * (depth - depth.mean())[:, None]
-    return features.astype(np.float32)
+from toy_training import N_FEATURES, QUICK, TINY, new_model, panel_of, random_features, spots_of
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +25,12 @@ def tissue_sections(tissue):
 
 @pytest.fixture(scope="module")
 def panel(tissue_sections):
-    return Panel(tuple(tissue_sections[0].var_names[:20]), "given")
+    return panel_of(tissue_sections)
 
 
 @pytest.fixture(scope="module")
-def spots(tissue_sections, panel):
-    return Spots.join([make_spots(s, random_features(s), panel.genes) for s in tissue_sections])
-
-
-def new_model(name, spots):
-    torch.manual_seed(0)
-    return model_class(name).create(N_FEATURES, spots, "small", TINY if name == "genar" else {})
+def spots(tissue_sections):
+    return spots_of(tissue_sections)
 
 
 @pytest.fixture(scope="module", params=model_names())
@@ -285,9 +267,6 @@ def test_strips_are_even():
     sizes = strips(torch.rand(103, 2), 5).bincount()
     assert len(sizes) == 5
     assert sizes.max() - sizes.min() <= 1
-
-
-# -- checkpoints that are wrong -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

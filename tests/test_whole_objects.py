@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -27,35 +26,6 @@ from genar.prediction import write_prediction
 from genar.report.index import write_report
 from genar.training import TrainConfig, fit, make_spots
 
-DATA = Path(__file__).parent / "data"
-TINY = {"width": 16, "depth": 1, "heads": 2, "max_count": 31, "components": 4, "max_epochs": 1, "widths_um": []}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Two sections, a GenAR and a ridge trained on one of them, features."""
-    folder = tmp_path_factory.mktemp("home")
-    write_tissue(
-        folder / "tissue",
-        ("A", "B"),
-        config=TissueConfig(n_rows=6, n_cols=6, n_genes=110, mpp=2.0, counts_per_nucleus=20),
-    )
-    more = {"test": "B", "n_genes": 20, "views": 1, "features": folder / "store", "progress": False}
-    settings = {**TINY, "context_spots": [2]}
-    genar.train(folder / "tissue", folder / "run", settings=settings, samples=2, seed=3, accumulate=2, **more)
-    genar.train(folder / "tissue", folder / "ridge", model="ridge", **more)
-    return folder
-
-
-@pytest.fixture
-def section(home):
-    return genar.read_section(home / "tissue" / "st" / "B.h5ad")
-
-
-@pytest.fixture
-def prediction(home):
-    return anndata.read_h5ad(home / "run" / "predictions" / "B.h5ad")
-
 
 def with_x(section, x):
     made = section.copy()
@@ -64,26 +34,18 @@ def with_x(section, x):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_panel_is_selected_from_counts_of_any_make(recipe, section, home):
-    x, n = section.X, 15
-    expected = genar.select_panel([section], n_genes=n, recipe=recipe, n_top=60).genes
-    backed = anndata.read_h5ad(home / "tissue" / "st" / "B.h5ad", backed="r")
-    backed.uns["genar"] = section.uns["genar"]
+def test_a_panel_is_selected_from_counts_of_any_make(recipe, held_out, lite0):
+    x, n = held_out.X, 15
+    expected = genar.select_panel([held_out], n_genes=n, recipe=recipe, n_top=60).genes
+    backed = anndata.read_h5ad(lite0 / "tissue" / "st" / "B.h5ad", backed="r")
+    backed.uns["genar"] = held_out.uns["genar"]
     makes = [x.toarray(), x.toarray().astype(np.int32), sparse.csr_array(x), sparse.csc_matrix(x), x.astype(np.uint16)]
-    for one in [*(with_x(section, make) for make in makes), backed]:
+    for one in [*(with_x(held_out, make) for make in makes), backed]:
         assert genar.select_panel([one], n_genes=n, recipe=recipe, n_top=60).genes == expected
 
 
 def plain(section):
     del section.uns["genar"]
-
-
-def placeless(section):
-    del section.obsm["spatial"]
-
-
-def deep(section):
-    section.obsm["spatial"] = np.c_[section.obsm["spatial"], np.zeros(section.n_obs)]
 
 
 def logged(section):
@@ -107,33 +69,41 @@ def empty(section):
         (empty, "X is missing"),
     ],
 )
-def test_what_is_no_section_is_not_selected_from_or_scored_against(spoil, says, section, prediction):
-    spoil(section)
+def test_what_is_no_section_is_not_selected_from_or_scored_against(spoil, says, held_out, held_out_prediction):
+    spoil(held_out)
     if spoil is not plain:  # the truth needs no more than counts
         with pytest.raises(InputError, match=says):
-            genar.score(prediction, section)
+            genar.score(held_out_prediction, held_out)
     with pytest.raises(InputError, match=says):
-        genar.select_panel([section], n_genes=5)
+        genar.select_panel([held_out], n_genes=5)
+
+
+def placeless(section):
+    del section.obsm["spatial"]
+
+
+def deep(section):
+    section.obsm["spatial"] = np.c_[section.obsm["spatial"], np.zeros(section.n_obs)]
 
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [(plain, "genar.read_section"), (placeless, "without obsm"), (deep, r"\[N, 2\], \(x, y\), found shape \[34, 3\]")],
 )
-def test_what_has_no_name_or_place_is_not_predicted_or_embedded(spoil, says, home, section, tmp_path):
-    spoil(section)
+def test_what_has_no_name_or_place_is_not_predicted_or_embedded(spoil, says, lite0, held_out, tmp_path):
+    spoil(held_out)
     with pytest.raises(InputError, match=says):
-        genar.predict(section, home / "ridge", features=home / "store", progress=False)
+        genar.predict(held_out, lite0 / "ridge", features=lite0 / "store", progress=False)
     encoder = genar.load_encoder()
     with pytest.raises(InputError, match=says):
-        genar.embed(section, encoder, genar.recipe_of(encoder, views=1), tmp_path)
+        genar.embed(held_out, encoder, genar.recipe_of(encoder, views=1), tmp_path)
 
 
-def test_a_section_without_a_slide_says_so(section, tmp_path):
-    del section.uns["genar"]["slide"]
+def test_a_section_without_a_slide_says_so(held_out, tmp_path):
+    del held_out.uns["genar"]["slide"]
     encoder = genar.load_encoder()
     with pytest.raises(InputError, match="no slide image"):
-        genar.embed(section, encoder, genar.recipe_of(encoder, views=1), tmp_path)
+        genar.embed(held_out, encoder, genar.recipe_of(encoder, views=1), tmp_path)
 
 
 def test_scales_are_fitted_to_sparse_counts():
@@ -143,32 +113,34 @@ def test_scales_are_fitted_to_sparse_counts():
         genar.fit_scales(np.zeros((0, 5)))
 
 
-def test_features_are_of_the_model_s_width_and_of_any_type(home, section):
-    checkpoint = load_checkpoint(home / "run")
+def test_features_are_of_the_model_s_width_and_of_any_type(lite0, held_out):
+    checkpoint = load_checkpoint(lite0 / "run")
     width = checkpoint.model.n_features
-    x = np.random.default_rng(0).normal(size=(section.n_obs, 1, width)).astype("f4")
-    expected = genar.predict_section(checkpoint, section, x)
+    x = np.random.default_rng(0).normal(size=(held_out.n_obs, 1, width)).astype("f4")
+    expected = genar.predict_section(checkpoint, held_out, x)
     for other in (x.astype("f8"), torch.from_numpy(x), np.asfortranarray(x)):
-        made = genar.predict_section(checkpoint, section, other)
+        made = genar.predict_section(checkpoint, held_out, other)
         np.testing.assert_array_equal(made.layers["mean"], expected.layers["mean"])
     for wrong in (x[:, :, :-1], x[:, 0]):
         with pytest.raises(InputError, match=rf"the model takes \[34, views, {width}\]"):
-            genar.predict_section(checkpoint, section, wrong)
+            genar.predict_section(checkpoint, held_out, wrong)
     with pytest.raises(InputError, match="at least one spot"):
-        genar.predict_section(checkpoint, section[:0], x[:0])
+        genar.predict_section(checkpoint, held_out[:0], x[:0])
 
 
-def test_sparse_layers_are_scored_shown_and_exported(home, section, prediction, tmp_path):
-    made = prediction.copy()
+def test_sparse_layers_are_scored_shown_and_exported(lite0, held_out, held_out_prediction, tmp_path):
+    made = held_out_prediction.copy()
     for name in list(made.layers):
         made.layers[name] = sparse.csr_matrix(made.layers[name])
-    whole, thin = (evaluate_run(p, section, tmp_path / "scores", resamples=0).scores["B"] for p in (prediction, made))
+    whole, thin = (
+        evaluate_run(p, held_out, tmp_path / "scores", resamples=0).scores["B"] for p in (held_out_prediction, made)
+    )
     assert thin["prediction_mean"].summary == pytest.approx(whole["prediction_mean"].summary, nan_ok=True)
     file = write_prediction(made, tmp_path / "sparse.h5ad")
-    write_report(str(file), tmp_path / "report.html", truth=str(home / "tissue" / "st" / "B.h5ad"))
+    write_report(str(file), tmp_path / "report.html", truth=str(lite0 / "tissue" / "st" / "B.h5ad"))
     for name in ("p.geojson", "p.tmap"):
         write_export(made, str(tmp_path / name))
-        write_export(prediction, tmp_path / f"dense-{name}")
+        write_export(held_out_prediction, tmp_path / f"dense-{name}")
     assert (tmp_path / "p.geojson").read_bytes() == (tmp_path / "dense-p.geojson").read_bytes()
     assert (tmp_path / "p_tmap.csv").read_bytes() == (tmp_path / "dense-p_tmap.csv").read_bytes()
     pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
@@ -197,12 +169,12 @@ def slashed_layer(predicted):
         (empty, "p.geojson", "no X"),
     ],
 )
-def test_what_a_format_cannot_hold_is_told(spoil, name, says, prediction, tmp_path):
+def test_what_a_format_cannot_hold_is_told(spoil, name, says, held_out_prediction, tmp_path):
     if name.endswith(".zarr"):
         pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
-    spoil(prediction)
+    spoil(held_out_prediction)
     with pytest.raises(InputError, match=says):
-        write_export(prediction, tmp_path / name)
+        write_export(held_out_prediction, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -222,27 +194,27 @@ def words_of_export(home, *words):
         ("view", ["--format", "vitessce"], "no prediction of GenAR's"),
     ],
 )
-def test_an_export_overwrites_nothing_of_the_users(home, out, words, says, tmp_path, monkeypatch, capsys):
+def test_an_export_overwrites_nothing_of_the_users(lite0, out, words, says, tmp_path, monkeypatch, capsys):
     if out in ("view", "file.zarr") or words:
         pytest.importorskip("vitessce", reason="vitessce is not installed: its folders are not tried")
-    shutil.copy(home / "run" / "panel.json", tmp_path / "panel.json")
+    shutil.copy(lite0 / "run" / "panel.json", tmp_path / "panel.json")
     (tmp_path / "view").mkdir()
     for name in ("A.tif", "mine.tmap", "file.zarr", "view/vitessce.json", "view/notes.txt"):
         (tmp_path / name).write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(monkeypatch, *words_of_export(home, "--out", tmp_path / out, *words)) == 2
+    assert run(monkeypatch, *words_of_export(lite0, "--out", tmp_path / out, *words)) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_genar_exported_is_written_again(prediction, tmp_path):
+def test_what_genar_exported_is_written_again(held_out_prediction, tmp_path):
     for name in ("p.geojson", "p.json", "p.tmap"):
         for _ in range(2):
-            write_export(prediction, tmp_path / name)
+            write_export(held_out_prediction, tmp_path / name)
     pytest.importorskip("spatialdata", reason="spatialdata is not installed: its stores are not tried")
-    store = write_export(prediction, tmp_path / "p.zarr")["spatialdata"]
+    store = write_export(held_out_prediction, tmp_path / "p.zarr")["spatialdata"]
     refuse_foreign(store)
     (store / "shapes" / "annotations").mkdir()
     with pytest.raises(InputError, match="no prediction of GenAR's"):
@@ -260,24 +232,24 @@ def test_what_genar_exported_is_written_again(prediction, tmp_path):
         (["panel", "TISSUE", "--n-genes", "5", "--out", "TISSUE/metadata/A.json"], "no panel"),
     ],
 )
-def test_no_result_takes_the_place_of_a_section(home, words, says, tmp_path, monkeypatch, capsys):
-    tissue = shutil.copytree(home / "tissue", tmp_path / "tissue")
+def test_no_result_takes_the_place_of_a_section(lite0, words, says, tmp_path, monkeypatch, capsys):
+    tissue = shutil.copytree(lite0 / "tissue", tmp_path / "tissue")
     before = {path: path.read_bytes() for path in tissue.rglob("*") if path.is_file()}
-    words = [word.replace("TISSUE", str(tissue)).replace("RUN", str(home / "run")) for word in words]
+    words = [word.replace("TISSUE", str(tissue)).replace("RUN", str(lite0 / "run")) for word in words]
     assert run(monkeypatch, *words) == 2
     assert says in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tissue.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("mine", ["st/A.h5ad", "wsis/A.tif"])
-def test_simulated_tissue_takes_the_place_of_no_measured_one(mine, section, tmp_path):
+def test_simulated_tissue_takes_the_place_of_no_measured_one(mine, held_out, tmp_path):
     config = TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0, counts_per_nucleus=20)
     for _ in range(2):  # its own it may write again
         write_tissue(tmp_path, ("A",), config=config)
     shutil.rmtree(tmp_path / ("wsis" if mine.startswith("st") else "st"))
     if mine.startswith("st"):
-        del section.uns["simulated"]
-        section.write_h5ad(tmp_path / mine)
+        del held_out.uns["simulated"]
+        held_out.write_h5ad(tmp_path / mine)
     else:
         from tifffile import imwrite
 
@@ -289,78 +261,87 @@ def test_simulated_tissue_takes_the_place_of_no_measured_one(mine, section, tmp_
     assert not (tmp_path / "st" / "B.h5ad").exists()
 
 
-def test_a_checkpoint_chooses_no_code_that_runs(home, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_chooses_no_code_that_runs(lite0, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
-    checkpoint = load_checkpoint(home / "ridge")
+    checkpoint = load_checkpoint(lite0 / "ridge")
     checkpoint.features = {**checkpoint.features, "encoder": "stranger:build"}
     save_checkpoint(tmp_path / "model", checkpoint)
-    words = ["predict", f"{home / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
+    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
     assert run(monkeypatch, *words) == 2
     assert "pass --encoder stranger:build" in capsys.readouterr().err
     assert run(monkeypatch, *words, "--encoder", "efficientnet_lite0") == 2
     assert "was trained on stranger:build" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="has no function build"):
-        genar.predict(f"{home / 'tissue'}:B", checkpoint, encoder="stranger:build", progress=False)
+        genar.predict(f"{lite0 / 'tissue'}:B", checkpoint, encoder="stranger:build", progress=False)
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("facts", [{"encoder": "efficientnet_lite0"}, {}, {"input": "patches"}, {"widths_um": 5}])
-def test_a_checkpoint_that_says_too_little_of_its_features_is_told(facts, home, tmp_path, monkeypatch, capsys):
-    checkpoint = load_checkpoint(home / "ridge")
+def test_a_checkpoint_that_says_too_little_of_its_features_is_told(facts, lite0, tmp_path, monkeypatch, capsys):
+    checkpoint = load_checkpoint(lite0 / "ridge")
     checkpoint.features = facts
     save_checkpoint(tmp_path / "model", checkpoint)
-    words = ["predict", f"{home / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
+    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
     assert run(monkeypatch, *words) == 2
     assert capsys.readouterr().err.count("error: ") == 1
 
 
-def test_a_checkpoint_made_in_python_serves_the_command(home, section, tmp_path, monkeypatch):
+def test_a_checkpoint_made_in_python_serves_the_command(lite0, held_out, tmp_path, monkeypatch):
     encoder = genar.load_encoder()
     recipe = genar.recipe_of(encoder, views=1)
-    features = genar.read_features(genar.embed(section, encoder, recipe, home / "store"), section)
-    panel = genar.select_panel([section], n_genes=10)
-    spots = make_spots(section, features, panel.genes)
+    features = genar.read_features(genar.embed(held_out, encoder, recipe, lite0 / "store"), held_out)
+    panel = genar.select_panel([held_out], n_genes=10)
+    spots = make_spots(held_out, features, panel.genes)
     model = model_class("ridge").create(encoder.width, spots, "", {})
     fit(model, spots, TrainConfig())
     save_checkpoint(str(tmp_path / "model"), Checkpoint("ridge", model, panel, asdict(recipe)))
-    words = ["predict", f"{home / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
-    assert run(monkeypatch, *words, "--features", home / "store") == 0
+    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
+    assert run(monkeypatch, *words, "--features", lite0 / "store") == 0
 
 
-def test_train_takes_what_the_command_takes(home, tmp_path):
-    facts = json.loads((home / "run" / "run.json").read_text())
+def test_train_takes_what_the_command_takes(lite0, tmp_path):
+    facts = json.loads((lite0 / "run" / "run.json").read_text())
     assert (facts["decoding"]["samples"], facts["train"]["seed"], facts["train"]["accumulate"]) == (2, 3, 2)
     (tmp_path / "set.yaml").write_text("max_epochs: 1\nlr: 0.01\nseed: 5\n")
-    panel = genar.Panel(tuple(load_checkpoint(home / "run").panel.genes[:6]), "by hand")
+    panel = genar.Panel(tuple(load_checkpoint(lite0 / "run").panel.genes[:6]), "by hand")
     run_of = genar.train(
-        home / "tissue", tmp_path / "run", model="foundation", panel=panel, config=tmp_path / "set.yaml",
-        settings={"lr": 0.02}, precision="fp32", seed=6, views=1, features=home / "store", progress=False,
+        lite0 / "tissue", tmp_path / "run", model="foundation", panel=panel, config=tmp_path / "set.yaml",
+        settings={"lr": 0.02}, precision="fp32", seed=6, views=1, features=lite0 / "store", progress=False,
     )  # fmt: skip
     facts = json.loads(run_of.outputs["run"].read_text())["train"]
     assert (facts["lr"], facts["seed"], facts["max_epochs"]) == (0.02, 6, 1)
     assert load_checkpoint(tmp_path / "run").panel.genes == panel.genes
     for wrong in ({"samples": "many"}, {"seed": 1.5}, {"panell": panel}):
         with pytest.raises(InputError):
-            genar.train(home / "tissue", tmp_path / "other", progress=False, **wrong)
+            genar.train(lite0 / "tissue", tmp_path / "other", progress=False, **wrong)
 
 
-def test_predict_takes_a_checkpoint_as_it_is(home, section):
-    checkpoint = load_checkpoint(home / "run")
+def test_predict_takes_a_checkpoint_as_it_is(lite0, held_out):
+    checkpoint = load_checkpoint(lite0 / "run")
     checkpoint.model.train()
     one, two = (
-        genar.predict(section, model, features=home / "store", samples=2, progress=False)
-        for model in (checkpoint, home / "run")
+        genar.predict(held_out, model, features=lite0 / "store", samples=2, progress=False)
+        for model in (checkpoint, lite0 / "run")
     )
     np.testing.assert_array_equal(one.layers["mean"], two.layers["mean"])
     with pytest.raises(InputError, match="is loaded already"):
-        genar.predict(section, checkpoint, revision="v1", progress=False)
+        genar.predict(held_out, checkpoint, revision="v1", progress=False)
 
 
-def test_a_prediction_records_what_was_used_and_tells_what_was_not(home, section, capsys, monkeypatch, tmp_path):
+def test_a_prediction_records_what_was_used_and_tells_what_was_not(lite0, held_out, capsys, monkeypatch, tmp_path):
     out = tmp_path / "p.h5ad"
-    words = ["predict", f"{home / 'tissue'}:B", "--model", home / "ridge", "--out", out, "--features", home / "store"]
+    words = [
+        "predict",
+        f"{lite0 / 'tissue'}:B",
+        "--model",
+        lite0 / "ridge",
+        "--out",
+        out,
+        "--features",
+        lite0 / "store",
+    ]
     assert (
         run(monkeypatch, *words, "--samples", "9", "--set", "temperature=0.2", "--set", "layers=[log1p_mean,sd]") == 0
     )
@@ -368,30 +349,30 @@ def test_a_prediction_records_what_was_used_and_tells_what_was_not(home, section
     made = anndata.read_h5ad(out).uns["genar"]["prediction"]
     assert list(made["layers"]) == ["log1p_mean"]
     assert not {"samples", "temperature", "seed"} & set(made)
-    made = genar.predict(section, home / "run", features=home / "store", samples=2, progress=False)
+    made = genar.predict(held_out, lite0 / "run", features=lite0 / "store", samples=2, progress=False)
     told = made.uns["genar"]["prediction"]
     assert (told["samples"], set(told["layers"])) == (2, set(contract.layer_names(made)))
 
 
 @pytest.mark.parametrize("words", [["--preset", "nonsense"], ["--set", "width=3"]])
-def test_a_closed_form_refuses_what_it_does_not_know(words, home, tmp_path, monkeypatch, capsys):
-    command = ["train", home / "tissue", "--test", "B", "--model", "ridge", "--out", tmp_path / "run"]
+def test_a_closed_form_refuses_what_it_does_not_know(words, lite0, tmp_path, monkeypatch, capsys):
+    command = ["train", lite0 / "tissue", "--test", "B", "--model", "ridge", "--out", tmp_path / "run"]
     assert run(monkeypatch, *command, *words) == 2
     assert re.search("nonsense|width", capsys.readouterr().err)
 
 
-def test_training_settings_of_a_model_that_is_not_trained_are_told(home, tmp_path, monkeypatch, capsys):
-    words = ["train", home / "tissue", "--test", "B", "--model", "ridge", "--out", tmp_path / "run", "--views", "1"]
-    more = ["--n-genes", "5", "--features", home / "store", "--set", "lr=5", "--set", "samples=3"]
+def test_training_settings_of_a_model_that_is_not_trained_are_told(lite0, tmp_path, monkeypatch, capsys):
+    words = ["train", lite0 / "tissue", "--test", "B", "--model", "ridge", "--out", tmp_path / "run", "--views", "1"]
+    more = ["--n-genes", "5", "--features", lite0 / "store", "--set", "lr=5", "--set", "samples=3"]
     assert run(monkeypatch, *words, *more) == 0
     told = capsys.readouterr().out
     assert "is fitted at once, and does not use lr" in told
     assert "does not use, or have, samples" in told
 
 
-def test_an_id_with_a_comma_can_be_named(home, tmp_path):
+def test_an_id_with_a_comma_can_be_named(lite0, tmp_path):
     for name in ("A", "A,1", "A, 2"):
-        shutil.copy(home / "tissue" / "st" / "A.h5ad", tmp_path / f"{name}.h5ad")
+        shutil.copy(lite0 / "tissue" / "st" / "A.h5ad", tmp_path / f"{name}.h5ad")
     refs = find_sections(tmp_path)
     for ids, found in ((["A", "1"], ["A,1"]), (["A", "A", "2"], ["A", "A, 2"]), (["A,1", "A"], ["A,1", "A"])):
         assert [ref.id for ref in pick(refs, ids)] == found
