@@ -9,7 +9,6 @@ import pytest
 
 from genar.assess import evaluate_run
 from genar.data import contract, read_section
-from genar.data.files import file_part
 from genar.evaluation import intervals
 from genar.report import maps
 from genar.report.figures import wilson
@@ -109,13 +108,6 @@ def test_a_genes_name_is_no_path_and_no_formula(gene, pair, tmp_path):
     made = sorted(tmp_path.rglob("*.png"))
     assert len(made) == 4
     assert {path.parent for path in made} == {tmp_path / "deep/er/out/maps"}
-
-
-def test_names_of_files_stay_where_they_can_and_differ_where_they_cannot():
-    for name in ("ERBB2", "H2-Ab1", "RP11-34P13.7", "基因α"):
-        assert file_part(name) == name
-    assert len({file_part(name) for name in ("a/b", "a\\b", "a:b", "a-b")}) == 4
-    assert len(file_part("A" * 300)) < 100
 
 
 def test_long_names_of_methods_stay_within_their_map(pair, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import genar
 from commands import run
 from genar import machine
 from genar.assess import evaluate_run
-from genar.data import contract, read_section, read_sections
+from genar.data import contract, read_sections
 from genar.errors import InputError
 from genar.export import write_export
 from genar.genes import Panel, selection
@@ -44,19 +44,6 @@ def test_predict_does_not_overwrite_what_was_measured(sections, tissue, predicti
     assert (store / "tables").is_dir()
 
 
-@pytest.fixture
-def file(prediction, tmp_path):
-    return write_prediction(prediction, tmp_path / "pred.h5ad")
-
-
-def test_a_prediction_is_no_measured_section(file, tissue, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="holds predicted counts"):
-        read_section(file)
-    assert run(monkeypatch, "check", file, "--out", tmp_path / "check") == 2
-    assert "holds predicted counts" in capsys.readouterr().err
-    assert run(monkeypatch, "evaluate", f"{tissue}:SIM2", file, "--out", tmp_path / "scores") == 2
-
-
 def test_evaluation_tells_of_another_section(prediction, sections, tmp_path):
     truth = sections[0][: prediction.n_obs].copy()
     other = prediction[: truth.n_obs].copy()
@@ -71,6 +58,11 @@ def test_a_section_to_exclude_that_is_not_there_is_told(command, tissue, section
     more = ["--panel", tmp_path / "panel.json"] if command == "groups" else []
     assert run(monkeypatch, command, tissue, "--exclude", "SIM9", "--out", tmp_path / "x.json", *more) == 2
     assert "'SIM9' is no section" in capsys.readouterr().err
+
+
+@pytest.fixture
+def file(prediction, tmp_path):
+    return write_prediction(prediction, tmp_path / "pred.h5ad")
 
 
 def test_a_page_shows_the_gene_that_was_asked_for(file, prediction, tmp_path, monkeypatch, capsys):
@@ -119,11 +111,6 @@ def test_what_is_not_there_is_told_so(words, says, tissue, tmp_path, monkeypatch
     assert says in capsys.readouterr().err
 
 
-def test_a_folder_near_is_named(tissue, tmp_path):
-    with pytest.raises(InputError, match=f"did you mean {tissue}"):
-        read_section(f"{tissue}x")
-
-
 def test_the_panel_leaves_the_threads_alone(sections, monkeypatch):
     """What numba does where scanpy calls it."""
     normalised = selection._normalised
@@ -145,10 +132,3 @@ def test_a_prediction_is_replaced_by_another(file, prediction, monkeypatch, tiss
     write_export(prediction, tmp_path / "x.zarr")
     write_export(prediction, tmp_path / "x.zarr")
     assert "prediction" in anndata.read_h5ad(file).uns[contract.GENAR]
-
-
-def test_a_pixel_size_of_nothing_is_told(prediction):
-    broken = prediction.copy()
-    broken.uns[contract.GENAR]["mpp"] = 0.0
-    with pytest.raises(InputError, match="must be above 0 um"):
-        contract.spot_diameter_px(broken)

@@ -180,28 +180,6 @@ def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home,
     assert not list((tmp_path / "out").glob("groups*"))
 
 
-@pytest.mark.parametrize(
-    ("words", "unused"),
-    [
-        (
-            "features TISSUE --import . --encoder my --patch genar --views 8 --precision bf16 --batch-size 3",
-            "--patch, --views, --precision, --batch-size",
-        ),
-        ("bench her2st_small --out OUT --toy --data x --features y --mpp 0.1", "--data, --features, --mpp"),
-        ("panel TISSUE --recipe hvg --n-top 5 --out OUT", "--n-top"),
-        ("report PREDICTION --mpp 0.3 --bin-um 8 --out OUT.html", "--bin-um, --mpp"),
-        ("train TISSUE --bin-um 8 --test S2 --out OUT", "--bin-um is for format visium_hd"),
-        ("features TISSUE --spacing-um 50 --out OUT", "--spacing-um is for format slide"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(home, tmp_path, monkeypatch, capsys, words, unused):
-    shutil.copy(home / "run" / "predictions" / "S2.h5ad", tmp_path / "p.h5ad")
-    places = {"TISSUE": home / "tissue", "OUT": tmp_path / "o", "OUT.html": tmp_path / "o.html"}
-    places["PREDICTION"] = tmp_path / "p.h5ad"
-    assert run(monkeypatch, *(places.get(word, word) for word in words.split())) == 2
-    assert unused in told(capsys)
-
-
 def test_a_demo_that_was_stopped_at_its_page_gets_it(home, tmp_path, monkeypatch):
     shutil.copytree(home / "run", tmp_path / "demo" / "run")
     assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 0

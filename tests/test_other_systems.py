@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-
-from genar.data import files
-from genar.data.files import alone, file_part, refusal, write_text
 
 ROOT = Path(__file__).parent.parent
 RULED = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "windows")}
@@ -105,54 +101,6 @@ def test_a_prediction_is_made_scored_shown_and_exported(trained, as_on_windows, 
     )
     as_on_windows(start=("-c", code))
     assert not list(trained.rglob(".*"))
-
-
-def test_a_lock_goes_where_nobody_removes_an_open_file(tmp_path, monkeypatch):
-    unlink, held = Path.unlink, []
-
-    def windows_unlink(self, missing_ok=False):
-        if any(lock.is_locked and Path(lock.lock_file) == self for lock in held):
-            raise PermissionError(13, "The process cannot access the file because it is being used")
-        unlink(self, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", windows_unlink)
-    lock = FileLock(tmp_path / "one.lock")
-    lock.acquire()
-    held.append(lock)
-    files.let_go(lock)
-    assert not lock.is_locked
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_fails_in_a_locked_folder_is_what_is_told(tmp_path, monkeypatch):
-    unlink = Path.unlink
-
-    def refuse(self, missing_ok=False):
-        if self.name == ".lock":
-            raise PermissionError(13, "The process cannot access the file because it is being used")
-        unlink(self, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(ZeroDivisionError), alone(tmp_path / "run", "training run"):
-        _ = 1 / 0
-    with alone(tmp_path / "run", "training run"):  # it was let go all the same
-        pass
-
-
-def test_text_ends_its_lines_the_same_everywhere(tmp_path):
-    write_text(tmp_path / "a.csv", "a,b\n1,2\n")
-    assert (tmp_path / "a.csv").read_bytes() == b"a,b\n1,2\n"
-
-
-def test_a_system_without_words_for_a_quota_takes_no_other_error_for_one(monkeypatch):
-    monkeypatch.setattr(files.os, "strerror", lambda number: "Unknown error")
-    assert refusal(RuntimeError("CUDA error: unknown error"), "x") is None
-
-
-@pytest.mark.parametrize("name", ["CON", "aux", "nul.txt", "COM1", "lpt9.h5ad"])
-def test_names_that_windows_keeps_for_itself_are_changed(name):
-    assert file_part(name) != name
-    assert file_part("CONA") == "CONA"
 
 
 @pytest.mark.parametrize("folder", ["src", "tests", "benchmarks"])

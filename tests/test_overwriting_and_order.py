@@ -11,7 +11,7 @@ from PIL import Image
 
 import genar
 from commands import run
-from genar.data import contract, read_section, read_sections
+from genar.data import read_section, read_sections
 from genar.data.neighbours import nearest_spots
 from genar.errors import InputError
 from genar.features import Inputs
@@ -146,14 +146,6 @@ def test_another_gene_set_file_is_another_run(home, tmp_path, monkeypatch, capsy
     assert "unfinished run with other order" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("stated", "name"), [(0, "0"), (1.0, "1"), ("P", "P"), (None, ""), (float("nan"), "")])
-def test_a_patient_may_be_a_number(tmp_path, home, stated, name):
-    shutil.copytree(home / "tissue", tmp_path / "tissue")
-    facts = tmp_path / "tissue" / "metadata" / "S1.json"
-    facts.write_text(json.dumps({**json.loads(facts.read_text()), "patient": stated}))
-    assert read_section(f"{tmp_path / 'tissue'}:S1").uns["genar"]["patient"] == name
-
-
 def test_patients_of_a_bench_are_told_beside_data_sets(tmp_path):
     from genar.bench import read_recipe
 
@@ -236,11 +228,3 @@ def test_a_section_is_no_prediction_to_report_on(home, tmp_path, monkeypatch, ca
     section = home / "tissue" / "st" / "S2.h5ad"
     assert run(monkeypatch, "report", section, "--out", tmp_path / "r.html") == 2
     assert "expected a prediction" in capsys.readouterr().err
-
-
-def test_places_in_letters_are_no_array(home, tmp_path):
-    section = anndata.read_h5ad(home / "tissue" / "st" / "S2.h5ad")
-    section.obs["array_row"] = [chr(65 + i % 26) for i in range(section.n_obs)]
-    section.obs["array_col"] = np.arange(section.n_obs)
-    section.write_h5ad(tmp_path / "letters.h5ad")
-    assert contract.name(read_section(tmp_path / "letters.h5ad", mpp=2.0)) == "letters"

@@ -10,8 +10,9 @@ import tifffile
 from PIL import Image
 
 from genar.data import contract, open_slide, read_section
-from genar.data.slide import glance
+from genar.data.slide import glance, image_head
 from genar.errors import InputError
+from slides import TILED, gradient, noise
 
 MPP, SQUARE = 0.5, (300, 180, 40)  # um per px; left, top, side of a black square on grey, px
 RESOLUTION = {"resolution": (1e4 / MPP, 1e4 / MPP), "resolutionunit": "CENTIMETER"}
@@ -305,3 +306,33 @@ def test_tag_of_a_file_written_by_the_hest_library_is_ten_times_too_small(shared
     whole = open_slide(contract.slide_path(section))
     assert whole.mpp == pytest.approx(contract.mpp(section), rel=0.01)
     whole.close()
+
+
+@pytest.mark.parametrize("compression", ["jpeg2000", "webp"])
+def test_tiles_that_openslide_cannot_unpack_are_read(tmp_path, compression):
+    path, pixels = tmp_path / "c.tif", gradient()
+    arguments = {"lossless": True} if compression == "webp" else {}
+    tifffile.imwrite(path, pixels, photometric="rgb", compression=compression, compressionargs=arguments, **TILED)
+    assert np.abs(open_slide(path).read_patch_px((200, 200), 64, 64).astype(int) - pixels[168:232, 168:232]).max() <= 2
+
+
+def test_a_big_tiff_in_strips_is_read(tmp_path):
+    tifffile.imwrite(tmp_path / "x.btf", noise(), bigtiff=True, photometric="rgb")
+    patch = open_slide(tmp_path / "x.btf").read_patch_px((200, 200), 100, 100)
+    np.testing.assert_array_equal(patch, noise()[150:250, 150:250])
+
+
+@pytest.mark.parametrize("tiled", [None, (64, 64)])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_thumbnail_before_the_slide_is_not_taken_for_it(tmp_path, tiled, compression):
+    path, pixels = tmp_path / "thumb_first.tif", noise()
+    with tifffile.TiffWriter(path) as tiff:
+        for page in (pixels[::4, ::4], pixels):
+            tiff.write(
+                page, photometric="rgb", tile=tiled, compression=compression, metadata=None, resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    slide = open_slide(path)
+    assert image_head(path) == (slide.size_px, slide.mpp) == ((500, 400), 0.5)
+    assert np.array_equal(slide.read_patch_px((250, 200), 100, 100), pixels[150:250, 200:300])
+    assert np.abs(glance(path, 500).view.astype(int) - pixels).max() == 0

@@ -17,7 +17,6 @@ import torch
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from genar import encoders, genes, processes, resume, runs
-from genar.data.files import replacing
 from genar.errors import InputError
 from genar.settings import sort_settings
 from genar.training import TrainConfig, fit
@@ -258,15 +257,3 @@ def test_a_process_that_nobody_started_outlives_its_shell(environ, monkeypatch):
     given(monkeypatch, **environ)
     monkeypatch.setattr(processes.threading, "Thread", None)  # would be called
     processes.end_with_parent()
-
-
-def test_a_link_to_a_folder_is_written_anew(tmp_path):
-    (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "old").write_text("old")
-    (tmp_path / "here").symlink_to(tmp_path / "far")
-    with replacing(tmp_path / "here") as temporary:
-        temporary.mkdir()
-        (temporary / "new").write_text("new")
-    assert os.listdir(tmp_path / "here") == ["new"]
-    assert (tmp_path / "far" / "old").exists()
-    assert sorted(os.listdir(tmp_path)) == ["far", "here"]

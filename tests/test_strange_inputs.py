@@ -71,13 +71,6 @@ def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
     assert read_gene_sets(tmp_path / "sets.gmt") == {"one": ("EPCAM", "GNAS")}
 
 
-@pytest.mark.parametrize("values", [[[2.0**31]], [[1.0, 3e9]]])
-def test_counts_beyond_an_int32_are_refused(values):
-    one = anndata.AnnData(np.array(values))
-    with pytest.raises(InputError, match=r"here: X holds .*expected raw counts below 2\^31"):
-        contract.check_counts(one, "here")
-
-
 @pytest.mark.parametrize("words", [{"widths_um": (112.0, 112.0)}, {"context_spots": (6, 6)}])
 def test_the_same_input_twice_is_refused(words):
     with pytest.raises(InputError, match="must each differ"):
@@ -261,9 +254,3 @@ def test_counts_beside_logarithms_are_no_logarithms(recwarn):
     one.uns["log1p"] = {"base": None}
     select_panel([one], n_genes=10, recipe="clean")
     assert not [warning for warning in recwarn if "log" in str(warning.message)]
-
-
-def test_a_pixel_coarser_than_any_scan_is_told(tmp_path):
-    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=4, n_cols=4, n_genes=80, mpp=2.0, counts_per_nucleus=20))
-    with pytest.warns(UserWarning, match="section A: a pixel of 13.8 um is coarser than H&E is scanned at"):
-        read_section(tmp_path / "st" / "A.h5ad", mpp=13.8)

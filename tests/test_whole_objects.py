@@ -15,7 +15,7 @@ from scipy import sparse
 import genar
 from commands import run
 from genar.assess import evaluate_run
-from genar.data import contract, find_sections, pick
+from genar.data import contract
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.export import refuse_foreign, write_export
@@ -368,13 +368,3 @@ def test_training_settings_of_a_model_that_is_not_trained_are_told(lite0, tmp_pa
     told = capsys.readouterr().out
     assert "is fitted at once, and does not use lr" in told
     assert "does not use, or have, samples" in told
-
-
-def test_an_id_with_a_comma_can_be_named(lite0, tmp_path):
-    for name in ("A", "A,1", "A, 2"):
-        shutil.copy(lite0 / "tissue" / "st" / "A.h5ad", tmp_path / f"{name}.h5ad")
-    refs = find_sections(tmp_path)
-    for ids, found in ((["A", "1"], ["A,1"]), (["A", "A", "2"], ["A", "A, 2"]), (["A,1", "A"], ["A,1", "A"])):
-        assert [ref.id for ref in pick(refs, ids)] == found
-    with pytest.raises(InputError, match="'2' is no section"):
-        pick(refs, ["A", "1", "2"])
