@@ -1,18 +1,14 @@
 """Short trainings, odd settings and edited recipes: what they must not do in silence."""
 
-import json
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-import anndata
 import numpy as np
 import pytest
 import torch
 
 from commands import run as genar
-from genar import bench
-from genar.data import contract, read_sections
+from genar.data import read_sections
 from genar.errors import InputError
 from genar.genes import Scales, select_panel
 from genar.models import Decoding, model_class
@@ -21,7 +17,6 @@ from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from genar.models.genar import GenAR, small
 from genar.settings import read_decoding
 from genar.training import TrainConfig, fit
-from toy_bench import PATIENTS, bench_of
 from toy_training import TINY, few_spots
 
 
@@ -178,71 +173,3 @@ def test_a_section_without_counts_chooses_no_gene(tissue, recipe):
     )
     with pytest.raises(InputError, match="can rank no gene"):
         select_panel([empty], n_genes=5, recipe=recipe)
-
-
-def test_a_fold_of_other_sections_is_another_run(four, tmp_path):
-    bench_of(four, tmp_path, "kfold", "k: 2")
-    one, said = bench_of(four, tmp_path, "kfold", "k: 4", old="patients: {A: Ann, B: Ann, C: Bea, D: Bea}\n", new="")
-    assert "0 of them there already" in said[0]
-    other, _ = bench_of(
-        four, tmp_path, "kfold", "k: 4", old="patients: {A: Ann, B: Ann, C: Bea, D: Bea}\n", new="", out="fresh"
-    )
-    assert one.table.equals(other.table)
-    bench_of(four, tmp_path, "patient", out="patients")
-    _, said = bench_of(four, tmp_path, "patient", old="B: Ann, C: Bea", new="B: Bea, C: Ann", out="patients")
-    assert "0 of them there already" in said[0]
-
-
-def test_runs_on_other_data_are_refused(four, tmp_path):
-    bench_of(four, tmp_path, "patient")
-    other = tmp_path / "other"
-    shutil.copytree(four, other)
-    adata = anndata.read_h5ad(other / "st" / "A.h5ad")
-    adata[::-1].copy().write_h5ad(other / "st" / "A.h5ad")
-    with pytest.raises(InputError, match="made with another section A"):
-        bench_of(other, tmp_path, "patient")
-
-
-def test_tables_tell_what_a_reader_must_know(four, tmp_path):
-    bench_of(four, tmp_path, "section", "held_out: [A]")
-    assert "Ann has sections in training and held out" in (tmp_path / "out" / "table.md").read_text()
-    panel = select_panel([s for s in read_sections(four) if contract.name(s) in "AB"], n_genes=10)
-    panel.write(tmp_path / "panel.json")
-    bench_of(four, tmp_path, "patient", f"panel: {tmp_path / 'panel.json'}", "held_out: [Ann]", out="known")
-    told = (tmp_path / "known" / "table.md").read_text()
-    assert "selected with A, B among its sections" in told
-    assert "the patients of Ann held out" in told
-    assert json.dumps("knows the answers")[1:-1] in told
-
-
-@pytest.mark.parametrize(
-    ("protocol", "more", "says"),
-    [
-        ("kfold", "held_out: [A]", "has no meaning under protocol kfold"),
-        ("patient", "held_out: [Zoe]", "'Zoe' is none of A, B, C, D, Ann, Bea"),
-    ],
-)
-def test_recipes_that_make_no_sense(four, tmp_path, protocol, more, says):
-    with pytest.raises(InputError, match=says):
-        bench_of(four, tmp_path, protocol, more)
-
-
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ("held_out: [A]", "names A alone, and fold Ann holds out A, B together"),
-        ("set: {seed: 3}", "seed is the recipe's"),
-        ("set: {decode: greedy}", "decodes by mean"),
-    ],
-)
-def test_methods_that_make_no_sense(four, tmp_path, entry, says):
-    with pytest.raises(InputError, match=says):
-        bench_of(four, tmp_path, "patient", old="model: ridge}", new=f"model: ridge, {entry}}}")
-
-
-def test_patients_of_sections_named_by_numbers_are_known(tmp_path):
-    text = PATIENTS.replace("PROTOCOL", "kfold").replace("[A, B, C, D]", "[1, 2, 3, 4]") + "k: 2\n"
-    text = text.replace("{A: Ann, B: Ann, C: Bea, D: Bea}", "{1: Ann, 2: Ann, 3: Bea, 4: Bea}")
-    (tmp_path / "toy.yaml").write_text(text)
-    (cohort,) = bench.read_recipe(tmp_path / "toy.yaml").cohorts
-    assert cohort.sections == {"1": "Ann", "2": "Ann", "3": "Bea", "4": "Bea"}

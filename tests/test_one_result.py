@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from commands import run, told
-from genar import bench
 from genar.data import contract
-from genar.errors import InputError
 from genar.export import write_export
 from genar.report.subject import subjects
-from toy_bench import OF_HOME
 
 
 @pytest.fixture
@@ -130,54 +127,6 @@ def test_gene_sets_of_an_earlier_call_do_not_stay(home, tmp_path, monkeypatch, c
     assert (tmp_path / "g" / "sets.csv").exists()
     assert run(monkeypatch, *words) == 0
     assert not (tmp_path / "g" / "sets.csv").exists()
-
-
-def test_a_recipe_that_is_not_there_is_no_other_one(tmp_path):
-    for name in (tmp_path / "her2st_small.yaml", "folder/her2st_small.yaml", "her2st_small.txt"):
-        with pytest.raises(InputError, match="no such file; recipes of the package are"):
-            bench.read_recipe(str(name))
-    assert bench.read_recipe("her2st_small.yaml") == bench.read_recipe("her2st_small")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("[S1, S2]", "S1", r"sections must be a list, found 'S1'; write \[S1\]"),
-        ("title: x", "held_out: S1", r"held_out must be a list"),
-        ("sections: [S1, S2]", "datasets: her2st", r"datasets must be a list"),
-        ("seeds: [1]", "seeds: [-1]", "from 0 to 4294967295"),
-        ("seeds: [1]", "seeds: [4294967296]", "from 0 to 4294967295"),
-        (
-            "title: x",
-            "tables: {runs: [ridge]}",
-            "and none of table, runs, differences, by_section, groups; found 'runs'",
-        ),
-    ],
-)
-def test_recipes_that_say_something_else_than_meant(tmp_path, old, new, words):
-    (tmp_path / "mine.yaml").write_text(OF_HOME.replace(old, new))
-    with pytest.raises(InputError, match=words):
-        bench.read_recipe(str(tmp_path / "mine.yaml"))
-
-
-def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text(OF_HOME)
-    words = ("bench", tmp_path / "mine.yaml", "--out", tmp_path / "out")
-    assert run(monkeypatch, *words, "--data", home / "tissue", "--features", home / "store") == 0
-    before = (tmp_path / "out" / "table.md").read_bytes()
-    assert run(monkeypatch, *words, "--toy") == 0
-    assert (tmp_path / "out" / "table.md").read_bytes() == before
-    assert "(toy: simulated tissue" in (tmp_path / "out" / "mine_toy" / "table.md").read_text()
-
-
-@pytest.mark.parametrize("text", ['{"1": ', "{}", '{"1": "A B"}', '["A"]'])
-def test_a_malformed_file_of_groups_is_one_line_before_anything_is_written(home, tmp_path, monkeypatch, text):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.json").write_text(text)
-    (tmp_path / "g.yaml").write_text(OF_HOME.split("seeds")[0] + "groups: {groups: bad.json}\n")
-    with pytest.raises(InputError, match=r"bad\.json"):
-        bench.bench_run(bench.read_recipe("g.yaml"), home / "tissue", tmp_path / "out")
-    assert not list((tmp_path / "out").glob("groups*"))
 
 
 def test_a_demo_that_was_stopped_at_its_page_gets_it(home, tmp_path, monkeypatch):

@@ -146,19 +146,6 @@ def test_another_gene_set_file_is_another_run(home, tmp_path, monkeypatch, capsy
     assert "unfinished run with other order" in capsys.readouterr().err
 
 
-def test_patients_of_a_bench_are_told_beside_data_sets(tmp_path):
-    from genar.bench import read_recipe
-
-    recipe = {"title": "t", "datasets": ["kidney"], "methods": [{"name": "m", "model": "mean"}]}
-    path = tmp_path / "r.yaml"
-    path.write_text(json.dumps({**recipe, "patients": {"NCBI692": "A", "NCBI693": "B"}}))
-    sections = read_recipe(path).cohorts[0].sections
-    assert (sections["NCBI692"], sections["NCBI693"]) == ("A", "B")
-    path.write_text(json.dumps({**recipe, "patients": {"NOSUCH": "A"}}))
-    with pytest.raises(InputError, match="'NOSUCH', which is no section"):
-        read_recipe(path)
-
-
 def test_a_model_of_whole_sections_tells_of_another_distance(home):
     checkpoint = load_checkpoint(home / "run")
     checkpoint.features["context_spots"] = []

@@ -1,58 +1,41 @@
-"""A bench is of the data, files and recipe that it names, and says what its methods saw."""
+"""Tables and figures of a bench: what they average over, say of their methods, and overwrite."""
 
-import shutil
+import json
 
-import anndata
 import pandas as pd
 import pytest
 
+from commands import run
 from genar import bench
+from genar.data import contract, read_sections
 from genar.errors import InputError
-from toy_bench import HEAD, RIDGE, read, run_recipe
+from genar.genes import select_panel
+from toy_bench import HEAD, OF_HOME, RIDGE, bench_of, read, run_recipe
 
-TINY = "width: 16, depth: 1, heads: 2, components: 4, max_epochs: 1, samples: 2, scales: [3, 12]"
+
+def test_a_dear_method_is_run_on_some_folds(bench_tissue, tmp_path):
+    """A table averages over the sections that all its rows hold out, a difference over those of its pair."""
+    some = {"{name: knn, model: knn}": "{name: knn, model: knn, held_out: [B]}", "[1, 2]": "[1]"}
+    extra = "tables: {every: [ridge!, tiny]}\ncompare:\n  - [knn, ridge!]\n"
+    recipe = read(tmp_path, **some, **{"compare:\n": extra})
+    result = bench.bench_run(recipe, bench_tissue, tmp_path / "out", features=tmp_path / "features", say=str)
+    by_section = pd.read_csv(tmp_path / "out/by_section.csv", index_col=[0, 1])["mse"]
+    every = pd.read_csv(tmp_path / "out/every.csv", index_col=0)["mse"]
+    whole = {(name, section) for name in ("ridge!", "tiny") for section in "AB"}
+    assert set(by_section.index) == {("knn", "B"), *whole}
+    for name in ("ridge!", "tiny"):
+        assert result.table.loc[name, "mse"] == pytest.approx(by_section[name, "B"], rel=1e-4)
+        assert every[name] == pytest.approx(by_section[name].mean(), rel=1e-4)
+    gain = result.differences["mse"]
+    assert gain["knn minus ridge!"] == pytest.approx(by_section["knn", "B"] - by_section["ridge!", "B"], abs=1e-5)
+    assert gain["tiny minus ridge!"] == pytest.approx((by_section["tiny"] - by_section["ridge!"]).mean(), abs=1e-5)
+    assert "B held out." in (tmp_path / "out/table.md").read_text()
+    assert "each section held out in turn" in (tmp_path / "out/every.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     return tmp_path_factory.mktemp("features")
-
-
-@pytest.mark.parametrize("section", ["A", "B"])
-def test_runs_made_with_other_sections_are_refused_before_anything_runs(section, bench_tissue, features, tmp_path):
-    """Held out or trained on: the runs that are there would stand beside runs of other data."""
-    data = shutil.copytree(bench_tissue, tmp_path / "data")
-    run_recipe(read(tmp_path, HEAD + RIDGE), data, tmp_path / "out", features)
-    edited = anndata.read_h5ad(data / "st" / f"{section}.h5ad")
-    edited.X = edited.X * 2
-    edited.write_h5ad(data / "st" / f"{section}.h5ad")
-    said = []
-    with pytest.raises(InputError, match=f"made with another section {section} than the data hold now"):
-        run_recipe(
-            read(tmp_path, HEAD + RIDGE + "  - {name: mean, model: mean}\n"), data, tmp_path / "out", features, said
-        )
-    assert len(said) == 1  # what was planned, and no run
-    run_recipe(read(tmp_path, HEAD + RIDGE), bench_tissue, tmp_path / "out", features)
-
-
-def test_an_edited_file_of_gene_sets_is_another_run(bench_tissue, features, tmp_path):
-    recipe_text = f"{HEAD}  - {{name: sets, model: genar, set: {{order: {tmp_path / 'sets.gmt'}, {TINY}}}}}\n"
-    genes = list(anndata.read_h5ad(bench_tissue / "st" / "A.h5ad").var_names)
-    (tmp_path / "sets.gmt").write_text("\t".join(["one", "-", *genes]) + "\n")
-    first = read(tmp_path, recipe_text)
-    run_recipe(first, bench_tissue, tmp_path / "out", features)
-    assert not bench.plan_runs(first, bench_tissue, tmp_path / "out").waiting
-    (tmp_path / "sets.gmt").write_text("\t".join(["one", "-", *genes[::-1]]) + "\n")
-    assert len(bench.plan_runs(first, bench_tissue, tmp_path / "out").waiting) == 1
-    (tmp_path / "sets.gmt").unlink()
-    with pytest.raises(InputError, match=r"method 'sets': .*sets.gmt: no such file"):
-        read(tmp_path, recipe_text)
-
-
-def test_folders_of_runs_without_gene_sets_keep_their_names(tmp_path):
-    plan = bench.plan_runs(bench.read_recipe("table3"), None, tmp_path)
-    assert plan.runs[0].plan.out.parent.name == "genar-f63c12ab"
-    assert plan.runs[4].plan.out.parent.name == "genar-b5321264"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +87,18 @@ def test_tables_count_the_undefined_genes(made):
     assert pd.read_csv(out / "out/by_section.csv", index_col=[0, 1]).loc[("mean", "A"), "n_undefined"] == 12
 
 
+def test_tables_tell_what_a_reader_must_know(four, tmp_path):
+    bench_of(four, tmp_path, "section", "held_out: [A]")
+    assert "Ann has sections in training and held out" in (tmp_path / "out" / "table.md").read_text()
+    panel = select_panel([s for s in read_sections(four) if contract.name(s) in "AB"], n_genes=10)
+    panel.write(tmp_path / "panel.json")
+    bench_of(four, tmp_path, "patient", f"panel: {tmp_path / 'panel.json'}", "held_out: [Ann]", out="known")
+    told = (tmp_path / "known" / "table.md").read_text()
+    assert "selected with A, B among its sections" in told
+    assert "the patients of Ann held out" in told
+    assert json.dumps("knows the answers")[1:-1] in told
+
+
 def test_two_recipes_in_one_folder_keep_their_tables(bench_tissue, features, tmp_path):
     out, compared = tmp_path / "out", "  - {name: mean, model: mean}\ncompare: [[ridge, mean]]\n"
     run_recipe(read(tmp_path, HEAD + RIDGE + compared, "first"), bench_tissue, out, features)
@@ -133,23 +128,14 @@ def test_tables_of_an_older_bench_are_known_by_their_head(bench_tissue, features
     assert run_recipe(other, bench_tissue, out, features).outputs["table"] == out / "other" / "table.md"
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (
-            "figure: {genes: [X], section: B}",
-            "section 'B' is not held out for each of ridge, knn, .*for all of them: A",
-        ),
-        ("figure: {genes: []}", "figure needs a method and a gene"),
-        ("figure: {genes: {'': X}, section: Z}", "section 'Z' is none of the recipe's"),
-        ("  - {name: late, model: genar, set: {scales: [3, 20]}}", "method 'late': .*20"),
-    ],
-)
-def test_what_cannot_be_drawn_or_fit_is_refused_before_anything_runs(change, says, bench_tissue, features, tmp_path):
-    text = f"{HEAD}{RIDGE}  - {{name: knn, model: knn}}\n{change}\n"
-    with pytest.raises(InputError, match=says):
-        run_recipe(read(tmp_path, text), bench_tissue, tmp_path / "out", features)
-    assert not (tmp_path / "out").exists()
+def test_a_toy_leaves_measured_tables(home, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(OF_HOME)
+    words = ("bench", tmp_path / "mine.yaml", "--out", tmp_path / "out")
+    assert run(monkeypatch, *words, "--data", home / "tissue", "--features", home / "store") == 0
+    before = (tmp_path / "out" / "table.md").read_bytes()
+    assert run(monkeypatch, *words, "--toy") == 0
+    assert (tmp_path / "out" / "table.md").read_bytes() == before
+    assert "(toy: simulated tissue" in (tmp_path / "out" / "mine_toy" / "table.md").read_text()
 
 
 def test_a_figure_of_methods_with_other_folds_is_of_one_that_they_share(bench_tissue, features, tmp_path):
