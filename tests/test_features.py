@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from itertools import product
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -12,19 +13,12 @@ from anndata import AnnData
 from PIL import Image
 from torch import nn
 
+from genar import encoders, features
 from genar.data import contract, open_slide, read_section
+from genar.data.simulate import TissueConfig, write_tissue
 from genar.encoders import Encoder, EncoderRow, load_encoder
 from genar.errors import InputError
-from genar.features import (
-    FeatureRecipe,
-    Inputs,
-    default_store,
-    embed,
-    read_features,
-    read_inputs,
-    recipe_of,
-    store_path,
-)
+from genar.features import Inputs, default_store, embed, read_features, read_inputs, recipe_of, store_path
 
 ROW = EncoderRow("tiny", "none", "", 8, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "MIT")
 
@@ -333,24 +327,6 @@ def test_unencodable_values_are_refused(section, tmp_path):
     assert list(tmp_path.glob("*.zarr")) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [({"patch": "square"}, "hest, genar, stem"), ({"views": 4}, "1 or 8"), ({"width_um": 0}, "positive")],
-)
-def test_bad_recipes_are_refused(change, says):
-    with pytest.raises(InputError, match=says):
-        FeatureRecipe("tiny", "0", **change)
-
-
-@pytest.mark.parametrize(
-    ("patch", "mpp", "diameter_um", "width_px"),
-    [("hest", 0.7, 55, 160), ("genar", 0.7, 55, 224), ("stem", 0.7, 55, 224), ("stem", 0.2, 55, 275)],
-)
-def test_width_of_a_patch_by_convention(section, patch, mpp, diameter_um, width_px):
-    section.uns[contract.GENAR] |= {contract.MPP: mpp, contract.SPOT_DIAMETER_UM: diameter_um}
-    assert FeatureRecipe("tiny", "0", patch=patch).width_px(section) == pytest.approx(width_px)
-
-
 def test_default_store_is_the_environments(monkeypatch, tmp_path):
     monkeypatch.setenv("GENAR_FEATURES", str(tmp_path / "here"))
     assert default_store() == tmp_path / "here"
@@ -395,9 +371,13 @@ def test_a_lone_spot_is_its_own_neighbour(section, encoder, tmp_path):
     np.testing.assert_array_equal(seen[:, :, 8:], seen[:, :, :8])
 
 
-@pytest.mark.parametrize("facts", [{"widths_um": (112, 0)}, {"context_spots": (0,)}])
-def test_senseless_inputs_are_refused(facts):
-    with pytest.raises(InputError, match="widths_um"):
-        Inputs(**facts)
-    with pytest.raises(InputError, match="hest"):
-        Inputs(widths_um=(112,)).recipes(FeatureRecipe("tiny", "", "genar"))
+def test_patches_of_bare_glass_are_told(tmp_path):
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20))
+    path = tmp_path / "st" / "A.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata.obsm[contract.SPATIAL] = adata.obsm[contract.SPATIAL] / 40
+    adata.write_h5ad(path)
+    encoder = encoders.load_encoder()
+    recipe = features.recipe_of(encoder, views=1, width_um=60.0)
+    with pytest.warns(UserWarning, match=r"[0-9]+ of [0-9]+ patches show hardly anything; do coordinates"):
+        features.embed(read_section(path), encoder, recipe, tmp_path / "store")

@@ -10,12 +10,9 @@ import torch
 from scipy import sparse
 
 from commands import run
-from genar import encoders, features
 from genar.data import contract, read_section
 from genar.data.reading import pitch_px
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
-from genar.features import Inputs
 from genar.genes import RECIPES, read_aliases, read_gene_sets, read_panel, select_panel
 from genar.genes.selection import _Moments
 from genar.inference import pitch_note, predict_run
@@ -69,49 +66,6 @@ def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
     assert read_aliases(tmp_path / "other.txt") == {"HER2": "ERBB2"}
     (tmp_path / "sets.gmt").write_text(f"{BOM}one\tof mine\tEPCAM\tGNAS\n", encoding="utf-8")
     assert read_gene_sets(tmp_path / "sets.gmt") == {"one": ("EPCAM", "GNAS")}
-
-
-@pytest.mark.parametrize("words", [{"widths_um": (112.0, 112.0)}, {"context_spots": (6, 6)}])
-def test_the_same_input_twice_is_refused(words):
-    with pytest.raises(InputError, match="must each differ"):
-        Inputs(**words)
-
-
-FAULTY = """
-import torch
-from torch import nn
-
-FACTS = {"input_px": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-
-def missing():
-    raise FileNotFoundError("weights.pt")
-
-def needs(path):
-    return nn.Identity(), FACTS
-
-def narrow():
-    return nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), FACTS
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("own_one:missing", r"called with no arguments, ends in FileNotFoundError \(weights.pt\)"),
-        ("own_one:needs", "called with no arguments, ends in TypeError"),
-        ("own_one:narrow", "takes no patch of 32 px: RuntimeError"),
-        ("own_two:any", "importing own_two ends in NameError"),
-        ("own_three:any", "importing own_three ends in SyntaxError"),
-        ("timm/resnet18.bogus", "timm refuses it .*is its name, with the tag, right"),
-    ],
-)
-def test_faults_of_a_users_encoder_are_told_in_a_line(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for file, text in (("own_one", FAULTY), ("own_two", "undefined + 1\n"), ("own_three", "def (\n")):
-        (tmp_path / f"{file}.py").write_text(text)
-    with pytest.raises(InputError, match=f"encoder {name}: .*{message}") as raised:
-        encoders.load_encoder(name)
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["ridge", "genar", "bleep", "knn"])
@@ -235,18 +189,6 @@ def test_a_truth_whose_spots_lie_elsewhere_is_refused(fine_home, tmp_path, monke
     assert "um from where the prediction of C has it; are both of the same section, with one --mpp" in " ".join(
         capsys.readouterr().err.split()
     )
-
-
-def test_patches_of_bare_glass_are_told(tmp_path):
-    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20))
-    path = tmp_path / "st" / "A.h5ad"
-    adata = anndata.read_h5ad(path)
-    adata.obsm[contract.SPATIAL] = adata.obsm[contract.SPATIAL] / 40
-    adata.write_h5ad(path)
-    encoder = encoders.load_encoder()
-    recipe = features.recipe_of(encoder, views=1, width_um=60.0)
-    with pytest.warns(UserWarning, match=r"[0-9]+ of [0-9]+ patches show hardly anything; do coordinates"):
-        features.embed(read_section(path), encoder, recipe, tmp_path / "store")
 
 
 def test_counts_beside_logarithms_are_no_logarithms(recwarn):
