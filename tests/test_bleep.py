@@ -9,6 +9,7 @@ from genar.models._base import LN2, log2p1
 from genar.models._retrieval import Keys
 from genar.models.bleep import BLEEP, BLEEPConfig, ProjectionHead, soft_contrast
 from genar.training import TrainConfig, fit, train_config_from_dict
+from toy_models import made, training
 
 
 def parameters(module):
@@ -178,3 +179,10 @@ def test_a_query_without_keys_gets_the_mean_of_all():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(InputError, match="bleep"):
         BLEEP.check_settings("small", settings)
+
+
+def test_keys_that_nobody_may_see_take_no_weight():
+    model = made("bleep", training(), weighting="distance")
+    queries, nearest = torch.zeros(1, 2), torch.tensor([[[0.1, 0.0], [30.0, 0.0], [31.0, 0.0]]])
+    weights = model.weights(queries, nearest, torch.tensor([[False, True, True]]))
+    assert float(weights[0, 1]) == pytest.approx(1.0)

@@ -20,12 +20,14 @@ from genar.genes import (
     default_sizes,
     fit_scales,
     order_by_sets,
+    read_aliases,
     read_gene_sets,
     read_panel,
     select_panel,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")  # few genes
+BOM = "﻿"
 
 
 # --- Panel
@@ -386,3 +388,13 @@ def test_what_is_no_gmt_file_is_refused(text, tmp_path):
     (tmp_path / "sets.gmt").write_text(text)
     with pytest.raises(InputError, match=r"sets\.gmt"):
         read_gene_sets(tmp_path / "sets.gmt")
+
+
+def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
+    for name, text in (("p.txt", "EPCAM\nGNAS\n"), ("p.json", '{"genes": ["EPCAM", "GNAS"], "recipe": "own"}')):
+        (tmp_path / name).write_text(BOM + text, encoding="utf-8")
+        assert read_panel(tmp_path / name).genes == ("EPCAM", "GNAS")
+    (tmp_path / "other.txt").write_text(f"{BOM}HER2 ERBB2\n", encoding="utf-8")
+    assert read_aliases(tmp_path / "other.txt") == {"HER2": "ERBB2"}
+    (tmp_path / "sets.gmt").write_text(f"{BOM}one\tof mine\tEPCAM\tGNAS\n", encoding="utf-8")
+    assert read_gene_sets(tmp_path / "sets.gmt") == {"one": ("EPCAM", "GNAS")}

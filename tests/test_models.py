@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from genar.errors import InputError
-from genar.models import Spots, model_class, model_names
-from genar.models._base import Card
-from genar.training import train_config_from_dict
-from toy_models import GRADIENT, N_GENES, fresh, log2_values, prepared, section, training
+from genar.models import Decoding, Spots, model_class, model_names
+from genar.models._base import LN2, Card
+from genar.training import TrainConfig, fit, train_config_from_dict
+from toy_models import GRADIENT, N_GENES, fresh, log2_values, made, prepared, section, training
 
 IDLE = {
     "genar": {"start", "history_position"},  # of the published history of tokens, which ``small`` does not have
@@ -119,3 +119,34 @@ def test_cards_recipes_and_presets_are_whole(name):
         cls.check_settings("small", {"wings": 2})
     for preset in getattr(cls, "presets", {}):
         cls.check_settings(preset, {})
+
+
+@pytest.mark.filterwarnings("ignore:bf16 will be slower")
+@pytest.mark.parametrize("name", GRADIENT)
+def test_every_model_trains_in_bf16(name):
+    model = made(name, training())
+    fit(model, training(), TrainConfig(max_epochs=1, batch_size=16, precision="bf16"), device="cpu")
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("name", ["ridge", "genar", "bleep", "knn"])
+def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 1, 30, generator=random)
+    x[:, :, 7] = 0
+    x[3, :, 7] = 2e-6
+    counts = torch.poisson((x[:, 0, :10] + 1.5).exp2(), generator=random).long()
+    places = torch.cartesian_prod(torch.arange(12.0), torch.arange(10.0))
+    train = Spots(x, 100 * places, places / 12, torch.arange(120), torch.zeros(120).long(), counts)
+    torch.manual_seed(0)
+    settings = {"width": 16, "depth": 1, "heads": 2, "components": 8} if name == "genar" else {}
+    model = model_class(name).create(30, train, "small", settings)
+    fit(model, train, TrainConfig(max_epochs=0 if name == "genar" else 1, validation_share=0.0), device="cpu")
+    loud = x[:20].clone()
+    loud[:, :, 7] = 0.05  # 25,000 times what it was in training, and next to nothing beside the others
+    how = Decoding("mean", layers=("log1p_mean",))
+    found = []
+    for seen in (x[:20], loud):
+        asked = Spots(seen, 100 * places[:20], places[:20] / 12, torch.arange(20), torch.ones(20).long())
+        found.append(model.predict(asked.batch(), how).layers["log1p_mean"] / LN2)
+    assert (found[1] - found[0]).abs().max() < 0.5

@@ -5,14 +5,13 @@ import anndata
 import pytest
 import torch
 
-import genar
 from commands import run
 from genar import machine
 from genar.assess import evaluate_run
 from genar.data import contract, read_sections
 from genar.errors import InputError
 from genar.export import write_export
-from genar.genes import Panel, selection
+from genar.genes import Panel
 from genar.prediction import write_prediction
 
 
@@ -109,19 +108,6 @@ def test_what_is_not_there_is_told_so(words, says, tissue, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *(word.replace("TISSUE", str(tissue)) for word in words)) == 2
     assert says in capsys.readouterr().err
-
-
-def test_the_panel_leaves_the_threads_alone(sections, monkeypatch):
-    """What numba does where scanpy calls it."""
-    normalised = selection._normalised
-    monkeypatch.setattr(selection, "_normalised", lambda section: torch.set_num_threads(2) or normalised(section))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        genar.select_panel([sections[0]], recipe="moran", n_genes=5)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_prediction_is_replaced_by_another(file, prediction, monkeypatch, tissue, tmp_path):

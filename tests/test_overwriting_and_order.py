@@ -5,25 +5,18 @@ import json
 import shutil
 
 import anndata
-import numpy as np
 import pytest
 from PIL import Image
 
 import genar
 from commands import run
-from genar.data import read_section, read_sections
-from genar.data.neighbours import nearest_spots
+from genar.data import read_section
 from genar.errors import InputError
-from genar.features import Inputs
-from genar.genes import fit_scales, select_panel
 from genar.inference import pitch_note
 from genar.models.checkpoint import load_checkpoint
-from genar.training import make_spots
-from genar.training_config import RESUME_FILE
 
 PREDICT = ("--mpp", 2.0, "--samples", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
-NET = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "samples=2", "widths_um=[112]")
 
 
 def bare(home, where):
@@ -77,73 +70,12 @@ def test_files_of_others_are_not_written_over(home, tmp_path, monkeypatch, capsy
         assert run(monkeypatch, "groups", home / "run", "--out", tmp_path / "g") == 0
 
 
-@pytest.mark.parametrize("hexagonal", [False, True])
-@pytest.mark.parametrize("n", [1, 3, 6, 20])
-def test_the_nearest_spots_are_the_same_in_any_order(hexagonal, n):
-    row, col = (part.ravel() for part in np.mgrid[:9, :12].astype(float))
-    xy = np.stack([col + hexagonal * 0.5 * (row % 2), row * (np.sqrt(0.75) if hexagonal else 1)], axis=1) * 100 + 1e4
-    order = np.random.default_rng(0).permutation(len(xy))
-    straight, shuffled = nearest_spots(xy, n), order[nearest_spots(xy[order], n)]
-    assert straight[order].tolist() == shuffled.tolist()
-    apart = np.linalg.norm(xy[straight] - xy[:, None], axis=2)
-    every = np.sort(np.linalg.norm(xy[:, None] - xy, axis=2), axis=1)[:, 1 : n + 1]
-    np.testing.assert_allclose(apart, every, atol=1e-6)
-    if n == 6:  # of four that are equally far the two that lie opposite each other: the mean lies at the spot
-        inner = ((xy > xy.min(axis=0) + 200) & (xy < xy.max(axis=0) - 200)).all(axis=1)
-        np.testing.assert_allclose(xy[straight[inner]].mean(axis=1), xy[inner], atol=1e-6)
-
-
-def test_the_nearest_of_spots_at_one_place_are_others():
-    near = nearest_spots(np.zeros((5, 2)), 3)
-    assert all(spot not in row and len(set(row)) == 3 for spot, row in enumerate(near.tolist()))
-    assert nearest_spots(np.zeros((1, 2)), 6).tolist() == [[0]]
-
-
-def test_no_order_of_spots_changes_a_panel_or_a_prediction_on_a_grid(home):
-    section = read_section(f"{home / 'tissue'}:S1")
-    order = np.random.default_rng(1).permutation(section.n_obs)
-    panels = [select_panel([one], recipe="moran", n_genes=15) for one in (section, section[order].copy())]
-    assert panels[0].genes == panels[1].genes
-    slide = genar.place_spots(home / "tissue" / "wsis" / "S2.tif", mpp=2.0, spacing_um=60)
-    order = np.random.default_rng(1).permutation(slide.n_obs)
-    how = {"features": home / "grid", "encoder": "genar.bench.toy:narrow_encoder", "progress": False, "samples": 2}
-    checkpoint = load_checkpoint(home / "run")
-    assert Inputs(**{"context_spots": tuple(checkpoint.features["context_spots"])}).context_spots == (6,)
-    one, other = (genar.predict(part, checkpoint, **how) for part in (slide, slide[order].copy()))
-    assert (one.X[order] != other.X).nnz == 0
-
-
 def test_a_truth_of_the_same_name_that_lies_elsewhere_is_refused(home, tmp_path, monkeypatch, capsys):
     predicted = anndata.read_h5ad(home / "run" / "predictions" / "S2.h5ad")
     truth = read_section(f"{home / 'tissue'}:S2")
     truth.obsm["spatial"] = truth.obsm["spatial"][:, ::-1] + 5000
     with pytest.raises(InputError, match="um from where the prediction of S2 has it"):
         genar.score(predicted, truth)
-
-
-def test_another_gene_set_file_is_another_run(home, tmp_path, monkeypatch, capsys):
-    from genar import runs
-
-    genes = json.loads((home / "run" / "panel.json").read_text())["genes"]
-    sets = tmp_path / "sets.gmt"
-
-    def start(order):
-        sets.write_text("one\tx\t" + "\t".join(order))
-        return run(
-            monkeypatch, "train", home / "tissue", "--test", "S2", "--out", tmp_path / "run", *TINY, "--features",
-            home / "store", "--set", f"order={sets}", *(word for one in NET for word in ("--set", one)),
-        )  # fmt: skip
-
-    def stopped(*_, folder, **__):
-        (folder / RESUME_FILE).write_text("of a run that was stopped")
-        raise InputError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "fit", stopped)
-        assert start(genes) == 2
-    assert "stopped" in capsys.readouterr().err
-    assert start(genes[::-1]) == 2
-    assert "unfinished run with other order" in capsys.readouterr().err
 
 
 def test_a_model_of_whole_sections_tells_of_another_distance(home):
@@ -153,16 +85,6 @@ def test_a_model_of_whole_sections_tells_of_another_distance(home):
     assert not pitch_note(checkpoint, slide)
     checkpoint.model.unit = "section"
     assert "looks at neighbours 110 um away" in pitch_note(checkpoint, slide)
-
-
-def test_normalised_counts_are_no_training_counts(home):
-    (section,) = read_sections(home / "tissue", ["S1"])
-    genes = list(section.var_names[:20])
-    section.X = section.X.log1p()
-    with pytest.raises(InputError, match="fractional"):
-        make_spots(section, np.zeros((section.n_obs, 1, 4), np.float32), genes)
-    with pytest.raises(InputError, match="raw counts"):
-        fit_scales(section.X[:, :20])
 
 
 def test_check_lists_the_stores_of_these_spots_alone(home, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,8 @@ from genar.models import Decoding, Spots
 from genar.models._base import LN2, log2p1
 from genar.models._diffusion import Diffusion, SpotNoise
 from genar.models.stem import STEM, Denoiser, STEMConfig, time_code
+from genar.training import TrainConfig, fit
+from toy_models import made, training
 
 TINY = {"width": 16, "depth": 2, "heads": 2}
 
@@ -218,3 +220,21 @@ def test_too_many_steps_are_refused():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(InputError, match="stem"):
         STEM.check_settings("small", settings)
+
+
+def test_a_short_chain_ends_in_noise():
+    assert Diffusion(1000).alpha_bar[-1] < 1e-4
+    for n_total in (10, 50, 200):
+        assert Diffusion(n_total).alpha_bar[-1] < 1e-3
+
+
+def test_one_step_of_denoising_starts_at_the_noise():
+    from genar.models._diffusion import Diffusion
+
+    assert Diffusion(1000, 1).at.tolist() == [999]
+    spots = training()
+    model = made("stem", spots)
+    fit(model, spots, TrainConfig(max_epochs=30, lr=3e-3, batch_size=16, weight_decay=0.0), device="cpu")
+    truth = torch.log1p(spots.counts.float())
+    one, ten = (model.predict(spots.batch(), Decoding(samples=5, steps=n)).layers["log1p_mean"] for n in (1, 10))
+    assert float((one - truth).square().mean()) < 2 * float((ten - truth).square().mean())

@@ -3,92 +3,13 @@
 from dataclasses import replace
 
 import anndata
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-from scipy import sparse
 
 from commands import run
 from genar.data import contract, read_section
 from genar.data.reading import pitch_px
-from genar.errors import InputError
-from genar.genes import RECIPES, read_aliases, read_gene_sets, read_panel, select_panel
-from genar.genes.selection import _Moments
 from genar.inference import pitch_note, predict_run
-from genar.models import Decoding, Spots, model_class
-from genar.models._base import LN2
 from genar.models.checkpoint import load_checkpoint
-from genar.training import TrainConfig, fit
-
-BOM = "﻿"
-
-
-def line_section(counts, name="A"):
-    """A section of these counts [N, G] on a line of spots."""
-    counts = np.asarray(counts)
-    adata = anndata.AnnData(
-        sparse.csr_matrix(counts, dtype=np.float32),
-        obs=pd.DataFrame(index=[f"spot{i}" for i in range(len(counts))]),
-        var=pd.DataFrame(index=[f"G{i}" for i in range(counts.shape[1])]),
-    )
-    adata.obsm[contract.SPATIAL] = np.stack([100.0 * np.arange(len(counts)), np.zeros(len(counts))], axis=1)
-    adata.uns[contract.GENAR] = {contract.SECTION: name, contract.MPP: 0.5}
-    return adata
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("counts", [np.full((60, 1), 4), np.full((60, 30), 4), np.zeros((60, 12))])
-def test_genes_that_do_not_vary_are_no_traceback(recipe, counts):
-    if recipe == "highest_mean" and counts.any():
-        assert len(select_panel([line_section(counts)], n_genes=1, recipe=recipe).genes) == 1
-    else:
-        with pytest.raises(InputError, match=r"^panel: "):
-            select_panel([line_section(counts)], n_genes=1, recipe=recipe)
-
-
-def test_moments_are_those_of_all_spots():
-    random = np.random.default_rng(0)
-    parts = [random.poisson(random.gamma(1, 4, 40), (n, 40)) for n in (90, 7, 1)]
-    moments = _Moments(40)
-    for part in parts:
-        moments.add(line_section(part))
-    whole = np.concatenate(parts)
-    np.testing.assert_allclose(moments.mean, whole.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(moments.variance, whole.var(axis=0, ddof=1), rtol=1e-9)
-
-
-def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
-    for name, text in (("p.txt", "EPCAM\nGNAS\n"), ("p.json", '{"genes": ["EPCAM", "GNAS"], "recipe": "own"}')):
-        (tmp_path / name).write_text(BOM + text, encoding="utf-8")
-        assert read_panel(tmp_path / name).genes == ("EPCAM", "GNAS")
-    (tmp_path / "other.txt").write_text(f"{BOM}HER2 ERBB2\n", encoding="utf-8")
-    assert read_aliases(tmp_path / "other.txt") == {"HER2": "ERBB2"}
-    (tmp_path / "sets.gmt").write_text(f"{BOM}one\tof mine\tEPCAM\tGNAS\n", encoding="utf-8")
-    assert read_gene_sets(tmp_path / "sets.gmt") == {"one": ("EPCAM", "GNAS")}
-
-
-@pytest.mark.parametrize("name", ["ridge", "genar", "bleep", "knn"])
-def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(120, 1, 30, generator=random)
-    x[:, :, 7] = 0
-    x[3, :, 7] = 2e-6
-    counts = torch.poisson((x[:, 0, :10] + 1.5).exp2(), generator=random).long()
-    places = torch.cartesian_prod(torch.arange(12.0), torch.arange(10.0))
-    train = Spots(x, 100 * places, places / 12, torch.arange(120), torch.zeros(120).long(), counts)
-    torch.manual_seed(0)
-    settings = {"width": 16, "depth": 1, "heads": 2, "components": 8} if name == "genar" else {}
-    model = model_class(name).create(30, train, "small", settings)
-    fit(model, train, TrainConfig(max_epochs=0 if name == "genar" else 1, validation_share=0.0), device="cpu")
-    loud = x[:20].clone()
-    loud[:, :, 7] = 0.05  # 25,000 times what it was in training, and next to nothing beside the others
-    how = Decoding("mean", layers=("log1p_mean",))
-    found = []
-    for seen in (x[:20], loud):
-        asked = Spots(seen, 100 * places[:20], places[:20] / 12, torch.arange(20), torch.ones(20).long())
-        found.append(model.predict(asked.batch(), how).layers["log1p_mean"] / LN2)
-    assert (found[1] - found[0]).abs().max() < 0.5
 
 
 @pytest.mark.parametrize(("section", "told"), [("A", True), ("B", False)])
@@ -189,10 +110,3 @@ def test_a_truth_whose_spots_lie_elsewhere_is_refused(fine_home, tmp_path, monke
     assert "um from where the prediction of C has it; are both of the same section, with one --mpp" in " ".join(
         capsys.readouterr().err.split()
     )
-
-
-def test_counts_beside_logarithms_are_no_logarithms(recwarn):
-    one = line_section(np.random.default_rng(0).poisson(3, (60, 30)))
-    one.uns["log1p"] = {"base": None}
-    select_panel([one], n_genes=10, recipe="clean")
-    assert not [warning for warning in recwarn if "log" in str(warning.message)]

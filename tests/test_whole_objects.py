@@ -4,7 +4,6 @@ line, and nothing of theirs is lost, run or believed unseen."""
 import json
 import re
 import shutil
-from dataclasses import asdict
 
 import anndata
 import numpy as np
@@ -20,11 +19,9 @@ from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError
 from genar.export import refuse_foreign, write_export
 from genar.genes import RECIPES
-from genar.models import model_class
-from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from genar.models.checkpoint import load_checkpoint
 from genar.prediction import write_prediction
 from genar.report.index import write_report
-from genar.training import TrainConfig, fit, make_spots
 
 
 def with_x(section, x):
@@ -259,46 +256,6 @@ def test_simulated_tissue_takes_the_place_of_no_measured_one(mine, held_out, tmp
         write_tissue(tmp_path, ("B", "A"), config=config)
     assert (tmp_path / mine).read_bytes() == before
     assert not (tmp_path / "st" / "B.h5ad").exists()
-
-
-def test_a_checkpoint_chooses_no_code_that_runs(lite0, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
-    checkpoint = load_checkpoint(lite0 / "ridge")
-    checkpoint.features = {**checkpoint.features, "encoder": "stranger:build"}
-    save_checkpoint(tmp_path / "model", checkpoint)
-    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
-    assert run(monkeypatch, *words) == 2
-    assert "pass --encoder stranger:build" in capsys.readouterr().err
-    assert run(monkeypatch, *words, "--encoder", "efficientnet_lite0") == 2
-    assert "was trained on stranger:build" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-    with pytest.raises(InputError, match="has no function build"):
-        genar.predict(f"{lite0 / 'tissue'}:B", checkpoint, encoder="stranger:build", progress=False)
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("facts", [{"encoder": "efficientnet_lite0"}, {}, {"input": "patches"}, {"widths_um": 5}])
-def test_a_checkpoint_that_says_too_little_of_its_features_is_told(facts, lite0, tmp_path, monkeypatch, capsys):
-    checkpoint = load_checkpoint(lite0 / "ridge")
-    checkpoint.features = facts
-    save_checkpoint(tmp_path / "model", checkpoint)
-    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
-    assert run(monkeypatch, *words) == 2
-    assert capsys.readouterr().err.count("error: ") == 1
-
-
-def test_a_checkpoint_made_in_python_serves_the_command(lite0, held_out, tmp_path, monkeypatch):
-    encoder = genar.load_encoder()
-    recipe = genar.recipe_of(encoder, views=1)
-    features = genar.read_features(genar.embed(held_out, encoder, recipe, lite0 / "store"), held_out)
-    panel = genar.select_panel([held_out], n_genes=10)
-    spots = make_spots(held_out, features, panel.genes)
-    model = model_class("ridge").create(encoder.width, spots, "", {})
-    fit(model, spots, TrainConfig())
-    save_checkpoint(str(tmp_path / "model"), Checkpoint("ridge", model, panel, asdict(recipe)))
-    words = ["predict", f"{lite0 / 'tissue'}:B", "--model", tmp_path / "model", "--out", tmp_path / "p.h5ad"]
-    assert run(monkeypatch, *words, "--features", lite0 / "store") == 0
 
 
 def test_train_takes_what_the_command_takes(lite0, tmp_path):
