@@ -23,9 +23,6 @@ from genar.data.tissue import tissue_of
 from genar.report import maps
 from genar.report.sections import CheckResult, check_sections, name_genes
 
-TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
-SET = [word for setting in TINY for word in ("--set", setting)]
-
 
 @pytest.fixture
 def folder(two, tmp_path):
@@ -292,56 +289,8 @@ def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
         gc.enable()
 
 
-@pytest.fixture(scope="module")
-def model(two, tmp_path_factory):
-    out, store = tmp_path_factory.mktemp("run") / "run", tmp_path_factory.mktemp("features")
-    words = ["train", two, "--out", out, "--features", store, "--n-genes", "20", "--views", "1", *SET]
-    with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, *words) == 0
-    return out
-
-
-def test_predict_takes_a_bare_slide(model, two, tmp_path, monkeypatch, capsys):
-    slide = shutil.copy(two / "wsis" / "B.tif", tmp_path / "scan.tif")
-    out = tmp_path / "out" / "pred.h5ad"
-    words = ["predict", slide, "--model", model, "--out", out, "--spacing-um", "150", "--samples", "2", "--json"]
-    assert run(monkeypatch, *words) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    predicted = anndata.read_h5ad(out)
-    assert predicted.shape == (told["n_spots"], 20)
-    assert predicted.n_obs > 10
-    assert (predicted.X.data == np.rint(predicted.X.data)).all()
-    assert predicted.uns["genar"]["source"] == "slide"
-    assert (np.diff(np.unique(predicted.obsm["spatial"][:, 0])) * 0.7).min() == pytest.approx(150, rel=1e-3)
-    with Image.open(tmp_path / "out" / "pred_tissue.png") as overlay:
-        assert min(overlay.size) > 400
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda p: Image.new("RGB", (300, 300), "white").save(p), "--mpp"),
-        (lambda p: p.write_bytes(b"no image"), "not a readable image"),
-    ],
-)
-def test_predict_refuses_slides_it_cannot_use(make, says, model, tmp_path, monkeypatch, capsys):
-    make(tmp_path / "scan.png")
-    out = tmp_path / "out" / "pred.h5ad"
-    assert run(monkeypatch, "predict", tmp_path / "scan.png", "--model", model, "--out", out) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert says in errors[0]
-    assert not out.parent.exists()
-
-
 def test_check_takes_bare_slides(two, check, tmp_path):
     code, told, _ = check(two / "wsis")
     assert code == 0
     assert [row["format"] for row in told["sections"]] == ["slide", "slide"]
     assert all(row["n_genes"] == 0 and row["n_spots"] > 10 and row["overlay"] for row in told["sections"])
-
-
-def test_slides_without_counts_cannot_be_trained_on(two, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "train", two / "wsis", "--test", "B", "--out", tmp_path / "run") == 2
-    assert "error: " in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint").exists()

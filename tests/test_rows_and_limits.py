@@ -1,28 +1,12 @@
 """No order of rows, no mode that a model was left in and no number of trajectories changes a result; sizes have
 limits, and features that were made elsewhere are told apart."""
 
-import numpy as np
 import pytest
 import torch
 
-import genar
 from commands import run
-from genar.data import read_section
-from genar.errors import InputError
-from genar.models.checkpoint import load_checkpoint
-from genar.prediction import predict_section
 
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
-
-
-def test_a_model_left_in_training_predicts_as_ever(home):
-    checkpoint, section = load_checkpoint(home / "run"), read_section(f"{home / 'tissue'}:S2")
-    features = np.random.default_rng(0).normal(size=(section.n_obs, 1, checkpoint.model.n_features)).astype(np.float32)
-    awake = checkpoint.model.train()
-    made = predict_section(checkpoint, section, features).layers["mean"]
-    assert awake.training  # as it was left
-    awake.eval()
-    np.testing.assert_array_equal(made, predict_section(checkpoint, section, features).layers["mean"])
 
 
 @pytest.mark.parametrize(
@@ -66,21 +50,3 @@ def test_settings_that_this_training_does_not_use_are_told(home, tmp_path, monke
         out = ("--test", "S2", "--features", home / "store", "--out", tmp_path / str(number))
         assert run(monkeypatch, "train", home / "tissue", *TINY, *out, *sets, *words) == 0
         assert told in " ".join(capsys.readouterr().out.split())
-
-
-def test_the_notebook_refuses_as_the_command_does(home, tmp_path):
-    with pytest.raises(InputError, match="--encoder, --views would do nothing here"):
-        genar.train(
-            home / "tissue", tmp_path / "run", model="hist2st", input="patches", encoder="resnet18", views=1,
-            progress=False,
-        )  # fmt: skip
-    with pytest.raises(InputError, match="nonsense"):
-        genar.train(home / "tissue", tmp_path / "run", beside="nonsense", progress=False)
-    with pytest.raises(InputError, match=r"'S9' is no section"):
-        genar.train(home / "tissue", tmp_path / "run", only="S9", progress=False)
-    for wrong, told in (({"n_genes": "20"}, "n_genes must be a whole number, found '20'"),
-                        ({"views": "1"}, "views must be a whole number, found '1'"),
-                        ({"mpp": "2.0"}, "--mpp must be a positive number of um, found '2.0'")):  # fmt: skip
-        with pytest.raises(InputError, match=told):
-            genar.train(home / "tissue", tmp_path / "run", progress=False, **wrong)
-    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())

@@ -1,13 +1,15 @@
-"""What users' lists, counts and own code may hold: each is taken, or refused in a line."""
+"""What a prediction and its scores tell of sections and spots unlike those of the training or the truth."""
 
 from dataclasses import replace
 
 import anndata
 import pytest
 
+import genar
 from commands import run
-from genar.data import contract, read_section
-from genar.data.reading import pitch_px
+from genar.assess import evaluate_run
+from genar.data import contract, read_section, read_sections
+from genar.errors import InputError
 from genar.inference import pitch_note, predict_run
 from genar.models.checkpoint import load_checkpoint
 
@@ -30,19 +32,6 @@ def test_scores_on_a_section_of_the_training_say_so(section, told, fine_home, tm
     assert (note in (tmp_path / "report.html").read_text()) == told
 
 
-def test_what_a_model_of_simulated_tissue_says_of_a_slide_is_marked(fine_home, tmp_path, monkeypatch, capsys):
-    out, slide = tmp_path / "p.h5ad", fine_home / "tissue" / "wsis" / "B.tif"
-    assert run(monkeypatch, "predict", slide, "--model", fine_home / "run", "--out", out, "--mpp", 0.7) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "note: the model was trained on SIMULATED tissue" in said
-    assert "features of" in said  # what takes long is told of before
-    assert contract.simulated(anndata.read_h5ad(out))
-    assert run(monkeypatch, "report", out, "--out", tmp_path / "report.html") == 0
-    page = (tmp_path / "report.html").read_text()
-    assert "no measured counts, by a model of SIMULATED tissue" in page
-    assert "the model was trained on SIMULATED tissue" in page
-
-
 @pytest.mark.parametrize(("spacing", "told"), [(110, False), (220, True)])
 def test_neighbours_at_another_distance_than_in_training_are_told(fine_home, tmp_path, spacing, told):
     checkpoint = load_checkpoint(fine_home / "run")
@@ -54,29 +43,13 @@ def test_neighbours_at_another_distance_than_in_training_are_told(fine_home, tmp
     assert (note in pitch_note(looking, slide)) == told
 
 
-@pytest.mark.parametrize(("given", "pitch"), [([], 110), (["--spacing-um", 220], 220)])
-def test_spots_of_a_bare_slide_lie_as_far_apart_as_in_the_training(
-    fine_home, tmp_path, monkeypatch, capsys, given, pitch
-):
-    out, slide = tmp_path / "p.h5ad", fine_home / "tissue" / "wsis" / "B.tif"
-    assert run(monkeypatch, "predict", slide, "--model", fine_home / "run", "--out", out, "--mpp", 0.7, *given) == 0
-    predicted = anndata.read_h5ad(out)
-    assert pitch_px(predicted.obsm["spatial"]) * 0.7 == pytest.approx(pitch)
-    assert f"{predicted.n_obs} spots, {pitch} um apart" in capsys.readouterr().out
-
-
-def test_spots_of_a_bare_slide_are_as_wide_as_in_the_training(fine_home):
-    """What a spot of 100 um has captured is not what one of 55 um has; and patches ``stem`` are as wide as the spot."""
-    checkpoint, slide = load_checkpoint(fine_home / "run"), fine_home / "tissue" / "wsis" / "B.tif"
-    assert checkpoint.training["spot_diameter_um"] == 55
-    wide = replace(checkpoint, training={**checkpoint.training, "spot_diameter_um": 100.0})
-    store = {"features": fine_home / "features"}
-    of_55, of_100 = (predict_run(slide, one, None, reading={"mpp": 0.7}, **store) for one in (checkpoint, wide))
-    assert [contract.spot_diameter_px(one) * 0.7 for one in (of_55, of_100)] == pytest.approx([55, 100])
-    (picture,) = of_100.uns["spatial"].values()  # what scanpy draws by
-    assert picture["scalefactors"]["spot_diameter_fullres"] == pytest.approx(100 / 0.7)
-    told = predict_run(slide, wide, None, reading={"mpp": 0.7, "spot_um": 70}, **store)
-    assert contract.spot_diameter_px(told) * 0.7 == pytest.approx(70)
+def test_a_model_of_whole_sections_tells_of_another_distance(home):
+    checkpoint = load_checkpoint(home / "run")
+    checkpoint.features["context_spots"] = []
+    slide = genar.place_spots(home / "tissue" / "wsis" / "S2.tif", mpp=2.0, spacing_um=60)
+    assert not pitch_note(checkpoint, slide)
+    checkpoint.model.unit = "section"
+    assert "looks at neighbours 110 um away" in pitch_note(checkpoint, slide)
 
 
 @pytest.mark.parametrize(("width", "told"), [(55, False), (60, False), (100, True), (0, False)])
@@ -110,3 +83,48 @@ def test_a_truth_whose_spots_lie_elsewhere_is_refused(fine_home, tmp_path, monke
     assert "um from where the prediction of C has it; are both of the same section, with one --mpp" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_a_truth_of_the_same_name_that_lies_elsewhere_is_refused(home, tmp_path, monkeypatch, capsys):
+    predicted = anndata.read_h5ad(home / "run" / "predictions" / "S2.h5ad")
+    truth = read_section(f"{home / 'tissue'}:S2")
+    truth.obsm["spatial"] = truth.obsm["spatial"][:, ::-1] + 5000
+    with pytest.raises(InputError, match="um from where the prediction of S2 has it"):
+        genar.score(predicted, truth)
+
+
+@pytest.fixture(scope="module")
+def sections(tissue):
+    return read_sections(tissue)
+
+
+def test_evaluation_tells_of_another_section(prediction, sections, tmp_path):
+    truth = sections[0][: prediction.n_obs].copy()
+    other = prediction[: truth.n_obs].copy()
+    other.obs_names = truth.obs_names
+    result = evaluate_run(other, truth, tmp_path / "scores", resamples=0)
+    assert "the truth is of section SIM1, the prediction of SIM2" in result.notes
+
+
+def test_a_prediction_records_what_was_used_and_tells_what_was_not(lite0, held_out, capsys, monkeypatch, tmp_path):
+    out = tmp_path / "p.h5ad"
+    words = [
+        "predict",
+        f"{lite0 / 'tissue'}:B",
+        "--model",
+        lite0 / "ridge",
+        "--out",
+        out,
+        "--features",
+        lite0 / "store",
+    ]
+    assert (
+        run(monkeypatch, *words, "--samples", "9", "--set", "temperature=0.2", "--set", "layers=[log1p_mean,sd]") == 0
+    )
+    assert "does not use, or have, temperature, samples, layer sd" in capsys.readouterr().out
+    made = anndata.read_h5ad(out).uns["genar"]["prediction"]
+    assert list(made["layers"]) == ["log1p_mean"]
+    assert not {"samples", "temperature", "seed"} & set(made)
+    made = genar.predict(held_out, lite0 / "run", features=lite0 / "store", samples=2, progress=False)
+    told = made.uns["genar"]["prediction"]
+    assert (told["samples"], set(told["layers"])) == (2, set(contract.layer_names(made)))
