@@ -1,6 +1,5 @@
 """``genar check``: what it tells of sections, refuses, and draws."""
 
-import gc
 import io
 import json
 import shutil
@@ -22,6 +21,8 @@ from genar.data import contract, open_slide, read_section
 from genar.data.tissue import tissue_of
 from genar.report import maps
 from genar.report.sections import CheckResult, check_sections, name_genes
+
+TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 
 
 @pytest.fixture
@@ -269,28 +270,33 @@ def test_gene_names_and_species(names, ids, expected):
     assert name_genes(names, ids) == expected
 
 
-# --- what a command loads
-
-
-def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
-    with _console.loading():
-        assert not gc.isenabled()
-    with pytest.raises(ZeroDivisionError), _console.loading():
-        _ = 1 / 0
-    assert gc.isenabled()
-    assert run(monkeypatch, "models") == 0
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with _console.loading():
-            pass
-        assert not gc.isenabled()  # as it was
-    finally:
-        gc.enable()
-
-
 def test_check_takes_bare_slides(two, check, tmp_path):
     code, told, _ = check(two / "wsis")
     assert code == 0
     assert [row["format"] for row in told["sections"]] == ["slide", "slide"]
     assert all(row["n_genes"] == 0 and row["n_spots"] > 10 and row["overlay"] for row in told["sections"])
+
+
+def test_check_lists_the_stores_of_these_spots_alone(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "tissue", tmp_path / "tissue")
+    for part in ("st", "wsis", "metadata"):
+        for path in (tmp_path / "tissue" / part).glob("S2.*"):
+            path.rename(path.with_name(f"S1-2{path.suffix}"))
+    words = ("check", tmp_path / "tissue", "--out", tmp_path / "overlays", "--json", "--features")
+    store = tmp_path / "store"
+    run(monkeypatch, "features", tmp_path / "tissue", "--out", store, *TINY[2:], "--widths-um", 112)
+    for path in store.glob("S1-[!2]*"):  # of S1 there is none
+        shutil.rmtree(path)
+    capsys.readouterr()
+    assert run(monkeypatch, *words, store) == 0
+    rows = json.loads(capsys.readouterr().out)["sections"]
+    assert {row["section"]: len(row["features"]) for row in rows} == {"S1": 0, "S1-2": 1}
+    assert run(monkeypatch, *words, tmp_path / "nowhere") == 2
+    assert "no such folder" in capsys.readouterr().out
+
+
+def test_overlays_of_sections_of_one_name_are_all_named(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "tissue", tmp_path / "again")
+    assert run(monkeypatch, "check", home / "tissue", tmp_path / "again", "--out", tmp_path / "o", "--json") == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert sorted(outputs) == ["overlay S1", "overlay S1_2", "overlay S2", "overlay S2_2"]

@@ -1,31 +1,18 @@
 """Commands one after the other on one tissue, and what they refuse in one line."""
 
-import inspect
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import tifffile
-import typer
 
-import genar
 from commands import assert_one_error, run, sets
-from genar._console import first_paragraph
-from genar.cli import app
-from genar.data import contract, read_section
-from genar.features import Inputs
-from genar.models import Decoding, model_names
-from genar.models._decoding import DECODINGS
-from genar.models.genar import GenARConfig
-from genar.settings import Settings, read_settings
-from genar.train_plan import TrainPlan
-from genar.training import TrainConfig
+from genar.data import contract, read_section, read_sections
+from genar.genes import Panel
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
 TINY = [
@@ -39,26 +26,6 @@ TINY = [
     "max_count=63",
 ]
 SET = sets(*TINY)
-OWNERS = {"model": GenARConfig(), "train": TrainConfig(), "decoding": Decoding(), "inputs": Inputs()}
-FIELDS = [(owner, f.name) for owner, config in OWNERS.items() for f in fields(config)]
-# One of each command's inputs that is wrong.
-WRONG = {
-    "demo": ["--out", "DONE"],
-    "check": ["NOWHERE"],
-    "fetch": ["nothing", "--out", "OUT"],
-    "features": ["NOWHERE", "--out", "OUT"],
-    "panel": ["NOWHERE", "--out", "OUT/panel.json"],
-    "groups": ["NOWHERE", "--out", "OUT"],
-    "train": ["NOWHERE", "--out", "OUT"],
-    "predict": ["NOWHERE", "--model", "NOWHERE", "--out", "OUT/p.h5ad"],
-    "push": ["NOWHERE", "one/two"],
-    "evaluate": ["NOWHERE", "NOWHERE", "--out", "OUT"],
-    "report": ["NOWHERE", "--out", "OUT/r.html"],
-    "export": ["NOWHERE", "--out", "OUT/p.geojson"],
-    "bench": ["NOWHERE", "--out", "OUT"],
-    "encoders": ["--widht"],
-    "models": ["magic"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -274,23 +241,6 @@ def test_a_section_that_lacks_a_panel_gene_is_named(trained, broken, tmp_path, m
     assert_one_error(capsys, f"section B: 1 of 20 panel genes missing ({gene})")
 
 
-def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path):
-    (tmp_path / "settings.yaml").write_text("width: 32\nlr: 1e-4\nmax_epochs: 7\n")
-    words = ["lr=2e-3", "scales=[1, 20]", "token_noise=1", "context_spots=6", "layers=[q05, sd]", "top_k=3"]
-    settings = read_settings(tmp_path / "settings.yaml", words)
-    assert settings.model == {"width": 32, "scales": (1, 20), "token_noise": 1.0}
-    assert settings.train == {"lr": 2e-3, "max_epochs": 7}
-    assert settings.inputs == {"context_spots": (6,)}
-    assert settings.decoding == {"layers": ("q05", "sd"), "top_k": 3}
-
-
-@pytest.mark.parametrize(("owner", "name"), [pair for pair in FIELDS if pair[1] not in ("n_features", "n_blocks")])
-def test_every_option_is_reachable_by_set(owner, name):
-    value = getattr(OWNERS[owner], name)
-    settings = read_settings(None, [f"{name}={json.dumps(value)}"])
-    assert getattr(settings, owner if name != "seed" else "train") == {name: value}
-
-
 def test_predict_decodes_as_it_is_told(trained, two, store, tmp_path, monkeypatch, capsys):
     words = ["predict", f"{two}:B", "--model", trained[0], "--features", store, "--seed", "3"]
     drawn = [*words, "--decode", "sample", "--set", "top_k=1", "--set", "layers=[sd, q25]", "--samples", "2"]
@@ -304,14 +254,6 @@ def test_predict_decodes_as_it_is_told(trained, two, store, tmp_path, monkeypatc
     assert set(contract.layer_names(greedy)) == layers
     assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
     assert_one_error(capsys, "width")
-
-
-def test_genar_sees_a_wide_patch_and_neighbours_where_patches_of_any_width_are_shown():
-    plan = TrainPlan(Path("sections"), (), Path("run"))
-    assert plan.inputs == Inputs((112.0, 309.0), (6,))
-    assert replace(plan, settings=Settings(inputs={"context_spots": ()})).inputs == Inputs((112.0, 309.0))
-    for other in ({"preset": "paper"}, {"model": "ridge"}, {"patch": "genar"}, {"encoder": "import:mine"}):
-        assert replace(plan, **other).inputs == Inputs()
 
 
 def test_train_takes_gene_sets_context_and_another_output(two, store, tmp_path, monkeypatch):
@@ -335,33 +277,6 @@ def test_train_takes_gene_sets_context_and_another_output(two, store, tmp_path, 
     assert (anndata.read_h5ad(out).X != first.X).nnz == 0
 
 
-@pytest.mark.parametrize("command", ["encoders", "models"])
-def test_lists_are_json_on_request(command, monkeypatch, capsys):
-    assert run(monkeypatch, command, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["status"] == "done"
-    rows = told[command]
-    assert all(row["name"] for row in rows)
-    assert run(monkeypatch, command) == 0
-    assert rows[0]["name"] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
-def test_wrong_input_is_json_too_on_request(command, tmp_path, monkeypatch, capsys):
-    (tmp_path / "DONE" / "run").mkdir(parents=True)
-    (tmp_path / "DONE" / "run" / "run.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, command, *WRONG[command], "--json") == 2
-    told = capsys.readouterr()
-    facts = json.loads(told.out)
-    assert facts["status"] == "wrong input"
-    assert command == "check" or set(facts) == {"status", "error"}
-    assert facts["error"] in " ".join(told.err.replace("│", " ").split())
-    assert [path.name for path in tmp_path.iterdir() if path.name != "genar-check"] == ["DONE"]
-    assert run(monkeypatch, command, *WRONG[command]) == 2
-    assert "{" not in capsys.readouterr().out
-
-
 def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch, capsys):
     damage_counts("log")(broken)
     assert run(monkeypatch, "check", broken, "--out", tmp_path / "overlays", "--json") == 2
@@ -369,60 +284,6 @@ def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch,
     assert told["status"] == "wrong input"
     assert "log-transformed" in told["error"]
     assert [row["section"] for row in told["sections"]] == ["A", "B"]
-
-
-def test_the_demo_is_not_made_twice(tmp_path, monkeypatch, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
-    (tmp_path / "report.html").write_text("")
-    assert run(monkeypatch, "demo", "--out", tmp_path) == 2
-    assert_one_error(capsys, "delete the folder, or give another --out")
-    assert not (tmp_path / "simulated_tissue").exists()
-
-
-@pytest.mark.parametrize("name", model_names())
-def test_every_model_has_a_card_in_plain_words(name, monkeypatch, capsys):
-    assert run(monkeypatch, "models", name) == 0
-    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
-    assert {"title", "target", "kept"} <= set(rows)
-    assert "`" not in rows["about"]
-    assert rows["about"].endswith(".")
-
-
-def test_docstrings_are_told_without_their_marks():
-    told = first_paragraph("""Of :class:`~genar.Panel` and ``x = 1``,
-    on two lines.
-
-    More.""")
-    assert told == "Of genar.Panel and x = 1, on two lines."
-
-
-def test_commands_and_plans_take_the_same_where_nothing_is_said():
-    of_command = {p.name: p.default for p in typer.main.get_command(app).commands["train"].params}
-    for field in fields(TrainPlan):
-        if field.name in of_command and field.name not in ("sections", "test", "out", "settings", "device"):
-            assert of_command[field.name] == field.default, field.name
-    of_python = inspect.signature(genar.train).parameters
-    assert (of_python["model"].default, of_python["panel"].default) == (of_command["model"], of_command["panel"])
-
-
-def test_help_shows_flags_as_flags_and_names_what_may_be_chosen(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
-    for command in ("train", "predict"):
-        assert run(monkeypatch, command, "--help") == 0
-        told = capsys.readouterr().out
-        assert "--json" in told
-        assert "<bool>" not in told
-        assert "BOOLEAN" not in told
-    assert all(name in told for name in DECODINGS)
-
-
-def test_help_loads_no_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; import genar.cli; print('torch' in sys.modules, 'scanpy' in sys.modules)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == ["False", "False"]
 
 
 def test_panel_and_features_commands(two, tmp_path, monkeypatch, capsys):
@@ -437,14 +298,6 @@ def test_panel_and_features_commands(two, tmp_path, monkeypatch, capsys):
     words += sets(*toy)
     assert run(monkeypatch, *words, "--out", tmp_path / "run") == 0
     assert len(list((tmp_path / "features").glob("*.zarr"))) == 4  # all that the default model reads was there
-
-
-def test_version(monkeypatch, capsys):
-    assert run(monkeypatch, "--version") == 0
-    told = capsys.readouterr().out
-    assert told.startswith("genar 0.")
-    as_module = subprocess.run([sys.executable, "-m", "genar", "--version"], capture_output=True, text=True, check=True)
-    assert as_module.stdout == told
 
 
 def test_predictions_open_in_scanpy(trained):
@@ -481,3 +334,33 @@ def test_train_reads_features_of_another_precision_and_predict_the_same(two, tmp
     capsys.readouterr()
     assert run(monkeypatch, "train", two, "--out", tmp_path / "x", "--encoder-precision", "int8") == 2
     assert "fp32, bf16, fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("check", "nowhere"), "no such file or folder"),
+        (("report", "runs/frist"), "no such file or folder"),
+        (("export", "nofile.h5ad", "--out", "x.geojson"), "nofile.h5ad: no such file"),
+        (("train", "TISSUE", "--panel", "nofile.txt", "--out", "x"), "--panel nofile.txt: no such file"),
+        (("predict", "TISSUE:SIM1", "--model", "runs/frst", "--out", "x.h5ad"), "no folder runs/frst here"),
+        (("predict", "TISSUE:SIM1", "--model", "runs/first", "--out", "x.csv"), ".h5ad, .geojson"),
+    ],
+)
+def test_what_is_not_there_is_told_so(words, says, tissue, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(word.replace("TISSUE", str(tissue)) for word in words)) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sections(tissue):
+    return read_sections(tissue)
+
+
+@pytest.mark.parametrize("command", ["panel", "groups"])
+def test_a_section_to_exclude_that_is_not_there_is_told(command, tissue, sections, tmp_path, monkeypatch, capsys):
+    Panel(tuple(sections[0].var_names[:10]), "given").write(tmp_path / "panel.json")
+    more = ["--panel", tmp_path / "panel.json"] if command == "groups" else []
+    assert run(monkeypatch, command, tissue, "--exclude", "SIM9", "--out", tmp_path / "x.json", *more) == 2
+    assert "'SIM9' is no section" in capsys.readouterr().err

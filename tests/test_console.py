@@ -1,21 +1,22 @@
-"""Runs that are started again, or by others: SLURM's steps, machines, other data, other numbers of processes."""
+"""What the console is told: interrupts, memory that runs out, the first words of a docstring."""
 
-import os
+import gc
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from launchers import LAUNCHERS
+from commands import run
+from genar import _console
+from genar._console import first_paragraph
+from launchers import environment
 
-pytestmark = pytest.mark.usefixtures("_nobody_started_us")
 
-
-def started(*words, **environ):
-    known = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+def started(*words):
     return subprocess.Popen(
-        [sys.executable, "-m", "genar.cli", *map(str, words)], text=True, env={**known, **environ},
+        [sys.executable, "-m", "genar.cli", *map(str, words)], text=True, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -63,3 +64,35 @@ def test_an_interrupt_while_an_object_is_removed_is_heard():
     done = subprocess.run([sys.executable, "-c", FORGETTING], capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == "interrupted; start the same command again to go on\n"
+
+
+def test_what_memory_does_not_hold_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped, _console.one_line():
+        torch.empty(1 << 60)
+    assert stopped.value.code == 1
+    assert "error: out of memory" in capsys.readouterr().err
+
+
+def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
+    with _console.loading():
+        assert not gc.isenabled()
+    with pytest.raises(ZeroDivisionError), _console.loading():
+        _ = 1 / 0
+    assert gc.isenabled()
+    assert run(monkeypatch, "models") == 0
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with _console.loading():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
+
+
+def test_docstrings_are_told_without_their_marks():
+    told = first_paragraph("""Of :class:`~genar.Panel` and ``x = 1``,
+    on two lines.
+
+    More.""")
+    assert told == "Of genar.Panel and x = 1, on two lines."
