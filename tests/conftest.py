@@ -3,6 +3,7 @@ import os
 import socket
 from pathlib import Path
 
+import anndata
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # here, not in a fixture: the hub's client reads it once, when it is imported
@@ -10,9 +11,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # here, not in a fixture: the hub's client r
 import huggingface_hub.constants
 import huggingface_hub.utils
 
+import homes
+from commands import run_fetch
 from genar import machine
-from genar.data import read_sections
+from genar.data import read_section, read_sections
 from genar.data.simulate import TissueConfig, write_tissue
+from genar.fetch import transfer
+from launchers import LAUNCHERS
+from serving import stop_server
+from source_server import FIRST, SECOND, TOKEN, Source
 
 machine.keep_freed_memory()  # as every command does: networks run half as fast again
 
@@ -55,6 +62,80 @@ def tissue_sections(_read_sections):
 
 
 @pytest.fixture
+def own_tissue(tmp_path):
+    """Sections A and B, for a test to change."""
+    return homes.write_sections(tmp_path / "t", "AB", 6, 80)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    return homes.write_sections(tmp_path_factory.mktemp("two"), "AB", 6, 120, seed=1)
+
+
+@pytest.fixture(scope="session")
+def bench_tissue(tmp_path_factory):
+    return homes.write_sections(tmp_path_factory.mktemp("three"), "ABC", 5, 80, seed=1)
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory):
+    return homes.write_sections(tmp_path_factory.mktemp("four"), "ABCD", 4, 80, seed=1)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return homes.write_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def lite0(tmp_path_factory):
+    return homes.write_lite0_home(tmp_path_factory.mktemp("lite0"))
+
+
+@pytest.fixture
+def held_out(lite0):
+    return read_section(lite0 / "tissue" / "st" / "B.h5ad")
+
+
+@pytest.fixture
+def held_out_prediction(lite0):
+    """By the GenAR."""
+    return anndata.read_h5ad(lite0 / "run" / "predictions" / "B.h5ad")
+
+
+@pytest.fixture(scope="session")
+def ridge_home(tmp_path_factory):
+    return homes.write_ridge_home(tmp_path_factory.mktemp("ridge"))
+
+
+@pytest.fixture(scope="session")
+def fine_home(tmp_path_factory):
+    return homes.write_fine_home(tmp_path_factory.mktemp("fine"))
+
+
+@pytest.fixture(scope="session")
+def report_run(tissue, tmp_path_factory):
+    return homes.write_report_run(tissue, tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="session")
+def _prediction(_read_sections):
+    return homes.predict_simulated(_read_sections)
+
+
+@pytest.fixture
+def prediction(_prediction):
+    """Of SIM2, by ridge on random features."""
+    return _prediction.copy()
+
+
+@pytest.fixture
+def _nobody_started_us(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def online(monkeypatch):
     """The hub's client may ask servers (of this machine, says ``_no_network``), until it is called with False."""
 
@@ -67,6 +148,27 @@ def online(monkeypatch):
     switch(True)
     yield switch
     forget()
+
+
+@pytest.fixture
+def source(monkeypatch, online):
+    """A server that data sets are fetched from, without pauses."""
+    source = Source()
+    monkeypatch.setattr(transfer, "_PAUSES_S", (0.0, 0.0, 0.0))
+    for name in ("HF_ENDPOINT", "GENAR_GITHUB_API", "GENAR_GITHUB_RAW"):
+        monkeypatch.setenv(name, source.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    yield source
+    stop_server(source.server)
+
+
+@pytest.fixture
+def fetch_(monkeypatch, capsys, tmp_path):
+    def call(*words, dataset="her2st", sections=f"{FIRST},{SECOND}"):
+        return run_fetch(monkeypatch, capsys, dataset, "--out", tmp_path / "out", "--sections", sections, *words)
+
+    return call
 
 
 @pytest.fixture(scope="session", autouse=True)

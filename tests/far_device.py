@@ -165,7 +165,7 @@ def _differ(near, far) -> float:
 def _model(name: str) -> float:
     """A step of training, one in bfloat16, and every decoding."""
     from genar.models import Decoding
-    from test_models import fresh, training
+    from toy_models import fresh, training
 
     layers = ("mean", "log1p_mean", "sd", "q05", "q95", "p_zero")
     model = fresh(name).eval()
@@ -206,7 +206,7 @@ def _far_trainer():
 def _fit(name: str) -> float:
     """A whole training with its validation, which ends on the CPU and predicts there."""
     from genar.training import fit, train_config_from_dict
-    from test_models import fresh, log2_values, training
+    from toy_models import fresh, log2_values, training
 
     config = train_config_from_dict({"max_epochs": 2, "batch_size": 16, "validation_share": 0.25})
     near, far, seen = fresh(name), fresh(name), set()

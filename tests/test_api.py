@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import genar
+from genar.errors import InputError
 from pages import DOCS, run_page
 
 
@@ -81,3 +82,21 @@ def test_every_public_name_has_an_example_and_stands_on_the_page(name):
     home = getattr(genar, name).__module__
     listed = re.findall(r"automodule:: (\S+)\n   :members: (.+)", (DOCS / "api.md").read_text())
     assert any(home.startswith(module) and name in members.split(", ") for module, members in listed)
+
+
+def test_the_notebook_refuses_as_the_command_does(home, tmp_path):
+    with pytest.raises(InputError, match="--encoder, --views would do nothing here"):
+        genar.train(
+            home / "tissue", tmp_path / "run", model="hist2st", input="patches", encoder="resnet18", views=1,
+            progress=False,
+        )  # fmt: skip
+    with pytest.raises(InputError, match="nonsense"):
+        genar.train(home / "tissue", tmp_path / "run", beside="nonsense", progress=False)
+    with pytest.raises(InputError, match=r"'S9' is no section"):
+        genar.train(home / "tissue", tmp_path / "run", only="S9", progress=False)
+    for wrong, told in (({"n_genes": "20"}, "n_genes must be a whole number, found '20'"),
+                        ({"views": "1"}, "views must be a whole number, found '1'"),
+                        ({"mpp": "2.0"}, "--mpp must be a positive number of um, found '2.0'")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            genar.train(home / "tissue", tmp_path / "run", progress=False, **wrong)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())

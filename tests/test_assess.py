@@ -1,3 +1,5 @@
+"""``genar evaluate`` and the scores of a run: what is written, paired, told and refused."""
+
 import json
 
 import anndata

@@ -1,3 +1,5 @@
+"""The scripts of ``benchmarks``, each on a toy."""
+
 import importlib.util
 from pathlib import Path
 

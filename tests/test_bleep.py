@@ -9,6 +9,22 @@ from genar.models._base import LN2, log2p1
 from genar.models._retrieval import Keys
 from genar.models.bleep import BLEEP, BLEEPConfig, ProjectionHead, soft_contrast
 from genar.training import TrainConfig, fit, train_config_from_dict
+from toy_models import made, training
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_are_the_published_ones():
+    assert parameters(BLEEP(1024, 200, BLEEPConfig())) == 446_464
+    with torch.device("meta"):
+        from torchvision.models import resnet50
+
+        backbone = resnet50(weights=None)
+        backbone.fc = torch.nn.Identity()
+        heads = [ProjectionHead(n, 256, 0.1) for n in (2048, 3467)]
+    assert parameters(backbone) + sum(map(parameters, heads)) == 25_052_992
 
 
 def toy(n=60, genes=6, features=5, sections=3, seed=0):
@@ -30,21 +46,6 @@ def ready(spots, **settings):
 def elsewhere(batch):
     """The same spots as of a section that is no key's."""
     return Batch(**{**vars(batch), "section": torch.full_like(batch.section, 99)})
-
-
-def parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_sizes_are_the_published_ones():
-    assert parameters(BLEEP(1024, 200, BLEEPConfig())) == 446_464
-    with torch.device("meta"):
-        from torchvision.models import resnet50
-
-        backbone = resnet50(weights=None)
-        backbone.fc = torch.nn.Identity()
-        heads = [ProjectionHead(n, 256, 0.1) for n in (2048, 3467)]
-    assert parameters(backbone) + sum(map(parameters, heads)) == 25_052_992
 
 
 def test_the_mean_of_all_keys_is_the_training_mean():
@@ -178,3 +179,10 @@ def test_a_query_without_keys_gets_the_mean_of_all():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(InputError, match="bleep"):
         BLEEP.check_settings("small", settings)
+
+
+def test_keys_that_nobody_may_see_take_no_weight():
+    model = made("bleep", training(), weighting="distance")
+    queries, nearest = torch.zeros(1, 2), torch.tensor([[[0.1, 0.0], [30.0, 0.0], [31.0, 0.0]]])
+    weights = model.weights(queries, nearest, torch.tensor([[False, True, True]]))
+    assert float(weights[0, 1]) == pytest.approx(1.0)

@@ -1,3 +1,5 @@
+"""Scores of predictive distributions: pinball, CRPS, likelihoods, coverage."""
+
 import numpy as np
 import pytest
 from scipy import stats

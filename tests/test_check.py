@@ -1,4 +1,5 @@
-import gc
+"""``genar check``: what it tells of sections, refuses, and draws."""
+
 import io
 import json
 import shutil
@@ -17,19 +18,11 @@ from rich.console import Console
 from commands import run
 from genar import _console
 from genar.data import contract, open_slide, read_section
-from genar.data.simulate import TissueConfig, write_tissue
 from genar.data.tissue import tissue_of
 from genar.report import maps
 from genar.report.sections import CheckResult, check_sections, name_genes
 
-TINY = ["width=16", "depth=1", "heads=2", "components=4", "max_epochs=1", "batch_size=16"]
-SET = [word for setting in TINY for word in ("--set", setting)]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
+TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 
 
 @pytest.fixture
@@ -47,13 +40,6 @@ def check(monkeypatch, capsys, tmp_path):
     return checked
 
 
-def edit(folder, change, section="A"):
-    path = folder / "st" / f"{section}.h5ad"
-    adata = anndata.read_h5ad(path)
-    changed = change(adata)
-    (adata if changed is None else changed).write_h5ad(path)
-
-
 def test_check_tells_what_is_there(folder, check, tmp_path):
     code, told, _ = check(folder)
     assert (code, told["status"], told["faults"]) == (0, "done", [])
@@ -68,6 +54,13 @@ def test_check_tells_what_is_there(folder, check, tmp_path):
     assert (row["gene_names"], row["species"]) == ("symbols", "human")
     with Image.open(tmp_path / "overlays" / "A.png") as overlay:
         assert min(overlay.size) > 400
+
+
+def edit(folder, change, section="A"):
+    path = folder / "st" / f"{section}.h5ad"
+    adata = anndata.read_h5ad(path)
+    changed = change(adata)
+    (adata if changed is None else changed).write_h5ad(path)
 
 
 def test_every_section_is_checked_when_one_fails(folder, check):
@@ -277,71 +270,6 @@ def test_gene_names_and_species(names, ids, expected):
     assert name_genes(names, ids) == expected
 
 
-# --- what a command loads
-
-
-def test_garbage_is_not_looked_for_while_modules_load(monkeypatch):
-    with _console.loading():
-        assert not gc.isenabled()
-    with pytest.raises(ZeroDivisionError), _console.loading():
-        _ = 1 / 0
-    assert gc.isenabled()
-    assert run(monkeypatch, "models") == 0
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with _console.loading():
-            pass
-        assert not gc.isenabled()  # as it was
-    finally:
-        gc.enable()
-
-
-# --- from a bare slide to a prediction
-
-
-@pytest.fixture(scope="module")
-def model(two, tmp_path_factory):
-    out, store = tmp_path_factory.mktemp("run") / "run", tmp_path_factory.mktemp("features")
-    words = ["train", two, "--out", out, "--features", store, "--n-genes", "20", "--views", "1", *SET]
-    with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, *words) == 0
-    return out
-
-
-def test_predict_takes_a_bare_slide(model, two, tmp_path, monkeypatch, capsys):
-    slide = shutil.copy(two / "wsis" / "B.tif", tmp_path / "scan.tif")
-    out = tmp_path / "out" / "pred.h5ad"
-    words = ["predict", slide, "--model", model, "--out", out, "--spacing-um", "150", "--samples", "2", "--json"]
-    assert run(monkeypatch, *words) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    predicted = anndata.read_h5ad(out)
-    assert predicted.shape == (told["n_spots"], 20)
-    assert predicted.n_obs > 10
-    assert (predicted.X.data == np.rint(predicted.X.data)).all()
-    assert predicted.uns["genar"]["source"] == "slide"
-    assert (np.diff(np.unique(predicted.obsm["spatial"][:, 0])) * 0.7).min() == pytest.approx(150, rel=1e-3)
-    with Image.open(tmp_path / "out" / "pred_tissue.png") as overlay:
-        assert min(overlay.size) > 400
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda p: Image.new("RGB", (300, 300), "white").save(p), "--mpp"),
-        (lambda p: p.write_bytes(b"no image"), "not a readable image"),
-    ],
-)
-def test_predict_refuses_slides_it_cannot_use(make, says, model, tmp_path, monkeypatch, capsys):
-    make(tmp_path / "scan.png")
-    out = tmp_path / "out" / "pred.h5ad"
-    assert run(monkeypatch, "predict", tmp_path / "scan.png", "--model", model, "--out", out) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert says in errors[0]
-    assert not out.parent.exists()
-
-
 def test_check_takes_bare_slides(two, check, tmp_path):
     code, told, _ = check(two / "wsis")
     assert code == 0
@@ -349,7 +277,26 @@ def test_check_takes_bare_slides(two, check, tmp_path):
     assert all(row["n_genes"] == 0 and row["n_spots"] > 10 and row["overlay"] for row in told["sections"])
 
 
-def test_slides_without_counts_cannot_be_trained_on(two, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "train", two / "wsis", "--test", "B", "--out", tmp_path / "run") == 2
-    assert "error: " in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint").exists()
+def test_check_lists_the_stores_of_these_spots_alone(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "tissue", tmp_path / "tissue")
+    for part in ("st", "wsis", "metadata"):
+        for path in (tmp_path / "tissue" / part).glob("S2.*"):
+            path.rename(path.with_name(f"S1-2{path.suffix}"))
+    words = ("check", tmp_path / "tissue", "--out", tmp_path / "overlays", "--json", "--features")
+    store = tmp_path / "store"
+    run(monkeypatch, "features", tmp_path / "tissue", "--out", store, *TINY[2:], "--widths-um", 112)
+    for path in store.glob("S1-[!2]*"):  # of S1 there is none
+        shutil.rmtree(path)
+    capsys.readouterr()
+    assert run(monkeypatch, *words, store) == 0
+    rows = json.loads(capsys.readouterr().out)["sections"]
+    assert {row["section"]: len(row["features"]) for row in rows} == {"S1": 0, "S1-2": 1}
+    assert run(monkeypatch, *words, tmp_path / "nowhere") == 2
+    assert "no such folder" in capsys.readouterr().out
+
+
+def test_overlays_of_sections_of_one_name_are_all_named(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "tissue", tmp_path / "again")
+    assert run(monkeypatch, "check", home / "tissue", tmp_path / "again", "--out", tmp_path / "o", "--json") == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert sorted(outputs) == ["overlay S1", "overlay S1_2", "overlay S2", "overlay S2_2"]

@@ -1,30 +1,18 @@
-import inspect
+"""Commands one after the other on one tissue, and what they refuse in one line."""
+
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import tifffile
-import typer
 
-import genar
-from commands import run
-from genar._console import first_paragraph
-from genar.cli import app
-from genar.data import contract, read_section
-from genar.data.simulate import TissueConfig, write_tissue
-from genar.features import Inputs
-from genar.models import Decoding, model_names
-from genar.models._decoding import DECODINGS
-from genar.models.genar import GenARConfig
-from genar.settings import Settings, read_settings
-from genar.train_plan import TrainPlan
-from genar.training import TrainConfig
+from commands import assert_one_error, run, sets
+from genar.data import contract, read_section, read_sections
+from genar.genes import Panel
 
 SMALL = ["--n-genes", "20", "--views", "1", "--samples", "2"]
 TINY = [
@@ -37,7 +25,7 @@ TINY = [
     "batch_size=16",
     "max_count=63",
 ]
-SET = [word for setting in TINY for word in ("--set", setting)]
+SET = sets(*TINY)
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +34,13 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tissue, store, tmp_path_factory):
+def trained(two, store, tmp_path_factory):
     """A run of `genar train` on the simulated sections, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "first"
-    words = ["train", tissue, "--test", "B", "--out", out, "--features", store, *SMALL, *SET, "--json"]
+    words = ["train", two, "--test", "B", "--out", out, "--features", store, *SMALL, *SET, "--json"]
     done = subprocess.run([sys.executable, "-m", "genar.cli", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1]), done
-
-
-@pytest.fixture(scope="module")
-def tissue(tmp_path_factory):
-    config = TissueConfig(n_rows=6, n_cols=6, n_genes=120, counts_per_nucleus=20)
-    return write_tissue(tmp_path_factory.mktemp("tissue"), ("A", "B"), seed=1, config=config)
 
 
 def test_train_writes_what_it_promises(trained):
@@ -98,24 +80,24 @@ def test_run_json_tells_how_it_was_made(trained):
     assert panel["sha256"] == facts["panel_sha256"]
 
 
-def test_a_finished_run_is_not_overwritten(trained, tissue, monkeypatch, capsys):
+def test_a_finished_run_is_not_overwritten(trained, two, monkeypatch, capsys):
     before = (trained[0] / "run.json").read_bytes()
-    assert run(monkeypatch, "train", tissue, "--test", "B", "--out", trained[0]) == 2
+    assert run(monkeypatch, "train", two, "--test", "B", "--out", trained[0]) == 2
     assert "finished run" in capsys.readouterr().err
     assert (trained[0] / "run.json").read_bytes() == before
 
 
-def test_predict_repeats_the_run_s_prediction(trained, tissue, store, tmp_path, monkeypatch):
+def test_predict_repeats_the_run_s_prediction(trained, two, store, tmp_path, monkeypatch):
     out = tmp_path / "again.h5ad"
-    words = ["predict", f"{tissue}:B", "--model", trained[0], "--out", out, "--features", store, "--samples", 2]
+    words = ["predict", f"{two}:B", "--model", trained[0], "--out", out, "--features", store, "--samples", 2]
     assert run(monkeypatch, *words) == 0
     one, two = anndata.read_h5ad(trained[0] / "predictions" / "B.h5ad"), anndata.read_h5ad(out)
     assert (one.X != two.X).nnz == 0
     np.testing.assert_allclose(one.layers["log1p_mean"], two.layers["log1p_mean"], atol=1e-5)
 
 
-def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatch):
-    words = ["evaluate", trained[0] / "predictions" / "B.h5ad", tissue / "st" / "B.h5ad", "--out", tmp_path / "scores"]
+def test_evaluate_repeats_the_run_s_scores(trained, two, tmp_path, monkeypatch):
+    words = ["evaluate", trained[0] / "predictions" / "B.h5ad", two / "st" / "B.h5ad", "--out", tmp_path / "scores"]
     assert run(monkeypatch, *words) == 0
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     of_run = json.loads((trained[0] / "metrics.json").read_text())
@@ -129,27 +111,24 @@ def test_evaluate_repeats_the_run_s_scores(trained, tissue, tmp_path, monkeypatc
     assert intervals["prediction_mean"]["mse"][0] == pytest.approx(of_run["B"]["genar_mean"]["mse"], rel=1e-5)
 
 
-def test_check_draws_every_section(tissue, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "check", tissue, "--out", tmp_path, "--json") == 0
+def test_check_draws_every_section(two, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "check", two, "--out", tmp_path, "--json") == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["section"] for row in told["sections"]] == ["A", "B"]
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in "AB")
 
 
 @pytest.mark.parametrize("model", ["ridge", "mean"])
-def test_baselines_train_as_models(model, tissue, store, tmp_path, monkeypatch):
-    words = ["train", tissue, "--test", "B", "--out", tmp_path / "run", "--model", model, "--features", store, *SMALL]
+def test_baselines_train_as_models(model, two, store, tmp_path, monkeypatch):
+    words = ["train", two, "--test", "B", "--out", tmp_path / "run", "--model", model, "--features", store, *SMALL]
     assert run(monkeypatch, *words) == 0
     assert model in json.loads((tmp_path / "run" / "metrics.json").read_text())["B"]
 
 
-# -- bad input: one line, exit code 2, nothing half-written ---------------------------------------------------------
-
-
 @pytest.fixture
-def broken(tissue, tmp_path):
+def broken(two, tmp_path):
     """A copy of the tissue to damage."""
-    return shutil.copytree(tissue, tmp_path / "broken")
+    return shutil.copytree(two, tmp_path / "broken")
 
 
 def damage_counts(kind):
@@ -205,18 +184,11 @@ def test_bad_sections_are_refused_by_train_and_check(fault, broken, tmp_path, mo
     damage(broken)
     out = tmp_path / "run"
     assert run(monkeypatch, "train", broken, "--test", "B", "--out", out, *SMALL, *SET) == 2
-    assert_one_line(capsys, expected)
+    assert_one_error(capsys, expected)
     assert not list(out.rglob("*.safetensors"))
     assert not (out / "metrics.json").exists()
     assert run(monkeypatch, "check", broken, "--out", tmp_path / "overlays") == 2
     assert expected in capsys.readouterr().err
-
-
-def assert_one_line(capsys, expected):
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert expected in lines[0]
-    assert "Traceback" not in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -246,15 +218,15 @@ def assert_one_line(capsys, expected):
         (["check", "NOWHERE", "--out", "OUT"], "NOWHERE"),
     ],
 )
-def test_wrong_words_are_one_clear_line(words, expected, trained, tissue, store, tmp_path, monkeypatch, capsys):
+def test_wrong_words_are_one_clear_line(words, expected, trained, two, store, tmp_path, monkeypatch, capsys):
     (tmp_path / "panel.txt").write_text("KRT8\nNOSUCHGENE\n")
-    names = {"TISSUE": tissue, "OUT": tmp_path / "out", "RUN": trained[0], "PANEL": tmp_path / "panel.txt"}
+    names = {"TISSUE": two, "OUT": tmp_path / "out", "RUN": trained[0], "PANEL": tmp_path / "panel.txt"}
     for name, path in names.items():
         words = [word.replace(name, str(path)) for word in words]
     if words[0] in ("train", "predict"):
         words += ["--features", str(store)]
     assert run(monkeypatch, *words) == 2
-    assert_one_line(capsys, expected)
+    assert_one_error(capsys, expected)
     left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.parent.name != "resume"]
     assert [p.name for p in left if p.name != "panel.json"] == []
 
@@ -266,32 +238,11 @@ def test_a_section_that_lacks_a_panel_gene_is_named(trained, broken, tmp_path, m
     panel = trained[0] / "panel.json"
     words = ["train", broken, "--test", "B", "--out", tmp_path / "run", "--panel", panel, *SMALL[2:], *SET]
     assert run(monkeypatch, *words) == 2
-    assert_one_line(capsys, f"section B: 1 of 20 panel genes missing ({gene})")
+    assert_one_error(capsys, f"section B: 1 of 20 panel genes missing ({gene})")
 
 
-def test_settings_come_from_yaml_and_the_command_line_wins(tmp_path):
-    (tmp_path / "settings.yaml").write_text("width: 32\nlr: 1e-4\nmax_epochs: 7\n")
-    words = ["lr=2e-3", "scales=[1, 20]", "token_noise=1", "context_spots=6", "layers=[q05, sd]", "top_k=3"]
-    settings = read_settings(tmp_path / "settings.yaml", words)
-    assert settings.model == {"width": 32, "scales": (1, 20), "token_noise": 1.0}
-    assert settings.train == {"lr": 2e-3, "max_epochs": 7}
-    assert settings.inputs == {"context_spots": (6,)}
-    assert settings.decoding == {"layers": ("q05", "sd"), "top_k": 3}
-
-
-OWNERS = {"model": GenARConfig(), "train": TrainConfig(), "decoding": Decoding(), "inputs": Inputs()}
-FIELDS = [(owner, f.name) for owner, config in OWNERS.items() for f in fields(config)]
-
-
-@pytest.mark.parametrize(("owner", "name"), [pair for pair in FIELDS if pair[1] not in ("n_features", "n_blocks")])
-def test_every_option_is_reachable_by_set(owner, name):
-    value = getattr(OWNERS[owner], name)
-    settings = read_settings(None, [f"{name}={json.dumps(value)}"])
-    assert getattr(settings, owner if name != "seed" else "train") == {name: value}
-
-
-def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeypatch, capsys):
-    words = ["predict", f"{tissue}:B", "--model", trained[0], "--features", store, "--seed", "3"]
+def test_predict_decodes_as_it_is_told(trained, two, store, tmp_path, monkeypatch, capsys):
+    words = ["predict", f"{two}:B", "--model", trained[0], "--features", store, "--seed", "3"]
     drawn = [*words, "--decode", "sample", "--set", "top_k=1", "--set", "layers=[sd, q25]", "--samples", "2"]
     assert run(monkeypatch, *drawn, "--out", tmp_path / "a.h5ad") == 0
     assert run(monkeypatch, *words, "--decode", "greedy", "--out", tmp_path / "b.h5ad") == 0
@@ -302,83 +253,28 @@ def test_predict_decodes_as_it_is_told(trained, tissue, store, tmp_path, monkeyp
     layers = {"mean", "log1p_mean", "p_zero", "sd", "q05", "q25", "q50", "q75", "q95"}
     assert set(contract.layer_names(greedy)) == layers
     assert run(monkeypatch, *words, "--set", "width=3", "--out", tmp_path / "c.h5ad") == 2
-    assert_one_line(capsys, "width")
+    assert_one_error(capsys, "width")
 
 
-def test_genar_sees_a_wide_patch_and_neighbours_where_patches_of_any_width_are_shown():
-    plan = TrainPlan(Path("sections"), (), Path("run"))
-    assert plan.inputs == Inputs((112.0, 309.0), (6,))
-    assert replace(plan, settings=Settings(inputs={"context_spots": ()})).inputs == Inputs((112.0, 309.0))
-    for other in ({"preset": "paper"}, {"model": "ridge"}, {"patch": "genar"}, {"encoder": "import:mine"}):
-        assert replace(plan, **other).inputs == Inputs()
-
-
-def test_train_takes_gene_sets_context_and_another_output(tissue, store, tmp_path, monkeypatch):
-    section = read_section(f"{tissue}:A")
+def test_train_takes_gene_sets_context_and_another_output(two, store, tmp_path, monkeypatch):
+    section = read_section(f"{two}:A")
     genes = [str(gene) for gene in section.var_names[:20]]
     (tmp_path / "panel.txt").write_text("\n".join(genes))
     (tmp_path / "sets.gmt").write_text("one\tx\t" + "\t".join(genes[::-1]))
-    words = ["train", tissue, "--test", "B", "--out", tmp_path / "run", "--features", store, *SMALL[2:], *SET]
+    words = ["train", two, "--test", "B", "--out", tmp_path / "run", "--features", store, *SMALL[2:], *SET]
     words += ["--panel", tmp_path / "panel.txt"]
     more = [f"order={tmp_path / 'sets.gmt'}", "output=continuous", "final_loss=squared_error"]
     more += ["widths_um=[112]", "context_spots=[3]"]
-    assert run(monkeypatch, *words, *(word for setting in more for word in ("--set", setting))) == 0
+    assert run(monkeypatch, *words, *sets(*more)) == 0
     config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
     assert config["model"]["scales"]["order"] == list(range(20))[::-1]
     assert config["features"]["context_spots"] == [3]
     assert config["model"]["config"]["n_features"] == 2 * 1280
     out = tmp_path / "again.h5ad"
-    again = ["predict", f"{tissue}:B", "--model", tmp_path / "run", "--features", store, "--out", out]
+    again = ["predict", f"{two}:B", "--model", tmp_path / "run", "--features", store, "--out", out]
     assert run(monkeypatch, *again) == 0
     first = anndata.read_h5ad(tmp_path / "run" / "predictions" / "B.h5ad")
     assert (anndata.read_h5ad(out).X != first.X).nnz == 0
-
-
-@pytest.mark.parametrize("command", ["encoders", "models"])
-def test_lists_are_json_on_request(command, monkeypatch, capsys):
-    assert run(monkeypatch, command, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["status"] == "done"
-    rows = told[command]
-    assert all(row["name"] for row in rows)
-    assert run(monkeypatch, command) == 0
-    assert rows[0]["name"] in capsys.readouterr().out
-
-
-# One of each command's inputs that is wrong.
-WRONG = {
-    "demo": ["--out", "DONE"],
-    "check": ["NOWHERE"],
-    "fetch": ["nothing", "--out", "OUT"],
-    "features": ["NOWHERE", "--out", "OUT"],
-    "panel": ["NOWHERE", "--out", "OUT/panel.json"],
-    "groups": ["NOWHERE", "--out", "OUT"],
-    "train": ["NOWHERE", "--out", "OUT"],
-    "predict": ["NOWHERE", "--model", "NOWHERE", "--out", "OUT/p.h5ad"],
-    "push": ["NOWHERE", "one/two"],
-    "evaluate": ["NOWHERE", "NOWHERE", "--out", "OUT"],
-    "report": ["NOWHERE", "--out", "OUT/r.html"],
-    "export": ["NOWHERE", "--out", "OUT/p.geojson"],
-    "bench": ["NOWHERE", "--out", "OUT"],
-    "encoders": ["--widht"],
-    "models": ["magic"],
-}
-
-
-@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
-def test_wrong_input_is_json_too_on_request(command, tmp_path, monkeypatch, capsys):
-    (tmp_path / "DONE" / "run").mkdir(parents=True)
-    (tmp_path / "DONE" / "run" / "run.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, command, *WRONG[command], "--json") == 2
-    told = capsys.readouterr()
-    facts = json.loads(told.out)
-    assert facts["status"] == "wrong input"
-    assert command == "check" or set(facts) == {"status", "error"}
-    assert facts["error"] in " ".join(told.err.replace("│", " ").split())
-    assert [path.name for path in tmp_path.iterdir() if path.name != "genar-check"] == ["DONE"]
-    assert run(monkeypatch, command, *WRONG[command]) == 2
-    assert "{" not in capsys.readouterr().out
 
 
 def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch, capsys):
@@ -390,80 +286,18 @@ def test_check_tells_as_json_why_a_run_would_fail(broken, tmp_path, monkeypatch,
     assert [row["section"] for row in told["sections"]] == ["A", "B"]
 
 
-def test_the_demo_is_not_made_twice(tmp_path, monkeypatch, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
-    (tmp_path / "report.html").write_text("")
-    assert run(monkeypatch, "demo", "--out", tmp_path) == 2
-    assert_one_line(capsys, "delete the folder, or give another --out")
-    assert not (tmp_path / "simulated_tissue").exists()
-
-
-@pytest.mark.parametrize("name", model_names())
-def test_every_model_has_a_card_in_plain_words(name, monkeypatch, capsys):
-    assert run(monkeypatch, "models", name) == 0
-    rows = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
-    assert {"title", "target", "kept"} <= set(rows)
-    assert "`" not in rows["about"]
-    assert rows["about"].endswith(".")
-
-
-def test_docstrings_are_told_without_their_marks():
-    told = first_paragraph("""Of :class:`~genar.Panel` and ``x = 1``,
-    on two lines.
-
-    More.""")
-    assert told == "Of genar.Panel and x = 1, on two lines."
-
-
-def test_commands_and_plans_take_the_same_where_nothing_is_said():
-    of_command = {p.name: p.default for p in typer.main.get_command(app).commands["train"].params}
-    for field in fields(TrainPlan):
-        if field.name in of_command and field.name not in ("sections", "test", "out", "settings", "device"):
-            assert of_command[field.name] == field.default, field.name
-    of_python = inspect.signature(genar.train).parameters
-    assert (of_python["model"].default, of_python["panel"].default) == (of_command["model"], of_command["panel"])
-
-
-def test_help_shows_flags_as_flags_and_names_what_may_be_chosen(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
-    for command in ("train", "predict"):
-        assert run(monkeypatch, command, "--help") == 0
-        told = capsys.readouterr().out
-        assert "--json" in told
-        assert "<bool>" not in told
-        assert "BOOLEAN" not in told
-    assert all(name in told for name in DECODINGS)
-
-
-def test_help_loads_no_torch():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; import genar.cli; print('torch' in sys.modules, 'scanpy' in sys.modules)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == ["False", "False"]
-
-
-def test_panel_and_features_commands(tissue, tmp_path, monkeypatch, capsys):
+def test_panel_and_features_commands(two, tmp_path, monkeypatch, capsys):
     panel = tmp_path / "panel.json"
-    assert run(monkeypatch, "panel", tissue, "--out", panel, "--n-genes", "15", "--exclude", "B") == 0
+    assert run(monkeypatch, "panel", two, "--out", panel, "--n-genes", "15", "--exclude", "B") == 0
     assert len(json.loads(panel.read_text())["genes"]) == 15
     for _ in range(2):  # the second reads what the first stored
-        assert run(monkeypatch, "features", tissue, "--out", tmp_path / "features", "--views", "1") == 0
+        assert run(monkeypatch, "features", two, "--out", tmp_path / "features", "--views", "1") == 0
     assert len(list((tmp_path / "features").glob("*.zarr"))) == 4  # two widths
     toy = ("width=16", "depth=1", "heads=2", "max_epochs=1", "max_count=63")
-    words = ["train", tissue, "--features", tmp_path / "features", "--views", "1", "--panel", panel]
-    words += [word for one in toy for word in ("--set", one)]
+    words = ["train", two, "--features", tmp_path / "features", "--views", "1", "--panel", panel]
+    words += sets(*toy)
     assert run(monkeypatch, *words, "--out", tmp_path / "run") == 0
     assert len(list((tmp_path / "features").glob("*.zarr"))) == 4  # all that the default model reads was there
-
-
-def test_version(monkeypatch, capsys):
-    assert run(monkeypatch, "--version") == 0
-    told = capsys.readouterr().out
-    assert told.startswith("genar 0.")
-    as_module = subprocess.run([sys.executable, "-m", "genar", "--version"], capture_output=True, text=True, check=True)
-    assert as_module.stdout == told
 
 
 def test_predictions_open_in_scanpy(trained):
@@ -484,19 +318,49 @@ def test_real_sections_pass_the_check(shared, tmp_path, monkeypatch, capsys):
     assert read_section(shared / "data" / "her2st" / "st" / "SPA138.h5ad").n_obs == 181
 
 
-def test_train_reads_features_of_another_precision_and_predict_the_same(tissue, tmp_path, monkeypatch, capsys):
+def test_train_reads_features_of_another_precision_and_predict_the_same(two, tmp_path, monkeypatch, capsys):
     store, encoder = tmp_path / "store", ("--encoder", "genar.bench.toy:narrow_encoder", "--views", 1)
     words = ["--out", store, *encoder, "--precision", "bf16", "--widths-um", 112]
-    assert run(monkeypatch, "features", tissue, *words) == 0
+    assert run(monkeypatch, "features", two, *words) == 0
     stores = sorted(path.name for path in store.glob("*.zarr"))
     words = ["--model", "ridge", "--features", store, *encoder, "--n-genes", 20, "--encoder-precision", "bf16"]
-    assert run(monkeypatch, "train", tissue, "--test", "B", "--out", tmp_path / "run", *words) == 0
-    again = ["predict", f"{tissue}:B", "--model", tmp_path / "run", "--out", tmp_path / "b.h5ad", "--features", store]
+    assert run(monkeypatch, "train", two, "--test", "B", "--out", tmp_path / "run", *words) == 0
+    again = ["predict", f"{two}:B", "--model", tmp_path / "run", "--out", tmp_path / "b.h5ad", "--features", store]
     assert run(monkeypatch, *again, *encoder[:2]) == 0
     assert stores
     assert sorted(path.name for path in store.glob("*.zarr")) == stores  # nothing was embedded anew
     first, second = (anndata.read_h5ad(p) for p in (tmp_path / "run/predictions/B.h5ad", tmp_path / "b.h5ad"))
     assert (first.X != second.X).nnz == 0
     capsys.readouterr()
-    assert run(monkeypatch, "train", tissue, "--out", tmp_path / "x", "--encoder-precision", "int8") == 2
+    assert run(monkeypatch, "train", two, "--out", tmp_path / "x", "--encoder-precision", "int8") == 2
     assert "fp32, bf16, fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("check", "nowhere"), "no such file or folder"),
+        (("report", "runs/frist"), "no such file or folder"),
+        (("export", "nofile.h5ad", "--out", "x.geojson"), "nofile.h5ad: no such file"),
+        (("train", "TISSUE", "--panel", "nofile.txt", "--out", "x"), "--panel nofile.txt: no such file"),
+        (("predict", "TISSUE:SIM1", "--model", "runs/frst", "--out", "x.h5ad"), "no folder runs/frst here"),
+        (("predict", "TISSUE:SIM1", "--model", "runs/first", "--out", "x.csv"), ".h5ad, .geojson"),
+    ],
+)
+def test_what_is_not_there_is_told_so(words, says, tissue, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(word.replace("TISSUE", str(tissue)) for word in words)) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sections(tissue):
+    return read_sections(tissue)
+
+
+@pytest.mark.parametrize("command", ["panel", "groups"])
+def test_a_section_to_exclude_that_is_not_there_is_told(command, tissue, sections, tmp_path, monkeypatch, capsys):
+    Panel(tuple(sections[0].var_names[:10]), "given").write(tmp_path / "panel.json")
+    more = ["--panel", tmp_path / "panel.json"] if command == "groups" else []
+    assert run(monkeypatch, command, tissue, "--exclude", "SIM9", "--out", tmp_path / "x.json", *more) == 2
+    assert "'SIM9' is no section" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+"""Losses of counts: their targets, their sums, their gradients."""
+
 import numpy as np
 import pytest
 import torch

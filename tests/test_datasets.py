@@ -1,3 +1,5 @@
+"""The data sets of the paper, their sections and patients."""
+
 import csv
 
 import pytest

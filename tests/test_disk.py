@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import genar
-from commands import run
+from commands import run, sets
 from genar.data import files
 from genar.data.files import alone, replacing, scratch_beside, write_text
 from genar.errors import InputError
@@ -31,7 +31,7 @@ from genar.training import fit
 SMALL = ("--n-genes", "20", "--encoder", "genar.bench.toy:narrow_encoder", "--samples", "2")
 TINY = ("width=16", "depth=1", "heads=2", "components=4", "max_epochs=2", "batch_size=16", "max_count=63",
         "linear_start=false", "checkpoint_every_s=0")  # fmt: skip
-SET = tuple(word for setting in TINY for word in ("--set", setting))
+SET = tuple(sets(*TINY))
 
 
 @contextlib.contextmanager

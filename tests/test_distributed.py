@@ -14,32 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from genar import processes
-from genar.batches import SectionLoader, SpotLoader
-from genar.errors import InputError
-from genar.models import Spots
-from genar.training import TrainConfig
-from genar.training_loop import _Module
+from launchers import environment
 
+pytestmark = pytest.mark.usefixtures("_nobody_started_us")
 SETTINGS = {
     "width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63, "dropout": 0, "drop_path": 0,
     "feature_dropout": 0, "validation_share": 0.2, "validate_every": 1, "batch_size": 16, "ema_decay": 0,
     "patience": 50, "max_epochs": 3, "widths_um": "[]", "context_spots": "[]",
 }  # fmt: skip
-LAUNCHERS = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_STEP_ID",
-    "SLURM_NTASKS", "SLURM_NNODES", "NODE_RANK",
-)  # fmt: skip
 SRUN = {
     "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "41", "SLURM_JOB_NAME": "train",
     "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nobody_started_us(monkeypatch):
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
 
 
 def command(tissue, out, *more, **settings):
@@ -48,11 +34,6 @@ def command(tissue, out, *more, **settings):
     for name, value in {**SETTINGS, **settings}.items():
         words += ["--set", f"{name}={value}"]
     return [sys.executable, "-m", "genar.cli", *map(str, words)]
-
-
-def environment(**more):
-    known = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    return {**known, "OMP_NUM_THREADS": "1", **more}
 
 
 @pytest.fixture(scope="module")
@@ -137,84 +118,3 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tissue, alone, by_sru
     check_same(tmp_path / "run", alone)
     weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", by_srun[0])]
     assert weights[0] == weights[1]
-
-
-def make_spots(n_spots=53, n_sections=3):
-    random = torch.Generator().manual_seed(0)
-    return Spots(
-        torch.randn(n_spots, 2, 4, generator=random), torch.rand(n_spots, 2), torch.rand(n_spots, 2),
-        torch.arange(n_spots), torch.arange(n_spots) % n_sections, torch.ones(n_spots, 5).long(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("n_ranks", [1, 2, 3])
-@pytest.mark.parametrize("n_parts", [1, 2])
-def test_every_spot_is_seen_once_an_epoch(n_ranks, n_parts):
-    loaders = [SpotLoader(make_spots(), 4, n_parts, 7, lambda: 0, rank, n_ranks) for rank in range(n_ranks)]
-    shares = [list(loader) for loader in loaders]
-    assert {len(part) for part in shares} == {4 * n_parts}
-    ids = torch.cat([share.batch.spot_ids for part in shares for share in part])
-    assert sorted(ids.tolist()) == list(range(53))
-    whole = list(SpotLoader(make_spots(), 4, 1, 7, lambda: 0, 0, 1))
-    for step, one in enumerate(whole):
-        here = [share for part in shares for share in part[step * n_parts : (step + 1) * n_parts]]
-        found = {int(i): f for s in here for i, f in zip(s.batch.spot_ids, s.batch.features, strict=True)}
-        expected = {int(i): f for i, f in zip(one.batch.spot_ids, one.batch.features, strict=True)}
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[i], expected[i]) for i in found)  # the same view of each
-        # the mean over parts and processes is that over the batch's spots
-        mean = sum(s.weight * s.batch.spot_ids.double().mean() for s in here) / (n_parts * n_ranks)
-        assert mean == pytest.approx(float(one.batch.spot_ids.double().mean()))
-
-
-def test_sections_are_shared_in_turns():
-    shares = [
-        list(SectionLoader(make_spots(), make_spots().section.unique(), 7, lambda: 0, rank, 2)) for rank in (0, 1)
-    ]
-    assert [len(part) for part in shares] == [2, 2]
-    seen = [int(share.batch.section[0]) for part in shares for share in part]
-    assert set(seen) == {0, 1, 2}
-    assert all(len(share.batch.section.unique()) == 1 for part in shares for share in part)
-
-
-def test_accumulated_batches_make_a_larger_step():
-    class Sized(torch.nn.Module):
-        unit, spot_bytes = "spot", 0
-
-    module = _Module(Sized(), make_spots(), None, TrainConfig(batch_size=8, accumulate=3), print)
-    assert (module.n_batches, module.n_parts) == (3, 3)
-    with pytest.raises(InputError, match="use fewer"):
-        _Module(Sized(), make_spots(), None, TrainConfig(batch_size=8), print, n_ranks=60)
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected", "rank"),
-    [
-        ({}, processes.Group(), 0),
-        (
-            {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5"},
-            processes.Group(4, 2, "torchrun"),
-            5,
-        ),
-        (
-            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"},
-            processes.Group(2, 2, "srun"),
-            3,
-        ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, processes.Group(), 0),  # a batch script
-    ],
-)
-def test_launchers_are_found_by_themselves(environ, expected, rank, monkeypatch):
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert processes.group() == expected
-    assert processes.rank() == rank
-    if expected.by:
-        with pytest.raises(InputError, match=f"--devices 7: {expected.by} started"):
-            processes.group(devices=7)
-    else:
-        for name, value in {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NODE_RANK": "0"}.items():
-            monkeypatch.setenv(name, value)
-        assert processes.group(2, 3).size == 6
-        with pytest.raises(InputError, match="at least 1"):
-            processes.group(0)

@@ -17,7 +17,7 @@ import typer
 from anndata import read_h5ad
 
 import genar
-from commands import run
+from commands import run, sets
 from genar.cli import app
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.features import Inputs
@@ -143,7 +143,7 @@ def link_sections(there, folder, names):
 # Commands that are run, with settings of a size for tests behind those that train; in this order, in one folder.
 RUN = ["README.md", "docs/evaluation.md", "docs/report.md", "docs/other_programs.md", "docs/start.md"]
 TINY = ("width=16", "depth=1", "heads=2", "max_count=255", "max_epochs=1")
-SMALL = ["--n-genes", "80", "--views", "1", "--samples", "2", *(word for one in TINY for word in ("--set", one))]
+SMALL = ["--n-genes", "80", "--views", "1", "--samples", "2", *sets(*TINY)]
 ELSEWHERE = {
     r"^make ": "the Makefile runs this test",
     r"^pip install": "the workflow installs the package",

@@ -1,51 +1,25 @@
-import json
-import os
-import subprocess
-import sys
-import threading
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+"""Every row of the table of encoders, its poolers, and the files that its weights come in."""
 
-import numpy as np
+import json
+import sys
+from dataclasses import replace
+
 import pytest
-import timm
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
 from commands import run
-from genar.encoders import ENCODERS, Encoder, EncoderRow, build_network, load_encoder
+from genar.encoders import ENCODERS, Encoder, build_network, load_encoder
 from genar.encoders.networks import load_transformers, pooled
 from genar.encoders.table import CLASS, CLASS_AND_MEAN
 from genar.encoders.towers import POOLERS
 from genar.encoders.weights import read_state
 from genar.errors import InputError
+from small_encoders import BIG, random_network, random_patches, small
 
-TRANSFORMERS = [name for name, row in ENCODERS.items() if row.library == "transformers"]
-BIG = [name for name, row in ENCODERS.items() if row.n_parameters > 50_000_000]
-
-
-def small(name):
-    """The row with one block and four by four patches where the whole would take gigabytes and minutes; every width,
-    head and patch as published."""
-    row = ENCODERS[name]
-    if name not in BIG:
-        return row
-    ours = row.library == "timm"
-    side_px = 4 * row.arguments.get("patch_size", 16 if "patch16" in row.architecture else 14)
-    depth, size = ("depth", "img_size") if ours else ("num_hidden_layers", "image_size")
-    return replace(row, input_px=side_px, arguments={**row.arguments, depth: 1, size: side_px})
-
-
-def random_network(row, seed=0):
-    torch.manual_seed(seed)
-    return build_network(row)
-
-
-def random_patches(row, n):
-    return np.random.default_rng(0).integers(0, 255, (n, row.input_px, row.input_px, 3), np.uint8)
+TOWERS = [name for name, row in ENCODERS.items() if row.pooler]
 
 
 # -- every row ------------------------------------------------------------------------------------------------------
@@ -146,11 +120,6 @@ def test_half_precision_is_close_and_not_the_same(name, precision):
 def test_unknown_precision_is_refused():
     with pytest.raises(InputError, match="fp32, bf16, fp16"):
         load_encoder(precision="int8")
-
-
-# -- attention poolers ----------------------------------------------------------------------------------------------
-
-TOWERS = [name for name, row in ENCODERS.items() if row.pooler]
 
 
 def by_hand(q, k, v, out):
@@ -278,243 +247,6 @@ def test_folder_of_the_hubs_cache_is_understood(tmp_path):
 def test_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"expected model\.safetensors or pytorch_model\.bin"):
         load_encoder("resnet18", weights=tmp_path)
-
-
-# -- encoders outside the table -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["timm/resnet10t", "test_vit2"])
-def test_any_timm_name_is_an_encoder(name, tmp_path):
-    short = name.removeprefix("timm/")
-    network = timm.create_model(short, pretrained=False, num_classes=0).eval()
-    save_file(network.state_dict(), tmp_path / "model.safetensors")
-    encoder = load_encoder(name, weights=tmp_path)
-    facts = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(short).to_dict())
-    assert (encoder.row.mean, encoder.row.std) == (tuple(facts["mean"]), tuple(facts["std"]))
-    assert encoder.row.input_px == facts["input_size"][1]
-    patch = random_patches(encoder.row, 1)
-    transform = create_transform(**{**facts, "crop_pct": 1.0})
-    with torch.no_grad():
-        expected = network(transform(Image.fromarray(patch[0]))[None])
-    torch.testing.assert_close(encoder(patch), expected, rtol=1e-4, atol=1e-4)
-    assert encoder.width == expected.shape[1]
-
-
-OWN = """
-import torch
-from genar.encoders import Encoder, EncoderRow
-
-class Mean(torch.nn.Module):
-    def __init__(self, scale=1.0):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(scale))
-    def forward(self, x):
-        return self.scale * x.mean(dim=(2, 3))
-
-FACTS = {"input_px": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
-def pair():
-    return Mean(), FACTS
-
-def darker():
-    return Mean(), {**FACTS, "mean": (0.4, 0.4, 0.4), "licence": "MIT", "views": 8, "mpp": 0.25}
-
-def whole():
-    row = EncoderRow("x", "", "", 3, 32, (0.5,) * 3, (0.5,) * 3, "MIT", library="")
-    return Encoder(row, Mean())
-
-def with_weights(path):
-    return Mean(float(path.read_text())), FACTS
-
-def nothing():
-    return 3
-
-def no_facts():
-    return Mean(), {"mean": (0.5, 0.5, 0.5)}
-
-def image():
-    return torch.nn.Identity(), FACTS
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    (tmp_path / "own_encoder.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("own_encoder", None)
-
-
-def test_own_function_may_return_a_module_with_facts_or_an_encoder(own):
-    patch = random_patches(EncoderRow("", "", "", 3, 32, (0,) * 3, (1,) * 3, ""), 2)
-    expected = torch.from_numpy((patch / 255 - 0.5) / 0.5).float().mean(dim=(1, 2))
-    for function in ("pair", "whole"):
-        encoder = load_encoder(f"own_encoder:{function}")
-        assert encoder.row.name == f"own_encoder:{function}"
-        torch.testing.assert_close(encoder(patch), expected, rtol=1e-5, atol=1e-5)
-    assert os.getcwd() not in sys.path
-
-
-def test_own_facts_are_part_of_the_identity(own):
-    pair, darker = (load_encoder(f"own_encoder:{name}") for name in ("pair", "darker"))
-    assert pair.weights_sha256 != darker.weights_sha256
-    assert (darker.row.licence, darker.row.views, darker.row.mpp) == ("MIT", 8, 0.25)
-    (own / "scale.txt").write_text("2")
-    scaled = load_encoder("own_encoder:with_weights", weights=own / "scale.txt")
-    assert scaled.weights_sha256 != pair.weights_sha256
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("own_encoder:missing", "has no function missing"),
-        ("no_such_module:f", "cannot be imported"),
-        ("own_encoder:nothing", "expected an Encoder or a pair"),
-        ("own_encoder:no_facts", "expected the facts input_px, mean, std"),
-        ("own_encoder:image", r"expected features \[B, F\]"),
-        ("resnet19", "not known"),
-        ("timm/resnet19", "not known"),
-    ],
-)
-def test_what_is_no_encoder_is_refused(own, name, says):
-    with pytest.raises(InputError, match=says) as caught:
-        load_encoder(name)
-    assert "\n" not in str(caught.value)
-
-
-# -- a hub on this machine ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def content(tmp_path_factory):
-    """A repository's files."""
-    folder = tmp_path_factory.mktemp("hub")
-    save_file(random_network(ENCODERS["resnet18"]).state_dict(), folder / "r18.safetensors")
-    random_network(small("phikon")).save_pretrained(folder / "phikon")
-    torch.save(random_network(small("h0_mini")).state_dict(), folder / "h0.bin")
-    read = {
-        "/timm/resnet18.tv_in1k/resolve/main/model.safetensors": (folder / "r18.safetensors").read_bytes(),
-        "/bioptimus/H0-mini/resolve/main/pytorch_model.bin": (folder / "h0.bin").read_bytes(),
-    }
-    for name in ("config.json", "model.safetensors"):
-        read[f"/owkin/phikon/resolve/main/{name}"] = (folder / "phikon" / name).read_bytes()
-    return read
-
-
-GATED = ("/MahmoodLab/", "/paige-ai/", "/bioptimus/")
-
-
-@pytest.fixture
-def hub(content):
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body):
-            asked.append((self.command, self.path, self.headers.get("Authorization")))
-            if self.path.startswith(GATED) and self.headers.get("Authorization") != "Bearer hf_accepted":
-                named = self.path.startswith("/MahmoodLab/")  # the others: a bare refusal, as of a proxy
-                return self.refuse(401 if named else 403, "GatedRepo" if named else None)
-            if self.path not in content:
-                known = any(path.split("/resolve")[0] == self.path.split("/resolve")[0] for path in content)
-                return self.refuse(404, "EntryNotFound" if known else "RepoNotFound")
-            body = content[self.path]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{abs(hash(self.path)):x}"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-        def refuse(self, code, why):
-            self.send_response(code)
-            if why:
-                self.send_header("X-Error-Code", why)
-                self.send_header("X-Error-Message", f"{why}: told by the hub")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
-LOAD = """
-import sys
-from dataclasses import replace
-from genar.encoders import ENCODERS, load_encoder
-from genar.errors import InputError
-h0_mini = ENCODERS["h0_mini"]
-ENCODERS["h0_mini"] = replace(h0_mini, arguments={**h0_mini.arguments, "depth": 1, "img_size": 56})
-for name in sys.argv[1:]:
-    try:
-        print(name, "loaded", load_encoder(name).weights_sha256[:8], sep="|")
-    except InputError as error:
-        print(name, "refused", error, sep="|")
-"""
-
-
-def load_elsewhere(endpoint, home, *names, token=None, offline="0"):
-    """In a process of its own, as the hub's client reads its variables once: name -> what came of it."""
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "NO_PROXY": "*"}
-    for name in ("HF_HUB_CACHE", "HF_TOKEN"):
-        env.pop(name, None)
-    if token:
-        env["HF_TOKEN"] = token
-    run = subprocess.run([sys.executable, "-c", LOAD, *names], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return {line.split("|")[0]: line.split("|")[1:] for line in run.stdout.splitlines()}
-
-
-def test_hub_gives_refuses_and_lacks(hub, tmp_path):
-    endpoint, asked = hub
-    told = load_elsewhere(endpoint, tmp_path, "resnet18", "phikon", "uni", "virchow", "resnet50", "timm/resnet34")
-    assert told["resnet18"][0] == told["phikon"][0] == "loaded"
-    for name, page in (("uni", "MahmoodLab/UNI"), ("virchow", "paige-ai/Virchow")):
-        assert told[name][0] == "refused"
-        assert f"https://huggingface.co/{page}" in told[name][1]
-        assert "hf auth login" in told[name][1]
-    assert "timm/resnet50.tv_in1k" in told["resnet50"][1]
-    assert "encoder timm/resnet34: its weights" in told["timm/resnet34"][1]
-    fetched = [path for command, path, _ in asked if command == "GET" and path in ALL]
-    assert len(fetched) == len(set(fetched)) == 3
-    again = load_elsewhere(endpoint, tmp_path, "resnet18", "phikon", "uni", offline="1")
-    assert (again["resnet18"], again["phikon"]) == (told["resnet18"], told["phikon"])
-    assert "https://huggingface.co/MahmoodLab/UNI" in again["uni"][1]
-    assert len([path for command, path, _ in asked if command == "GET" and path in ALL]) == 3
-
-
-ALL = (
-    "/timm/resnet18.tv_in1k/resolve/main/model.safetensors",
-    "/owkin/phikon/resolve/main/model.safetensors",
-    "/owkin/phikon/resolve/main/config.json",
-)
-
-
-def test_granted_access_is_used_and_a_pickled_file_found(hub, tmp_path):
-    told = load_elsewhere(hub[0], tmp_path, "h0_mini", token="hf_accepted")
-    assert told["h0_mini"][0] == "loaded"
-    assert {token for _, path, token in hub[1] if path.endswith("pytorch_model.bin")} == {"Bearer hf_accepted"}
-
-
-def test_command_refused_by_the_hub_ends_with_2_and_one_line(tmp_path, monkeypatch, capsys, tissue):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # offline, nothing in the cache
-    assert run(monkeypatch, "features", tissue, "--encoder", "uni", "--out", tmp_path / "store") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "https://huggingface.co/MahmoodLab/UNI" in line
-    assert "hf auth login" in line
-    assert not (tmp_path / "store").exists()
 
 
 def test_encoders_command_lists_the_rows(monkeypatch, capsys):

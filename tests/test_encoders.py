@@ -1,31 +1,16 @@
-import os
+"""The encoder of the package, folded norms, and weights from files."""
+
 import socket
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from genar.encoders import DEFAULT, ENCODERS, Encoder, build_network, embedded_lite0, encoder_row, load_encoder
 from genar.encoders.folding import fold_norms
+from genar.encoders.weights import fit_weights
 from genar.errors import InputError
-
-
-def random_network(name, seed=0, **changes):
-    torch.manual_seed(seed)
-    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
-    return path
 
 
 def test_embedded_weights_are_the_packages():
@@ -45,6 +30,18 @@ def test_embedded_weights_are_the_packages():
     assert len(stored) == 247  # and the classifier's two
     for name, tensor in own.items():
         assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in stored), name
+
+
+def random_network(name, seed=0, **changes):
+    torch.manual_seed(seed)
+    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
+    return path
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
@@ -84,13 +81,6 @@ def test_unknown_name_lists_the_known_ones():
         encoder_row("resnet19")
     with pytest.raises(InputError, match=r"'resnet19' is not known.*imported under this name are import:resnet19$"):
         load_encoder("resnet19")
-
-
-def test_offline_hub_encoder_asks_for_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"encoder resnet18: .*timm/resnet18\.tv_in1k.*--weights FILE") as caught:
-        load_encoder("resnet18")
-    assert "\n" not in str(caught.value)
 
 
 def test_local_weights_are_loaded(weights):
@@ -135,69 +125,20 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
         load_encoder("resnet18", weights=path)
 
 
-# --- a hub on this machine
-
-
-FILE = "/timm/resnet18.tv_in1k/resolve/main/model.safetensors"
-
-
-@pytest.fixture
-def hub(weights):
-    content, asked = weights.read_bytes(), []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(with_body=False)
-
-        def do_GET(self):
-            self.answer(with_body=True)
-
-        def answer(self, with_body):
-            asked.append((self.command, self.path))
-            if self.path != FILE:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("ETag", '"0123456789abcdef"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
-def load_elsewhere(endpoint, home):
-    code = "from genar.encoders import load_encoder; print(load_encoder('resnet18').weights_sha256)"
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-    for name in ("HF_HUB_CACHE", "HF_TOKEN"):
-        env.pop(name, None)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout.strip()
-
-
-def test_weights_are_fetched_from_the_hub_once(hub, weights, tmp_path, monkeypatch):
-    endpoint, asked = hub
-    expected = load_encoder("resnet18", weights=weights).weights_sha256
-    assert load_elsewhere(endpoint, tmp_path) == expected
-    assert asked.count(("GET", FILE)) == 1
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert load_encoder("resnet18").weights_sha256 == expected  # offline now
-    assert asked.count(("GET", FILE)) == 1
-
-
 def test_tests_never_reach_the_network():
     with socket.socket() as s:
         for connect in (s.connect, s.connect_ex):
             with pytest.raises(PermissionError, match="must not reach the network"):
                 connect(("192.0.2.1", 80))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_weights_with_two_classifiers_fit_the_encoder(name):
+    import timm
+
+    whole, encoder = timm.create_model(name), timm.create_model(name, num_classes=0)
+    fit_weights(encoder, whole.state_dict(), "here")
+    x = torch.zeros(1, 3, 224, 224)
+    assert encoder.eval()(x).shape == (1, encoder.num_features)
+    with pytest.raises(InputError, match="not weights of this network"):
+        fit_weights(encoder, {"nonsense": torch.zeros(1)}, "here")

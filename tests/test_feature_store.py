@@ -1,23 +1,20 @@
+"""Features in their store: killed, shared, read by processes of their own, in little memory."""
+
 import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import tifffile
-import torch
 import zarr
-from anndata import AnnData
 from filelock import FileLock
 
 from commands import run
@@ -25,19 +22,17 @@ from genar.data import contract, open_slide, read_section, read_sections
 from genar.data.patches import Readers
 from genar.encoders import Encoder, load_encoder
 from genar.errors import InputError
-from genar.features import (
-    Busy,
-    FeatureRecipe,
-    embed,
-    embed_sections,
-    embed_widths,
-    import_features,
-    import_recipe,
-    import_sections,
-    read_features,
-    recipe_of,
-    store_path,
-)
+from genar.features import Busy, embed, embed_sections, embed_widths, read_features, recipe_of, store_path
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
 
 OWN = """
 import os, time
@@ -70,11 +65,6 @@ def encoder(place, monkeypatch):
     return load_encoder("own_store_encoder:tiny")
 
 
-@pytest.fixture
-def section(tissue):
-    return read_section(f"{tissue}:SIM1")
-
-
 def start(place, tissue, store, *more, slow="0"):
     """`genar features` in a process of its own."""
     words = ["features", tissue, "--encoder", "own_store_encoder:tiny", "--widths-um", 112, "--out", store, "--json"]
@@ -96,6 +86,24 @@ def until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def ps(what, *which):
+    """What `ps` says, however long: by itself it may cut a command line at 80 characters."""
+    return subprocess.run(["ps", "-ww", "-o", f"{what}=", *map(str, which)], capture_output=True, text=True).stdout
+
+
+def children(pid):
+    return [int(word) for word in ps("pid", "--ppid", pid).split()]
+
+
+def told_by_ps(pid, what):
+    return ps(what, "-p", pid).strip()
+
+
+def alive(pid):
+    state = told_by_ps(pid, "stat")
+    return bool(state) and not state.startswith("Z")
 
 
 # -- killed, shared, resumed ----------------------------------------------------------------------------------------
@@ -137,22 +145,14 @@ def test_a_killed_worker_ends_the_command_in_a_line_and_it_goes_on(place, tissue
     assert len(made) == 2
 
 
-def children(pid):
-    return [int(word) for word in ps("pid", "--ppid", pid).split()]
+class CountCalls(Encoder):
+    def __init__(self, encoder, calls):
+        super().__init__(encoder.row, encoder._network, weights_sha256=encoder.weights_sha256)
+        self.calls = calls
 
-
-def alive(pid):
-    state = told_by_ps(pid, "stat")
-    return bool(state) and not state.startswith("Z")
-
-
-def told_by_ps(pid, what):
-    return ps(what, "-p", pid).strip()
-
-
-def ps(what, *which):
-    """What `ps` says, however long: by itself it may cut a command line at 80 characters."""
-    return subprocess.run(["ps", "-ww", "-o", f"{what}=", *map(str, which)], capture_output=True, text=True).stdout
+    def __call__(self, patches):
+        self.calls.append(len(patches))
+        return super().__call__(patches)
 
 
 def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
@@ -171,24 +171,9 @@ def test_two_processes_share_the_sections(place, tissue, encoder, tmp_path):
     assert set(made) == set(alone)
 
 
-class CountCalls(Encoder):
-    def __init__(self, encoder, calls):
-        super().__init__(encoder.row, encoder._network, weights_sha256=encoder.weights_sha256)
-        self.calls = calls
-
-    def __call__(self, patches):
-        self.calls.append(len(patches))
-        return super().__call__(patches)
-
-
-HOLD = """
-import sys, time
-from filelock import FileLock
-lock = FileLock(sys.argv[1])
-lock.acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
+@pytest.fixture
+def section(tissue):
+    return read_section(f"{tissue}:SIM1")
 
 
 def test_lock_of_a_living_process_is_respected_and_a_dead_ones_taken_over(section, encoder, tmp_path):
@@ -285,52 +270,6 @@ def test_damage_found_by_a_worker_is_told_in_one_line(tissue, place, tmp_path, m
     assert not list((tmp_path / "store").glob("*.zarr"))
 
 
-# -- recipe ---------------------------------------------------------------------------------------------------------
-
-
-def fixed_section():
-    adata = AnnData(np.ones((3, 2), np.float32))
-    adata.obs_names = ["a", "b", "c"]
-    adata.obsm["spatial"] = np.array([[10.0, 20], [30, 40], [50, 60]])
-    return contract.new_section(adata, section="S1", mpp=0.5, spot_diameter_um=55, source="test")
-
-
-@pytest.mark.parametrize(
-    ("facts", "name"),
-    [
-        ({}, "S1-52310e54484f1fea.zarr"),
-        ({"views": 1}, "S1-0fcc19951cc8a0b7.zarr"),
-        ({"patch": "genar"}, "S1-3f0873b22dc24b7f.zarr"),
-        ({"width_um": 309.0}, "S1-cddf6ca158a58939.zarr"),
-    ],
-)
-def test_stores_of_version_0_1_keep_their_names(facts, name):
-    recipe = FeatureRecipe("efficientnet_lite0", "cf10", **facts)
-    assert store_path(fixed_section(), recipe, Path()).name == name
-
-
-def test_precision_is_another_store(monkeypatch):
-    section, recipe = fixed_section(), FeatureRecipe("efficientnet_lite0", "cf10")
-    paths = {store_path(section, replace(recipe, precision=p), Path()) for p in ("fp32", "bf16", "fp16")}
-    assert len(paths) == 3
-    monkeypatch.setattr("genar.features.recipe.RECIPE_VERSION", 2)
-    assert store_path(section, recipe, Path()) not in paths
-    with pytest.raises(InputError, match="fp32, bf16, fp16"):
-        FeatureRecipe("efficientnet_lite0", "", precision="int8")
-
-
-@pytest.mark.real
-def test_real_sections_keep_their_stores(shared):
-    known = {
-        "SPA138": "a22f482b78ef41ef", "SPA139": "15adb6dfc0d76185",
-        "SPA140": "0ffde1469b9cfc15", "SPA141": "f39b8810f6d4c1d4",
-    }  # fmt: skip
-    recipe = recipe_of(load_encoder())
-    for section in read_sections(shared / "data" / "her2st"):
-        name = contract.name(section)
-        assert store_path(section, recipe, Path()).name == f"{name}-{known[name]}.zarr"
-
-
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -371,181 +310,6 @@ def test_bad_options_end_with_2_and_one_line(tissue, place, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert not out.exists()
-
-
-# -- features made elsewhere ----------------------------------------------------------------------------------------
-
-
-WIDTH_PX = 225
-
-
-def made_elsewhere(section, n=5):
-    return np.random.default_rng(0).normal(size=(section.n_obs, n)).astype(np.float32)
-
-
-def corners(section):
-    return np.floor(contract.coords_px(section) - WIDTH_PX // 2).astype(np.int64)
-
-
-def write_h5(path, arrays, attributes=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for name, value in arrays.items():
-            file.create_dataset(name, data=value)
-        file["coords"].attrs.update(attributes or {})
-
-
-def write_trident(path, features, section, order):
-    attributes = {"patch_size_level0": WIDTH_PX, "patch_size": 224, "level0_magnification": 20, "overlap": 0}
-    write_h5(path, {"features": features[order], "coords": corners(section)[order]}, attributes)
-
-
-def write_clam(path, features, section, order):
-    place = path.parent / "h5_files" / path.name
-    write_h5(place, {"features": features[order], "coords": corners(section)[order].astype(np.int32)})
-
-
-def write_hest(path, features, section, order):
-    barcodes = section.obs_names.to_numpy().astype("S")[order][:, None]
-    arrays = {"embeddings": features[order], "coords": corners(section)[order], "barcodes": barcodes}
-    write_h5(path, arrays)
-
-
-@pytest.mark.parametrize("write", [write_trident, write_clam, write_hest])
-def test_h5_rows_find_their_spots_in_any_order(section, tmp_path, write):
-    features = made_elsewhere(section)
-    order = np.random.default_rng(1).permutation(section.n_obs)
-    write(tmp_path / "SIM1.h5", features, section, order)
-    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
-    np.testing.assert_array_equal(read_features(made["SIM1"], section)[:, 0], features)
-
-
-@pytest.mark.parametrize("form", ["tensor", "dict", "batch axis", "npy"])
-def test_pt_and_npy_are_taken_in_the_order_of_the_spots(section, tmp_path, form):
-    features = made_elsewhere(section)
-    if form == "npy":
-        np.save(tmp_path / "SIM1.npy", features)
-    else:
-        tensor = torch.from_numpy(features)
-        torch.save(
-            {"tensor": tensor, "batch axis": tensor[None],
-             "dict": {"features": tensor, "coords": torch.from_numpy(corners(section))}}[form],
-            tmp_path / "SIM1.pt",
-        )  # fmt: skip
-    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
-    np.testing.assert_array_equal(read_features(made["SIM1"], section)[:, 0], features)
-
-
-class Code:
-    def __reduce__(self):
-        return (os.system, ("touch was_run",))
-
-
-def spoil_rows(path, features, section):
-    np.save(path.with_suffix(".npy"), features[1:])
-
-
-def spoil_shape(path, features, section):
-    np.save(path.with_suffix(".npy"), features[:, 0])
-
-
-def spoil_nan(path, features, section):
-    features[3, 2] = np.nan
-    np.save(path.with_suffix(".npy"), features)
-
-
-def spoil_text(path, features, section):
-    path.with_suffix(".npy").write_text("none")
-
-
-def spoil_pickle(path, features, section):
-    torch.save({"features": Code()}, path.with_suffix(".pt"))
-
-
-def spoil_names(path, features, section):
-    write_h5(path, {"other": features, "coords": corners(section)})
-
-
-def spoil_h5(path, features, section):
-    path.write_bytes(b"\x89HDF\r\n")
-
-
-def spoil_coords(path, features, section):
-    moved = corners(section)
-    moved[0] += 50
-    write_h5(path, {"features": features, "coords": moved})
-
-
-def spoil_axes(path, features, section):
-    write_h5(path, {"features": features, "coords": corners(section) + np.array([400, 0])})
-
-
-def spoil_barcodes(path, features, section):
-    barcodes = section.obs_names.to_numpy().astype("S20")
-    barcodes[2] = b"other"
-    write_h5(path, {"features": features, "coords": corners(section), "barcodes": barcodes})
-
-
-def spoil_both(path, features, section):
-    barcodes = section.obs_names.to_numpy().astype("S")[::-1]
-    write_h5(path, {"features": features, "coords": corners(section), "barcodes": barcodes})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (spoil_rows, "59 rows do not match the 60 spots of section SIM1"),
-        (spoil_shape, r"expected features \[N, F\]"),
-        (spoil_nan, "NaN or infinite"),
-        (spoil_text, "not a readable .npy"),
-        (spoil_pickle, "not a readable file of tensors"),
-        (spoil_names, "expected an array named features"),
-        (spoil_h5, "not a readable HDF5"),
-        (spoil_coords, "coords do not match the 60 spots"),
-        (spoil_axes, "coords do not match the 60 spots"),
-        (spoil_barcodes, "barcodes do not match the 60 spots"),
-        (spoil_both, "barcodes and its coords do not match"),
-    ],
-)
-def test_rows_that_do_not_match_are_refused(tissue, section, tmp_path, monkeypatch, capsys, spoil, says):
-    monkeypatch.chdir(tmp_path)
-    spoil(tmp_path / "SIM1.h5", made_elsewhere(section), section)
-    words = ["features", f"{tissue}:SIM1", "--import", tmp_path, "--encoder", "theirs", "--out", tmp_path / "store"]
-    assert run(monkeypatch, *words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(says, line), line
-    assert not (tmp_path / "store").exists()
-    assert not (tmp_path / "was_run").exists()
-
-
-def test_nothing_is_imported_where_one_file_is_missing(tissue, section, tmp_path):
-    np.save(tmp_path / "SIM1.npy", made_elsewhere(section))
-    with pytest.raises(InputError, match="no features of section SIM2"):
-        import_sections(read_sections(tissue), tmp_path, "theirs", tmp_path / "store")
-    assert not (tmp_path / "store").exists()
-
-
-def test_import_twice_is_the_same_and_other_features_are_refused(section, tmp_path):
-    features = made_elsewhere(section)
-    file, store, recipe = tmp_path / "SIM1.npy", tmp_path / "store", import_recipe("theirs")
-    np.save(file, features)
-    assert import_features(section, file, recipe, store) == import_features(section, file, recipe, store)
-    np.save(file, features + 1)
-    with pytest.raises(InputError, match="other features of section SIM1 were imported as import:theirs"):
-        import_features(section, file, recipe, store)
-
-
-def test_imported_features_serve_as_an_encoder(tissue, section, tmp_path):
-    encoder = load_encoder("import:theirs")
-    np.save(tmp_path / "SIM1.npy", made_elsewhere(section))
-    made = import_sections([section], tmp_path, "theirs", tmp_path / "store")
-    found = embed_sections([section], encoder, recipe_of(encoder), tmp_path / "store")
-    assert found == made
-    with pytest.raises(InputError, match=r"import:theirs: .* section SIM2 are not in the store; .*--encoder theirs"):
-        embed_sections([read_section(f"{tissue}:SIM2")], encoder, recipe_of(encoder), tmp_path / "store")
-
-
-# -- memory ---------------------------------------------------------------------------------------------------------
 
 
 MEASURE = """

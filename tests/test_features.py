@@ -1,8 +1,11 @@
+"""Features of patches: views, stores that go on or are damaged, and what a model sees of them."""
+
 import json
 import shutil
 from dataclasses import replace
 from itertools import product
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -10,19 +13,12 @@ from anndata import AnnData
 from PIL import Image
 from torch import nn
 
+from genar import encoders, features
 from genar.data import contract, open_slide, read_section
+from genar.data.simulate import TissueConfig, write_tissue
 from genar.encoders import Encoder, EncoderRow, load_encoder
 from genar.errors import InputError
-from genar.features import (
-    FeatureRecipe,
-    Inputs,
-    default_store,
-    embed,
-    read_features,
-    read_inputs,
-    recipe_of,
-    store_path,
-)
+from genar.features import Inputs, default_store, embed, read_features, read_inputs, recipe_of, store_path
 
 ROW = EncoderRow("tiny", "none", "", 8, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "MIT")
 
@@ -41,37 +37,18 @@ def tiny_encoder():
     return CountingEncoder(ROW, nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
-def read_spots(tissue):
-    return read_section(f"{tissue}:SIM1")[::3].copy()  # 20 spots: a whole chunk and a part of one
-
-
 @pytest.fixture
 def encoder():
     return tiny_encoder()
 
 
+def read_spots(tissue):
+    return read_section(f"{tissue}:SIM1")[::3].copy()  # 20 spots: a whole chunk and a part of one
+
+
 @pytest.fixture
 def section(tissue):
     return read_spots(tissue)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tissue, tmp_path_factory):
-    section, encoder = read_spots(tissue), tiny_encoder()
-    return arrays(embed(section, encoder, recipe_of(encoder), tmp_path_factory.mktemp("whole")), section)
-
-
-def upright(section, encoder, spots=slice(None)):
-    slide = open_slide(contract.slide_path(section))
-    centers = contract.coords_px(section)[spots]
-    mpp = contract.mpp(section)
-    patches = [slide.read_patch(center, 112, encoder.row.input_px, mpp=mpp) for center in centers]
-    slide.close()
-    return np.stack(patches)
-
-
-def arrays(path, section):
-    return read_features(path, section).tobytes()
 
 
 @pytest.mark.parametrize("views", [1, 8])
@@ -88,6 +65,15 @@ def test_store_holds_every_spot_view_and_feature(section, encoder, tmp_path, vie
     assert steps[0] == (0, section.n_obs)
     assert steps[-1] == (section.n_obs, section.n_obs)
     assert steps == sorted(steps)
+
+
+def upright(section, encoder, spots=slice(None)):
+    slide = open_slide(contract.slide_path(section))
+    centers = contract.coords_px(section)[spots]
+    mpp = contract.mpp(section)
+    patches = [slide.read_patch(center, 112, encoder.row.input_px, mpp=mpp) for center in centers]
+    slide.close()
+    return np.stack(patches)
 
 
 def test_view_0_is_the_upright_patch_and_rows_are_the_spots(section, encoder, tmp_path):
@@ -146,6 +132,16 @@ def test_second_call_encodes_nothing(section, encoder, tmp_path):
     encoder.n_patches = 0
     assert embed(section, encoder, recipe, tmp_path) == path
     assert encoder.n_patches == 0
+
+
+def arrays(path, section):
+    return read_features(path, section).tobytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tissue, tmp_path_factory):
+    section, encoder = read_spots(tissue), tiny_encoder()
+    return arrays(embed(section, encoder, recipe_of(encoder), tmp_path_factory.mktemp("whole")), section)
 
 
 class Killed(Exception):  # noqa: N818
@@ -331,24 +327,6 @@ def test_unencodable_values_are_refused(section, tmp_path):
     assert list(tmp_path.glob("*.zarr")) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [({"patch": "square"}, "hest, genar, stem"), ({"views": 4}, "1 or 8"), ({"width_um": 0}, "positive")],
-)
-def test_bad_recipes_are_refused(change, says):
-    with pytest.raises(InputError, match=says):
-        FeatureRecipe("tiny", "0", **change)
-
-
-@pytest.mark.parametrize(
-    ("patch", "mpp", "diameter_um", "width_px"),
-    [("hest", 0.7, 55, 160), ("genar", 0.7, 55, 224), ("stem", 0.7, 55, 224), ("stem", 0.2, 55, 275)],
-)
-def test_width_of_a_patch_by_convention(section, patch, mpp, diameter_um, width_px):
-    section.uns[contract.GENAR] |= {contract.MPP: mpp, contract.SPOT_DIAMETER_UM: diameter_um}
-    assert FeatureRecipe("tiny", "0", patch=patch).width_px(section) == pytest.approx(width_px)
-
-
 def test_default_store_is_the_environments(monkeypatch, tmp_path):
     monkeypatch.setenv("GENAR_FEATURES", str(tmp_path / "here"))
     assert default_store() == tmp_path / "here"
@@ -393,9 +371,13 @@ def test_a_lone_spot_is_its_own_neighbour(section, encoder, tmp_path):
     np.testing.assert_array_equal(seen[:, :, 8:], seen[:, :, :8])
 
 
-@pytest.mark.parametrize("facts", [{"widths_um": (112, 0)}, {"context_spots": (0,)}])
-def test_senseless_inputs_are_refused(facts):
-    with pytest.raises(InputError, match="widths_um"):
-        Inputs(**facts)
-    with pytest.raises(InputError, match="hest"):
-        Inputs(widths_um=(112,)).recipes(FeatureRecipe("tiny", "", "genar"))
+def test_patches_of_bare_glass_are_told(tmp_path):
+    write_tissue(tmp_path, ("A",), config=TissueConfig(n_rows=6, n_cols=6, n_genes=80, counts_per_nucleus=20))
+    path = tmp_path / "st" / "A.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata.obsm[contract.SPATIAL] = adata.obsm[contract.SPATIAL] / 40
+    adata.write_h5ad(path)
+    encoder = encoders.load_encoder()
+    recipe = features.recipe_of(encoder, views=1, width_um=60.0)
+    with pytest.warns(UserWarning, match=r"[0-9]+ of [0-9]+ patches show hardly anything; do coordinates"):
+        features.embed(read_section(path), encoder, recipe, tmp_path / "store")

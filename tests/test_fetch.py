@@ -1,183 +1,23 @@
-import gzip
-import hashlib
+"""Data sets from the hub: verified, gone on with, refused in one line."""
+
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote
 
-import anndata
 import huggingface_hub.constants
-import numpy as np
 import pytest
 from filelock import FileLock
-from PIL import Image
 
-import commands
+from commands import run_fetch
 from genar import fetch
-from genar.data import open_slide, read_sections
+from genar.data import read_sections
 from genar.data.files import LOCK
 from genar.errors import InputError
-from genar.fetch import her2st, hub, transfer
+from genar.fetch import transfer
 from genar.fetch.transfer import RemoteFile
-
-COMMIT = "c0ffee" + "0" * 34
-TOKEN = "hf_ours"
-FIRST, SECOND = "SPA119", "SPA148"  # H3, B1
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def git_sha(data):
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-class Source:
-    """The hub and GitHub in one, on 127.0.0.1, with whatever faults a test asks for."""
-
-    def __init__(self):
-        self.hub, self.github = {}, {}  # path -> bytes
-        self.faults = {}  # path -> list of faults, one a request; ("always", ...) stays
-        self.asked = []  # (path, Range, Authorization, host) of each request for a file
-        self.refuse = None  # status of everything on the hub
-        self.commit = COMMIT
-        self.stalled = threading.Event()
-        source = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                source.get(self, unquote(self.path.partition("?")[0]))
-
-            def do_POST(self):
-                form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-                source.paths_info(self, form["paths"])
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_):  # a client that is killed breaks its connection
-                pass
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_port
-        self.url, self.elsewhere = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def requests(self, path):
-        return [asked for asked in self.asked if asked[0] == path]
-
-    def get(self, request, path):
-        if path.startswith("/api/datasets/MahmoodLab/hest"):
-            if self.refuse:
-                return answer(request, self.refuse, b"{}")
-            if path.endswith(("/revision/main", f"/revision/{self.commit}", "/hest")):
-                return answer(request, 200, json.dumps({"id": hub.REPOSITORY, "sha": self.commit}).encode())
-            return answer(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if path.startswith("/repos/almaan/her2st/git/trees/"):
-            return self.send(request, "tree", tree(self.github))
-        if path.startswith("/almaan/her2st/"):
-            name = path.split("/", 4)[4]
-            return self.send(request, name, self.github.get(name))
-        _, mark, name = path.partition(f"/datasets/MahmoodLab/hest/resolve/{self.commit}/")
-        if mark and name.startswith("metadata/"):  # small files come from the hub itself
-            return self.send(request, name, self.hub.get(name))
-        if mark:
-            self.note(request, f"resolve {name}")
-            return answer(request, 302, b"", {"Location": f"{self.elsewhere}/cdn/{name}"})
-        if path.startswith("/cdn/"):
-            return self.send(request, path.removeprefix("/cdn/"), self.hub.get(path.removeprefix("/cdn/")))
-        return answer(request, 404, b"{}")
-
-    def note(self, request, name):
-        headers = request.headers
-        self.asked.append((name, headers.get("Range"), headers.get("Authorization"), headers.get("Host")))
-
-    def paths_info(self, request, paths):
-        rows = []
-        for path in paths:
-            if (data := self.hub.get(path)) is None:
-                continue
-            row = {"type": "file", "path": path, "size": len(data), "oid": git_sha(data)}
-            if not path.startswith("metadata/"):
-                row["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
-            rows.append(row)
-        answer(request, 200, json.dumps(rows).encode())
-
-    def send(self, request, name, data):
-        """Send a file, as its next fault has it."""
-        self.note(request, name)
-        faults = self.faults.get(name) or [("none", 0)]
-        fault, value = faults[0][-2:] if faults[0][0] == "always" else faults.pop(0)
-        if fault == "status":
-            return answer(request, value[0], b"no", value[1])
-        if data is None:
-            return answer(request, 404, b"")
-        if fault == "altered":
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        if fault in ("size", "no length"):
-            data = (data * 2)[: len(data) + value]
-        start = int((request.headers.get("Range") or "bytes=0-")[6:-1])
-        if fault == "no ranges":
-            start = 0
-        first = start + value if fault == "shifted" else start
-        headers = {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"} if start else {}
-        stop = start + value if fault in ("drop", "stall") else len(data)
-        answer(
-            request,
-            206 if start else 200,
-            data[start:stop],
-            headers,
-            length=None if fault == "no length" else len(data) - start,
-        )
-        if fault == "stall":
-            self.stalled.set()
-            time.sleep(30)
-        request.close_connection = fault in ("drop", "no length")
-
-
-def answer(request, status, body, headers=(), length=-1):
-    length = len(body) if length == -1 else length
-    request.send_response(status)
-    for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
-        request.send_header(name, value)
-    if length is not None:
-        request.send_header("Content-Length", str(length))
-    request.end_headers()
-    request.wfile.write(body)
-    request.wfile.flush()
-
-
-def tree(files):
-    rows = [{"path": path, "type": "blob", "size": len(data), "sha": git_sha(data)} for path, data in files.items()]
-    return json.dumps({"sha": COMMIT, "tree": [*rows, {"path": "data", "type": "tree", "sha": "0"}]}).encode()
-
-
-@pytest.fixture
-def source(monkeypatch, online):
-    source = Source()
-    monkeypatch.setattr(transfer, "_PAUSES_S", (0.0, 0.0, 0.0))
-    for name, value in {
-        "HF_ENDPOINT": source.url,
-        "HF_TOKEN": TOKEN,
-        "GENAR_GITHUB_API": source.url,
-        "GENAR_GITHUB_RAW": source.url,
-        "no_proxy": "127.0.0.1,localhost",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield source
-    source.server.shutdown()
-    source.server.server_close()
+from source_server import COMMIT, FIRST, SECOND, TOKEN, left, sha256
 
 
 @pytest.fixture
@@ -188,26 +28,6 @@ def hest(source, tissue):
             source.hub[f"{kind}/{section}.{suffix}"] = (tissue / kind / f"{simulated}.{suffix}").read_bytes()
     source.hub[f"patches/{FIRST}.h5"] = b"patches"
     return source
-
-
-def run(monkeypatch, capsys, *words):
-    """The command: its exit code, its last line on standard error, its output."""
-    code = commands.run(monkeypatch, "fetch", *words)
-    out, err = capsys.readouterr()
-    return code, err.strip().splitlines()[-1] if err.strip() else "", out
-
-
-@pytest.fixture
-def fetch_(monkeypatch, capsys, tmp_path):
-    def call(*words, dataset="her2st", sections=f"{FIRST},{SECOND}"):
-        return run(monkeypatch, capsys, dataset, "--out", tmp_path / "out", "--sections", sections, *words)
-
-    return call
-
-
-def left(folder):
-    """Every file under ``folder``."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_fetch_from_the_hub(hest, fetch_, tmp_path):
@@ -409,7 +229,7 @@ def test_a_damaged_part_is_thrown_away_once(hest, fetch_, tmp_path):
     ],
 )
 def test_wrong_words(hest, monkeypatch, capsys, tmp_path, words, says):
-    code, line, _ = run(monkeypatch, capsys, *words, "--out", tmp_path / "out")
+    code, line, _ = run_fetch(monkeypatch, capsys, *words, "--out", tmp_path / "out")
     assert (code, line.startswith("error: ")) == (2, True)
     assert says in line
     assert not (tmp_path / "out").exists()
@@ -476,111 +296,3 @@ def test_one_fetch_a_folder(hest, fetch_, tmp_path):
     assert fetch_()[0] == 0
     code, line, _ = fetch_("--source", "github")
     assert (code, "holds her2st from source hub, asked for her2st from github" in line) == (2, True)
-
-
-def raw_files(tissue):
-    """A simulated section as the raw files of H3 (SPA119), with one selected spot that has no counts."""
-    section = read_sections(tissue)[0]
-    genes, xy = list(section.var_names), section.obsm["spatial"]
-    array = np.rint((xy - xy.min(axis=0)) / (section.uns["genar"]["pitch_um"] / section.uns["genar"]["mpp"])).astype(
-        int
-    )
-    names = [f"{5 + x}x{7 + y}" for x, y in array]
-    rows = ["\t".join([name, *map(str, row)]) for name, row in zip(names, section.X.toarray().astype(int), strict=True)]
-    spots = [
-        "\t".join(map(str, (*name.split("x"), *(float(v) + 0.01 for v in name.split("x")), *at, 1)))
-        for name, at in zip([*names, "30x30"], [*xy, (10.0, 10.0)], strict=True)
-    ]
-    slide = open_slide(tissue / "wsis/SIM1.tif")
-    Image.fromarray(slide.thumbnail(max(slide.size_px))).save(tissue.parent / "H3.jpg", quality=90)
-    return {
-        "data/ST-cnts/H3.tsv.gz": gzip.compress("\n".join(["\t".join(["", *genes]), *rows]).encode()),
-        "data/ST-spotfiles/H3_selection.tsv": "\n".join(
-            ["x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected", *spots]
-        ).encode(),
-        "data/ST-imgs/H/H3/a slide.jpg": (tissue.parent / "H3.jpg").read_bytes(),
-        "README.md": b"",
-    }
-
-
-def test_fetch_from_github(source, fetch_, tissue, tmp_path):
-    source.github = raw_files(tissue)
-    image = "data/ST-imgs/H/H3/a slide.jpg"
-    source.faults[image] = [("drop", 5000), ("none", 0)]
-    code, _, told = fetch_("--source", "github", "--json", sections="H3")
-    assert code == 0
-    out = tmp_path / "out"
-    assert left(out) == ["fetch.json", *her2st.outputs(FIRST)[:1], f"st/{FIRST}.h5ad", f"wsis/{FIRST}.tif"]
-    assert [asked[1] for asked in source.requests(image)] == [None, "bytes=5000-"]
-    assert json.loads(told.splitlines()[-1])["revision"] == her2st.DEFAULT_REVISION
-    (read,), original = read_sections(out), read_sections(tissue)[0]
-    assert re.fullmatch(r"0\d\dx0\d\d", read.obs_names[0])
-    np.testing.assert_array_equal(read.X.toarray(), original.X.toarray())
-    np.testing.assert_allclose(read.obsm["spatial"], original.obsm["spatial"])
-    assert (read.uns["genar"]["patient"], read.uns["genar"]["pitch_um"]) == ("Patient H", 200)
-    ours, theirs = open_slide(out / f"wsis/{FIRST}.tif"), open_slide(tissue / "wsis/SIM1.tif")
-    assert ours.size_px == theirs.size_px
-    assert ours.mpp == pytest.approx(read.uns["genar"]["mpp"], rel=1e-4)
-    # again: nothing is fetched or made anew
-    before = {path: os.stat(out / path).st_mtime_ns for path in her2st.outputs(FIRST)}
-    source.asked.clear()
-    assert fetch_("--source", "github", sections="H3")[0] == 0
-    assert [asked[0] for asked in source.asked] == ["tree"]
-    assert before == {path: os.stat(out / path).st_mtime_ns for path in before}
-    # another revision's counts: made anew
-    source.github["data/ST-cnts/H3.tsv.gz"] += gzip.compress(b"\n")
-    assert fetch_("--source", "github", sections="H3")[0] == 0
-    assert before != {path: os.stat(out / path).st_mtime_ns for path in before}
-
-
-@pytest.mark.parametrize(
-    ("path", "says"),
-    [
-        ("data/ST-imgs/H/H3/a slide.jpg", "expected counts, spots and one image of H3 (SPA119), found data/ST-cnts"),
-        ("data/ST-cnts/H3.tsv.gz", "found data/ST-spotfiles/H3_selection.tsv"),
-    ],
-)
-def test_github_without_a_file(source, fetch_, tissue, tmp_path, path, says):
-    source.github = raw_files(tissue)
-    del source.github[path]
-    code, line, _ = fetch_("--source", "github", sections=FIRST)
-    assert (code, says in line) == (2, True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_github_at_its_limit(source, fetch_, tissue):
-    source.faults["tree"] = [("status", (403, {"X-RateLimit-Remaining": "0"}))]
-    code, line, _ = fetch_("--source", "github", sections=FIRST)
-    assert (code, "allows no more requests from this address for now" in line) == (2, True)
-
-
-def test_a_raw_file_that_is_no_table(source, fetch_, tissue, tmp_path):
-    source.github = {**raw_files(tissue), "data/ST-spotfiles/H3_selection.tsv": b"a\tb\n1\t2\n"}
-    code, line, _ = fetch_("--source", "github", sections=FIRST)
-    assert (code, "expected columns x, y, pixel_x, pixel_y" in line) == (2, True)
-    assert not [path for path in left(tmp_path / "out") if not path.startswith(".fetch/")]
-
-
-@pytest.mark.real
-def test_raw_files_become_the_hubs_sections(source, fetch_, shared, tmp_path):
-    raw, theirs = shared / "data/her2st/raw", anndata.read_h5ad(shared / "data/her2st/st/SPA139.h5ad")
-    files = ["ST-cnts/C4.tsv.gz", "ST-spotfiles/C4_selection.tsv", "ST-imgs/C/C4/5714_HE_BT_D2.jpg"]
-    source.github = {f"data/{path}": (raw / path).read_bytes() for path in files}
-    assert fetch_("--source", "github", sections="C4")[0] == 0
-    ours = anndata.read_h5ad(tmp_path / "out/st/SPA139.h5ad")
-    assert list(ours.obs_names) == list(theirs.obs_names)
-    assert list(ours.var_names) == list(theirs.var_names)
-    assert (ours.X != theirs.X).nnz == 0
-    np.testing.assert_array_equal(ours.obsm["spatial"], theirs.obsm["spatial"])
-    columns = ["array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres", "in_tissue"]
-    assert ours.obs[columns].equals(theirs.obs[columns])
-    table = json.loads((shared / "data/her2st/metadata/SPA139.json").read_text())
-    made = json.loads((tmp_path / "out/metadata/SPA139.json").read_text())
-    alike = ["id", "patient", "species", "st_technology", "organ", "subseries", "license", "fullres_px_width",
-             "fullres_px_height", "spots_under_tissue", "nb_genes", "inter_spot_dist", "spot_diameter"]  # fmt: skip
-    assert {key: made[key] for key in alike} == {key: table[key] for key in alike}
-    assert made["pixel_size_um_estimated"] == pytest.approx(table["pixel_size_um_estimated"], rel=0.01)
-    slide = tmp_path / "out/wsis/SPA139.tif"
-    square = ((4500, 4500), 1000, 1000)
-    before, after = (open_slide(path).read_patch_px(*square) for path in (raw / files[2], slide))
-    assert np.abs(after.astype(int) - before).mean() < 1  # JPEG compressed once more

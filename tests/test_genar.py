@@ -1,4 +1,7 @@
+"""GenAR: what a position sees, what its loss and its counts are, at any scales."""
+
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,64 +11,20 @@ import torch
 from genar.errors import InputError
 from genar.genes import Scales, default_sizes
 from genar.models import Batch, Decoding, Spots, _cosine_attention
-from genar.models._base import uniforms
 from genar.models._cosine_attention import Cache, as_it_comes, cosine_attention
-from genar.models._decoding import draw, summarise
 from genar.models._genar_heads import log_frequencies
 from genar.models._genar_parts import bf16_products, count_bumps, position_code
 from genar.models._training_spots import auto_max_count
 from genar.models.genar import GenAR, paper, released, small
+from genar.training import TrainConfig, fit
+from small_genar import N_FEATURES, N_GENES, TINY, VARIANTS, make_model, make_spots
+from toy_models import made, training
 
-N_GENES, N_FEATURES = 24, 16
-TINY = small(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, components=6, count_basis=8)
-VARIANTS = {
-    "default": TINY,
-    "tokens": replace(TINY, history="tokens"),
-    "causal": replace(TINY, within="causal"),
-    "tokens-causal": replace(TINY, history="tokens", within="causal"),
-    "no-identity": replace(TINY, gene_identity=False),
-    "unit": replace(TINY, coords="unit"),
-    "pitch": replace(TINY, coords="pitch"),
-    "free-classes": replace(TINY, count_basis=0),
-    "temperature": replace(TINY, group_temperature=1.5),
-    "paper-like": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31),
-    "no-linear-start": replace(TINY, linear_start=False),
-    "cross-entropy": replace(TINY, final_loss="cross_entropy"),
-    "gaussian-nll": replace(TINY, final_loss="gaussian_nll"),
-    "continuous": replace(TINY, output="continuous", final_loss="gaussian_nll"),
-    "squared-error": replace(TINY, output="continuous", final_loss="squared_error"),
-    "continuous-paper": paper(
-        n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, output="continuous", final_loss="gaussian_nll"
-    ),
-    "two-blocks": paper(n_features=N_FEATURES, width=16, depth=2, heads=2, max_count=31, n_blocks=2),
-    "recompute": replace(TINY, recompute=True),
-}
-DISTRIBUTIONS = [name for name in VARIANTS if name != "squared-error"]
 WRONG_LOSS = {"output": "continuous", "final_loss": "cross_entropy"}
-
-
-def make_spots(n=20, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.poisson(torch.rand(N_GENES, generator=g) * 8 * torch.rand(n, 1, generator=g), generator=g).long()
-    return Spots(
-        torch.randn(n, 8, N_FEATURES, generator=g),
-        torch.rand(n, 2, generator=g) * 2000,
-        torch.rand(n, 2, generator=g),
-        torch.arange(n),
-        torch.arange(n) % 2,
-        counts.clamp(max=31),
-    )
-
-
-def make_model(config=TINY, sizes=None, shake=0.2):
-    torch.manual_seed(1)
-    order = tuple(np.random.default_rng(3).permutation(N_GENES).tolist())
-    model = GenAR(config, Scales(order, sizes or default_sizes(N_GENES)))
-    model.prepare(make_spots())
-    with torch.no_grad():  # fresh heads are alike; shaken weights make every path matter
-        for parameter in model.parameters():
-            parameter += shake * torch.randn_like(parameter)
-    return model.eval()
+DESIGNS = [
+    (200,), (1, 20, 200), (1, 40, 100, 200), (1, 4, 8, 40, 100, 200), (1, 8, 40, 200), (1, 4, 20, 100, 200),
+    (1, 2, 4, 8, 40, 100, 200), default_sizes(50), default_sizes(777), (1, 5000),
+]  # fmt: skip
 
 
 @pytest.fixture(params=VARIANTS)
@@ -171,123 +130,6 @@ def test_every_weight_takes_part(model):
     assert unused <= allowed
 
 
-def test_decoding_layers_are_a_distribution_s(model):
-    predicted = model.generate(make_spots().batch(), Decoding("mean", 5))
-    if model.config.final_loss == "squared_error":
-        assert set(predicted.layers) == {"mean", "log1p_mean"}
-        return
-    p_zero, mean, log1p = (predicted.layers[name] for name in ("p_zero", "mean", "log1p_mean"))
-    assert ((p_zero >= 0) & (p_zero <= 1)).all()
-    assert (mean >= 0).all()
-    assert (log1p <= torch.log1p(mean) + 1e-5).all()  # Jensen
-    assert torch.equal(predicted.point, mean.round().long())
-
-
-@torch.no_grad()
-def test_samples_average_distributions():
-    """Many trajectories approach the expectation over the coarse token that one scale defines."""
-    model = make_model(sizes=(1, N_GENES))
-    batch = make_spots(4).batch()
-    many = model.generate(batch, Decoding("mean", 400)).layers["mean"]
-    steering, table = model._steering(model.condition(batch)), model.embed.rows()
-    nothing = torch.zeros(4, 0, dtype=torch.long)
-    first = model._cached_pass(0, table, nothing, steering, [Cache(model.layout.n_cached) for _ in model.blocks])
-    known = model._known(batch)
-    inputs = (model.layout.places[0], model._read_out(0, first, steering), model._start(0, known, []))
-    p = model.head.logits(*inputs).softmax(dim=2)[:, 0]
-    expected = torch.zeros(4, N_GENES)
-    for token in range(32):
-        caches = [Cache(model.layout.n_cached) for _ in model.blocks]
-        model._cached_pass(0, table, nothing, steering, caches)
-        parents = torch.full((4, 1), token)
-        x = model._cached_pass(1, table, parents, steering, caches)
-        start = model._start(1, known, [parents])
-        logits = model.head.logits(model.layout.places[1], model._read_out(1, x, steering), start)
-        expected += p[:, token, None] * (logits.softmax(dim=2) @ torch.arange(32.0))
-    torch.testing.assert_close(many, expected.detach()[:, model.layout.inverse], atol=0.15, rtol=0.05)
-
-
-def test_seeds_decide_the_trajectories():
-    model, batch = make_model(), make_spots().batch()
-    first, again, other = (model.generate(batch, Decoding("mean", 3, s)) for s in (5, 5, 6))
-    assert largest_difference(first, again) == 0
-    assert largest_difference(first, other) > 0
-
-
-def test_unknown_decoding_is_refused():
-    with pytest.raises(InputError, match="greedy, mean"):
-        Decoding("beam")
-    for wrong in ({"samples": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}, {"layers": ("q00",)}):
-        with pytest.raises(InputError):
-            Decoding(**wrong)
-    squared = make_model(VARIANTS["squared-error"])
-    with pytest.raises(InputError, match="squared error"):
-        squared.generate(make_spots().batch(), Decoding("sample"))
-
-
-# -- decoding -------------------------------------------------------------------------------------------------------
-
-
-def test_quantiles_are_of_the_predictive_distribution():
-    p = torch.tensor([[[0.5, 0.3, 0.2], [0.0, 0.04, 0.96]]])
-    layers = summarise(p, ("mean", "sd", "p_zero", "q05", "q50", "q80", "q95"))
-    assert layers["mean"][0].tolist() == pytest.approx([0.7, 1.96])
-    assert layers["sd"][0].tolist() == pytest.approx([0.61**0.5, 0.0384**0.5], abs=1e-6)
-    assert layers["q05"][0].tolist() == [0, 2]
-    assert layers["q50"][0].tolist() == [0, 2]
-    assert layers["q80"][0].tolist() == [1, 2]
-    assert layers["q95"][0].tolist() == [2, 2]
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_median_quantiles_and_mean_agree(name):
-    model, batch = make_model(VARIANTS[name]), make_spots().batch()
-    quantiles = model.generate(batch, Decoding("quantiles", 4))
-    median = model.generate(batch, Decoding("median", 4, layers=("mean", "q50")))
-    assert torch.equal(quantiles.point, median.point)
-    assert torch.equal(quantiles.point, quantiles.layers["q50"].long())
-    assert (quantiles.layers["q05"] <= quantiles.layers["q25"]).all()
-    assert (quantiles.layers["q75"] <= quantiles.layers["q95"]).all()
-    assert set(median.layers) == {"mean", "q50"}
-
-
-def test_draws_follow_temperature_top_k_and_top_p():
-    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1])).expand(4000, 1, 4)
-    uniform = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
-
-    def shares(**options):
-        return torch.bincount(draw(logits, uniform, Decoding("sample", **options))[:, 0], minlength=4) / 4000
-
-    torch.testing.assert_close(shares(), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.02, rtol=0)
-    torch.testing.assert_close(shares(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.02, rtol=0)
-    torch.testing.assert_close(shares(top_p=0.8), torch.tensor([5, 2.5, 1.5, 0]) / 9, atol=0.02, rtol=0)
-    assert shares(top_p=0.3).tolist() == [1, 0, 0, 0]
-    assert shares(temperature=0.1)[0] > 0.95
-    assert shares(temperature=100.0).min() > 0.2
-
-
-def test_samples_are_draws_of_the_predictive_distribution():
-    model, spots = make_model(sizes=(N_GENES,)), make_spots(1)
-    many = spots.rows(torch.zeros(600, dtype=torch.long))
-    many.spot_ids = torch.arange(600)
-    predicted = model.generate(many.batch(), Decoding("sample", layers=("mean", "sd")))
-    error = predicted.point.float().mean(dim=0) - predicted.layers["mean"][0]
-    assert (error.abs() < 5 * predicted.layers["sd"][0] / 600**0.5 + 1e-3).all()
-    again = model.generate(many.batch(), Decoding("sample", seed=1))
-    assert not torch.equal(again.point, predicted.point)
-
-
-def test_uniforms_are_uniform_and_depend_on_the_spot_alone():
-    draws = uniforms(torch.arange(300), seed=0, samples=8, n=40)
-    assert draws.min() > 0
-    assert draws.max() < 1
-    assert abs(float(draws.mean()) - 0.5) < 0.005
-    assert abs(float(draws.var()) - 1 / 12) < 0.002
-    assert torch.equal(draws[7:9], uniforms(torch.tensor([7, 8]), seed=0, samples=8, n=40))
-    slices = (draws * 8).long().sort(dim=1).values  # one draw in each eighth
-    assert (slices == torch.arange(8)[None, :, None]).all()
-
-
 # -- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -337,12 +179,6 @@ def test_counts_above_the_cap_are_capped():
     model, spots = make_model(), make_spots()
     high = replace(spots, counts=spots.counts * 1000)
     assert torch.isfinite(model.loss(high.batch()).total)
-
-
-DESIGNS = [
-    (200,), (1, 20, 200), (1, 40, 100, 200), (1, 4, 8, 40, 100, 200), (1, 8, 40, 200), (1, 4, 20, 100, 200),
-    (1, 2, 4, 8, 40, 100, 200), default_sizes(50), default_sizes(777), (1, 5000),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", DESIGNS)
@@ -454,3 +290,34 @@ def test_position_code_tells_neighbours_apart_by_pitch_only():
     pitch = position_code(torch.tensor([[10.0, 10.0], [12.0, 10.0]]))
     unit = position_code(torch.tensor([[0.50, 0.50], [0.52, 0.50]]))
     assert (pitch[0] - pitch[1]).norm() > 10 * (unit[0] - unit[1]).norm()
+
+
+def test_one_position_and_one_spot_a_step_train_in_bf16():
+    spots = training()
+    spots = Spots(
+        spots.features, spots.coords_um, spots.coords_unit, spots.spot_ids, spots.section, spots.counts[:, :1]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "bf16 will be slower")
+        fit(made("genar", spots), spots, TrainConfig(max_epochs=1, batch_size=1, precision="bf16"), device="cpu")
+
+
+def test_one_huge_count_does_not_make_a_class_of_each():
+    spots = training()
+    counts = spots.counts.clone()
+    counts[3, 2] = 5_000_000
+    spots = Spots(spots.features, spots.coords_um, spots.coords_unit, spots.spot_ids, spots.section, counts)
+    with pytest.warns(UserWarning, match=r"counts up to 5,000,000 are taken for 16,383; set max_count=8388607"):
+        model = made("genar", spots)
+    assert model.config.max_count == 16383
+    fit(model, spots, TrainConfig(max_epochs=1), device="cpu")
+    assert int(model.predict(spots.batch()).point.max()) <= 16383
+
+
+def test_a_regressed_value_never_leaves_the_counts():
+    spots = training()
+    model = made("genar", spots, output="continuous", final_loss="squared_error", max_count=63)
+    fit(model, spots, TrainConfig(max_epochs=1), device="cpu")
+    far = Spots(spots.features * 1000, spots.coords_um, spots.coords_unit, spots.spot_ids, spots.section)
+    counts = model.predict(far.batch())
+    assert 0 <= int(counts.point.min()) <= int(counts.point.max()) == 63

@@ -1,3 +1,5 @@
+"""Panels from files, the two recipes of the paper and its successor, and the scales that genes are pooled to."""
+
 import json
 
 import numpy as np
@@ -5,10 +7,10 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import torch
-from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counted_sections import make_section, random_section
 from genar.data import contract, read_section
 from genar.errors import InputError
 from genar.genes import (
@@ -18,26 +20,14 @@ from genar.genes import (
     default_sizes,
     fit_scales,
     order_by_sets,
+    read_aliases,
     read_gene_sets,
     read_panel,
     select_panel,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")  # few genes
-
-
-def make_section(counts, genes, name="S1"):
-    adata = AnnData(np.asarray(counts, dtype=np.float32))
-    adata.var_names = list(genes)
-    adata.obs_names = [f"{name}-{i}" for i in range(adata.n_obs)]
-    adata.obsm["spatial"] = np.arange(2.0 * adata.n_obs).reshape(-1, 2)
-    return contract.new_section(adata, section=name, mpp=0.5, spot_diameter_um=55, source="test")
-
-
-def random_section(genes, name="S1", n_spots=60, seed=0):
-    rng = np.random.default_rng([seed, 1])
-    mean = np.exp(np.random.default_rng(seed).normal(1, 1.2, len(genes)))
-    return make_section(rng.negative_binomial(2, 2 / (2 + mean), (n_spots, len(genes))), genes, name)
+BOM = "﻿"
 
 
 # --- Panel
@@ -91,9 +81,6 @@ def test_what_is_no_panel_is_refused_naming_the_file(tmp_path, name, content, sa
     with pytest.raises(InputError, match=says) as caught:
         read_panel(path)
     assert str(path) in str(caught.value)
-
-
-# --- selection: the same recipe written with pandas
 
 
 def expected_table(sections):
@@ -236,9 +223,6 @@ def test_paper_recipe_on_a_real_section(shared):
     panel = select_panel([section], n_genes=None, recipe="paper")
     assert panel.genes == tuple(expected)
     assert panel.n_top == PAPER_N_TOP
-
-
-# --- Scales
 
 
 def make_scales(n_genes, sizes=None, seed=0):
@@ -404,3 +388,13 @@ def test_what_is_no_gmt_file_is_refused(text, tmp_path):
     (tmp_path / "sets.gmt").write_text(text)
     with pytest.raises(InputError, match=r"sets\.gmt"):
         read_gene_sets(tmp_path / "sets.gmt")
+
+
+def test_lists_from_windows_begin_with_their_first_gene(tmp_path):
+    for name, text in (("p.txt", "EPCAM\nGNAS\n"), ("p.json", '{"genes": ["EPCAM", "GNAS"], "recipe": "own"}')):
+        (tmp_path / name).write_text(BOM + text, encoding="utf-8")
+        assert read_panel(tmp_path / name).genes == ("EPCAM", "GNAS")
+    (tmp_path / "other.txt").write_text(f"{BOM}HER2 ERBB2\n", encoding="utf-8")
+    assert read_aliases(tmp_path / "other.txt") == {"HER2": "ERBB2"}
+    (tmp_path / "sets.gmt").write_text(f"{BOM}one\tof mine\tEPCAM\tGNAS\n", encoding="utf-8")
+    assert read_gene_sets(tmp_path / "sets.gmt") == {"one": ("EPCAM", "GNAS")}

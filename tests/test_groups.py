@@ -1,3 +1,5 @@
+"""``genar groups``: groups of genes by sections, of a model, with gene sets."""
+
 import json
 
 import pandas as pd

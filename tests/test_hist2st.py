@@ -3,11 +3,27 @@
 import pytest
 import torch
 
-from genar.models import Spots
+from genar.models import Spots, model_class
 from genar.models.hist2st import GraphLayer, Hist2ST, zinb_loss
+from toy_models import array_spots
 
 N_FEATURES, N_GENES = 6, 5
 TINY = {"width": 16, "heads": 2, "head_width": 8, "hidden": 16}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_published_sizes():
+    network = Hist2ST(1024, 785, Hist2ST.configure("official", {"input": "patches"}))
+    assert count(network) == 75_789_833
+    assert count(network) - count(network.zinb) - count(network.score) == 72_325_333
+    assert count(network.token.mixers) == 5_824
+    assert count(network.token.narrow) == 132
+    assert count(network.trunk.blocks) == 50_388_992
+    assert count(network.trunk.graph) == 4_194_304
+    assert count(network.trunk.read) == 16_793_600
 
 
 def section(n_columns=7, n_rows=6, views=4):
@@ -24,21 +40,6 @@ def model(spots, **settings):
     made = Hist2ST.create(N_FEATURES, spots, "small", {**TINY, **settings})
     made.prepare(spots)
     return made.eval()
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def test_published_sizes():
-    network = Hist2ST(1024, 785, Hist2ST.configure("official", {"input": "patches"}))
-    assert count(network) == 75_789_833
-    assert count(network) - count(network.zinb) - count(network.score) == 72_325_333
-    assert count(network.token.mixers) == 5_824
-    assert count(network.token.narrow) == 132
-    assert count(network.trunk.blocks) == 50_388_992
-    assert count(network.trunk.graph) == 4_194_304
-    assert count(network.trunk.read) == 16_793_600
 
 
 def test_inner_spots_have_four_neighbours_and_no_loop():
@@ -115,3 +116,12 @@ def test_the_network_on_pixels_trains_and_predicts():
     made.train().loss(spots.batch()).total.backward()
     assert made.token.stem.weight.grad.abs().sum() > 0
     assert made.eval()(spots.batch()).shape == (4, N_GENES)
+
+
+def test_a_radius_that_is_given_counts_on_any_array():
+    x = torch.arange(12.0)
+    hexagonal = torch.stack([(x[:, None] + 0.5 * (x % 2)).ravel(), (x * 3**0.5 / 2).expand(12, -1).ravel()], dim=1)
+    wide = model_class("hist2st").create(24, array_spots(12, 12, 2), "small", {"neighbours": 18, "radius": 2.0})
+    own = model_class("hist2st").create(24, array_spots(12, 12, 2), "small", {})
+    assert wide.edges(100 * hexagonal)[1].sum(dim=1).max() == 18
+    assert own.edges(100 * hexagonal)[1].sum(dim=1).max() == 6

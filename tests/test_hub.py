@@ -5,8 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,6 +22,7 @@ from genar.fetch.models import is_hub_id
 from genar.models import Batch, Decoding, Spots, model_class
 from genar.models._card import card_markdown
 from genar.models.checkpoint import Checkpoint, load_checkpoint, rewrite_card, save_checkpoint
+from serving import Quiet, start_server, stop_server
 
 DATA = Path(__file__).parent / "data"
 COMMIT = "c0ffee" + "0" * 34
@@ -38,7 +38,7 @@ class Hub:
         self.own = set()  # of the one who asks
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
@@ -50,12 +50,8 @@ class Hub:
             def do_POST(self):
                 hub.post(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = start_server(Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def get(self, request):
         path = unquote(request.path.partition("?")[0])
@@ -140,8 +136,7 @@ def hub(monkeypatch, tmp_path, online):
             monkeypatch.setattr(file_download, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield served
-    served.server.shutdown()
-    served.server.server_close()
+    stop_server(served.server)
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+"""No room of the package is entered from one below it."""
+
 import ast
 from pathlib import Path
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from genar.data import contract, read_section
-from genar.models._lattice import Lattice
+from genar.models._lattice import Lattice, Places
+from toy_models import array_spots
 
 
 def array(n_columns, n_rows, pitch, *, hexagonal=False, turn=0.0, jitter=0.0):
@@ -98,3 +99,14 @@ def test_far_spots_make_no_large_grid_and_no_cell_is_shared(turn):
     assert cells.max() < 40
     near = Lattice.of(here).close_cells()
     assert torch.equal(cells[: len(here)], near)
+
+
+def test_places_beyond_the_trained_ones_are_the_last_of_them():
+    places = Places(64, 8)
+    places.prepare(array_spots(10, 12, 1))
+    assert places.last.tolist() == [11, 9]
+    wide = array_spots(20, 20, 1).coords_um
+    found = places(wide).reshape(20, 20, 8)  # by column and row
+    assert torch.equal(found[:, 9:], found[:, 9:10].expand(-1, 11, -1))
+    assert torch.equal(found[11:], found[11:12].expand(9, -1, -1))
+    assert not torch.equal(found[0], found[1])

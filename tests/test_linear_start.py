@@ -1,5 +1,8 @@
+"""The start of GenAR at the regressions of its tokens."""
+
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from genar.models import Decoding, Spots
 from genar.models._genar_heads import log_frequencies
 from genar.models._linear_start import (
     _tilted_moments,
+    drawn_variance,
     find_components,
     fit_curvatures,
     fit_followers,
@@ -16,6 +20,7 @@ from genar.models._linear_start import (
 )
 from genar.models._training_spots import auto_max_count
 from genar.models.genar import GenAR, small
+from toy_models import made
 
 
 def linear_spots(n=300, n_genes=8, views=8, seed=0):
@@ -130,3 +135,41 @@ def test_generation_keeps_the_expectations_of_the_regressions():
     made = model.eval().predict(spots.batch(), Decoding(samples=32)).layers["log1p_mean"]
     assert float((made - levels[-1]).mean().abs()) < 0.01
     assert float((made - levels[-1]).square().mean().sqrt()) < 0.06
+
+
+def sparse_spots(mean, seed, n=400, n_genes=60):
+    """Counts of a few components, far below one on average."""
+    r = np.random.default_rng(seed)
+    features = r.standard_normal((n, 2, 8)).astype(np.float32)
+    fixed = np.random.default_rng(99)
+    weights, base = 0.3 * fixed.standard_normal((8, n_genes)), np.exp(0.7 * fixed.standard_normal((1, n_genes)))
+    rate = mean * base * np.exp(features.mean(axis=1) @ weights + 0.4 * r.standard_normal((n, 1)))
+    xy = torch.from_numpy(r.uniform(0, 2000, (n, 2)).astype(np.float32))
+    section = torch.arange(n) * 3 // n
+    return Spots(torch.from_numpy(features), xy, xy / 2000, torch.arange(n), section, torch.from_numpy(r.poisson(rate)))
+
+
+def test_a_sparse_panel_starts_at_what_is_drawn():
+    """Tokens of means far below one are drawn as 0 or 1: the start knows how wide that is, and believes them less."""
+    train, test = (sparse_spots(0.05, seed) for seed in (0, 1))
+    model = made("genar", train, count_basis=16)
+    model.prepare(train)
+    model.eval()
+    with torch.no_grad():
+        losses = model.loss(test.batch()).per_scale
+    assert float(losses[0]) < 0.1  # was 3.5 where the variance of the draw was left out
+    layers = model.predict(test.batch(), Decoding(samples=16, layers=("p_zero",))).layers
+    assert float(layers["p_zero"].mean()) == pytest.approx(float((test.counts == 0).float().mean()), abs=0.02)
+
+
+def test_slopes_are_those_that_err_least_on_draws():
+    g = torch.Generator().manual_seed(0)
+    means = torch.rand(4000, 1, generator=g).double() * 0.6  # each drawn as 0 or 1
+    seen, noise = means * np.log(2), drawn_variance(means).mean(dim=0)
+    y = torch.cat([2 * means, -means], dim=1)
+    slope, _, passed_on = fit_followers(seen, y, torch.arange(4000) % 4, noise)
+    draws = (torch.rand(200, 4000, generator=g) < means[:, 0]).double() * np.log(2)  # [draws, N]
+    x = draws.flatten()[:, None]
+    best = torch.linalg.lstsq(x - x.mean(), (y - y.mean(dim=0)).repeat(200, 1)).solution
+    torch.testing.assert_close(slope, best, rtol=0.02, atol=0)
+    assert float(passed_on[0]) == pytest.approx(float((slope[0, 0] * (draws - seen[:, 0])).square().mean()), rel=0.02)

@@ -1,3 +1,5 @@
+"""Scores of a prediction: those of scipy, scikit-learn and the released code; what is undefined, what is refused."""
+
 import json
 import math
 

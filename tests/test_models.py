@@ -1,8 +1,7 @@
 """What every model of the folder must do, at toy size: learn, and bear sections of any shape."""
 
 import json
-from dataclasses import fields, replace
-from functools import lru_cache
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,62 +9,13 @@ import torch
 from genar.errors import InputError
 from genar.models import Decoding, Spots, model_class, model_names
 from genar.models._base import LN2, Card
-from genar.training import train_config_from_dict
+from genar.training import TrainConfig, fit, train_config_from_dict
+from toy_models import GRADIENT, N_GENES, fresh, log2_values, made, prepared, section, training
 
-TINY = {
-    "genar": {"width": 16, "depth": 1, "heads": 2, "components": 4},
-    "bleep": {"width": 16},
-    "egn": {"width": 16, "depth": 2, "heads": 2, "mlp_width": 16, "bridge_heads": 2, "bridge_width": 8},
-    "foundation": {"width": 16, "blocks": 1, "max_count": 60},
-    "hist2st": {"width": 16, "depth": 1, "heads": 2, "head_width": 8, "hidden": 16},
-    "histogene": {"width": 16, "depth": 1, "heads": 2, "head_width": 8, "hidden": 16},
-    "m2ost": {"width": 12, "depth": 1, "hidden": 8, "gate_hidden": 8},
-    "stem": {"width": 16, "depth": 1, "heads": 2},
-    "triplex": {"width": 16, "heads": (2, 2, 2), "depths": (1, 1, 1), "spots_per_step": 32},
-    "umpire": {"width": 16, "depth": 1, "heads": 2, "hidden": 16},
-}
-"""the ``small`` preset where a model is not named"""
 IDLE = {
     "genar": {"start", "history_position"},  # of the published history of tokens, which ``small`` does not have
     "egn": {"exemplar_norm.weight", "exemplar_norm.bias"},  # of the last layer, whose exemplars nothing reads
 }
-N_FEATURES, N_GENES, N_VIEWS = 10, 8, 2
-ONCE = Decoding(samples=1, steps=10)  # steps: of stem
-GRADIENT = [name for name in model_names() if model_class(name).gradient]
-
-
-def section(n_columns, n_rows, key=1):
-    """Spots of an array of 200 um whose counts follow their features."""
-    random = torch.Generator().manual_seed(key)
-    place = torch.cartesian_prod(torch.arange(n_columns).float(), torch.arange(n_rows).float())
-    n = len(place)
-    x = torch.randn(n, 1, N_FEATURES, generator=random) + 0.1 * torch.randn(n, N_VIEWS, N_FEATURES, generator=random)
-    counts = torch.poisson(torch.exp(1 + 0.8 * x[:, 0, :N_GENES]), generator=random).long()
-    unit = place / place.max(dim=0).values.clamp(min=1)
-    return Spots(x, place * 200 + 1000, unit, torch.arange(n) + 100_000 * key, torch.full((n,), key), counts)
-
-
-@lru_cache
-def training():
-    return Spots.join([section(6, 5, key=1), section(5, 6, key=2)])
-
-
-@lru_cache
-def prepared(name):
-    """With constants set and fresh weights; no test may train it."""
-    return fresh(name).eval()
-
-
-def fresh(name):
-    torch.manual_seed(0)
-    model = model_class(name).create(N_FEATURES, training(), "small", TINY.get(name, {}))
-    model.prepare(training())
-    return model
-
-
-def log2_values(model, spots):
-    with torch.inference_mode():
-        return model.predict_sections(replace(spots, counts=None).batch(), ONCE).layers["log1p_mean"] / LN2
 
 
 def mean_loss(model, batches):
@@ -169,3 +119,34 @@ def test_cards_recipes_and_presets_are_whole(name):
         cls.check_settings("small", {"wings": 2})
     for preset in getattr(cls, "presets", {}):
         cls.check_settings(preset, {})
+
+
+@pytest.mark.filterwarnings("ignore:bf16 will be slower")
+@pytest.mark.parametrize("name", GRADIENT)
+def test_every_model_trains_in_bf16(name):
+    model = made(name, training())
+    fit(model, training(), TrainConfig(max_epochs=1, batch_size=16, precision="bf16"), device="cpu")
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("name", ["ridge", "genar", "bleep", "knn"])
+def test_a_channel_all_but_dead_in_training_does_not_outshout_the_others(name):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 1, 30, generator=random)
+    x[:, :, 7] = 0
+    x[3, :, 7] = 2e-6
+    counts = torch.poisson((x[:, 0, :10] + 1.5).exp2(), generator=random).long()
+    places = torch.cartesian_prod(torch.arange(12.0), torch.arange(10.0))
+    train = Spots(x, 100 * places, places / 12, torch.arange(120), torch.zeros(120).long(), counts)
+    torch.manual_seed(0)
+    settings = {"width": 16, "depth": 1, "heads": 2, "components": 8} if name == "genar" else {}
+    model = model_class(name).create(30, train, "small", settings)
+    fit(model, train, TrainConfig(max_epochs=0 if name == "genar" else 1, validation_share=0.0), device="cpu")
+    loud = x[:20].clone()
+    loud[:, :, 7] = 0.05  # 25,000 times what it was in training, and next to nothing beside the others
+    how = Decoding("mean", layers=("log1p_mean",))
+    found = []
+    for seen in (x[:20], loud):
+        asked = Spots(seen, 100 * places[:20], places[:20] / 12, torch.arange(20), torch.ones(20).long())
+        found.append(model.predict(asked.batch(), how).layers["log1p_mean"] / LN2)
+    assert (found[1] - found[0]).abs().max() < 0.5

@@ -1,5 +1,8 @@
 """``patients.csv``: whose a section is where its own files do not say so."""
 
+import json
+import shutil
+
 import anndata
 import pytest
 
@@ -7,7 +10,7 @@ from commands import run
 from genar.data import contract, read_section, read_sections
 from genar.data.simulate import TissueConfig, write_tissue
 from genar.errors import InputError, SectionWarning
-from test_formats import write_visium
+from section_files import write_visium
 
 TABLE = "section,patient\nP1,Ann\nP2,Bea\n"
 
@@ -77,3 +80,20 @@ def test_training_tells_of_a_patient_on_both_sides(tmp_path, monkeypatch, capsys
     predicted = anndata.read_h5ad(out / "predictions" / "B.h5ad")
     assert patient(predicted) == "Ann"
     assert "the model was trained on sections of Ann, too" in contract.trained_on_note(predicted)
+
+
+def test_a_table_of_patients_is_of_its_own_folder(own_tissue, tmp_path):
+    (tmp_path / "patients.csv").write_text("section,patient\nA,Bea\n")  # of another data set, further up
+    before = read_section(f"{own_tissue}:A").uns["genar"]["patient"]
+    assert before != "Bea"
+    (own_tissue / "wsis" / "patients.csv").write_text("section,patient\nA,Cem\n")
+    for path in (own_tissue / "wsis" / "A.tif", f"{own_tissue / 'wsis'}:A"):
+        assert read_section(path, mpp=0.7).uns["genar"]["patient"] == "Cem"
+
+
+@pytest.mark.parametrize(("stated", "name"), [(0, "0"), (1.0, "1"), ("P", "P"), (None, ""), (float("nan"), "")])
+def test_a_patient_may_be_a_number(tmp_path, home, stated, name):
+    shutil.copytree(home / "tissue", tmp_path / "tissue")
+    facts = tmp_path / "tissue" / "metadata" / "S1.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "patient": stated}))
+    assert read_section(f"{tmp_path / 'tissue'}:S1").uns["genar"]["patient"] == name

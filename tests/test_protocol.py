@@ -1,3 +1,5 @@
+"""Which sections a fold holds out."""
+
 import numpy as np
 import pytest
 

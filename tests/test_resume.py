@@ -18,13 +18,15 @@ from genar.errors import InputError, StoppedError
 from genar.models import Spots, model_class
 from genar.training import TrainConfig, fit, make_spots
 from genar.training_config import RESUME_FILE
+from genar.training_loop import _Module
+from toy_models import fresh, training
 
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 QUICK = {
     "max_epochs": 3, "batch_size": 24, "validate_every": 2, "warmup_steps": 2, "validation_samples": 2,
     "validation_share": 0.2, "checkpoint_every_s": 0.0,
 }  # fmt: skip
 N_STEPS = 12  # four batches, three epochs
+TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,13 @@ def test_steps_epochs_and_processes_draw_their_own_numbers():
     seeds = {step_seed(s, e, b, r) for s in (0, 1) for e in range(20) for b in range(200) for r in range(4)}
     assert len(seeds) == 2 * 20 * 200 * 4
     assert 0 <= step_seed(2**32 - 1, 10**6, 10**9, 10**5) < 2**63
+
+
+def test_a_run_does_not_go_on_in_steps_of_another_size(tmp_path):
+    settings = {"max_epochs": 2, "batch_size": 16, "validation_share": 0.0}
+    fit(fresh("genar"), training(), TrainConfig(**settings), folder=tmp_path)
+    kept = torch.load(tmp_path / RESUME_FILE, weights_only=True)
+    assert kept["genar"]["steps"] == [4, 1]
+    module = _Module(fresh("genar"), training(), None, TrainConfig(**settings, memory_gib=1e-6), print, 1)
+    with pytest.raises(InputError, match=r"batches an epoch in 1 parts each, this one .*as many processes as before"):
+        module.on_load_checkpoint(kept)

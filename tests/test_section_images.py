@@ -11,7 +11,7 @@ from PIL import Image
 from genar.data import contract, find_sections, read_section
 from genar.data.slide import glance, open_slide
 from genar.errors import InputError
-from test_formats import write_visium
+from section_files import write_visium
 
 
 @pytest.mark.parametrize("channels", [3, 4])

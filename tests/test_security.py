@@ -4,10 +4,9 @@ import hashlib
 import pickle
 import shutil
 import subprocess
-import threading
 import urllib.request
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import h5py
@@ -30,6 +29,7 @@ from genar.fetch.transfer import Access, RemoteFile, _SameHostRedirect, check_ur
 from genar.models.checkpoint import load_checkpoint
 from genar.resume import check_whole
 from genar.settings import read_settings
+from serving import Quiet, serving
 
 CHECKPOINT = Path(__file__).parent / "data" / "checkpoint_format1"
 ACCESS = Access({"Authorization": "Bearer hf_secret"}, "ask")
@@ -191,35 +191,23 @@ def test_mirrors_elsewhere_may_not(variable, tmp_path, monkeypatch, capsys):
             assert run(monkeypatch, *words) == 2
 
 
-class Redirecting:
+def redirecting(to):
     """A server on this machine that sends everyone elsewhere."""
 
-    def __init__(self, to):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(302)
-                self.send_header("Location", to)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+    class Handler(Quiet, BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", to)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/list"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def __enter__(self):
-        return self.url
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    return serving(Handler)
 
 
 @pytest.mark.parametrize("to", ["http://elsewhere.example/x", "file:///etc/passwd", "ftp://elsewhere.example/x"])
 def test_a_redirect_leads_out_of_tls_for_nobody(to, tmp_path):
-    with Redirecting(to) as url:
+    with redirecting(to) as place:
+        url = f"{place}/list"
         with pytest.raises(InputError, match=r"https|not allowed"):
             read_json(url, ACCESS, "the list")
         file = RemoteFile("a", url, 1, f"sha256:{'0' * 64}")

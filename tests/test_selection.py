@@ -1,6 +1,7 @@
 """Panel recipes beyond the paper's, lists of the user, groups and what they are enriched in."""
 
 import gc
+import shutil
 import weakref
 from contextlib import contextmanager
 
@@ -9,11 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.stats import fisher_exact
 
-from genar.data import ReadOptions, SectionRef, Sections, contract, find_sections, read_places
+import genar
+from counted_sections import make_section, random_section
+from genar.data import ReadOptions, SectionRef, Sections, contract, find_sections, read_places, read_sections
 from genar.errors import InputError
 from genar.genes import (
     RECIPES,
@@ -24,9 +28,9 @@ from genar.genes import (
     over_representation,
     read_aliases,
     select_panel,
+    selection,
 )
 from genar.genes.selection import _Moments, _of_genes
-from test_genes import make_section, random_section
 
 pytestmark = pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized:UserWarning")
 GENES = [f"G{i:02d}" for i in range(40)]
@@ -206,9 +210,6 @@ def test_sets_of_other_names_are_refused():
         over_representation([["A"]], {"s": ["ENSG1"]}, ["A", "B"])
 
 
-# -- sections that memory does not hold ------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(sections, tmp_path):
     for section in sections:
@@ -304,3 +305,81 @@ def test_missing_genes_are_named_with_what_they_may_be(sections, names, hint):
     for look in (lambda: listed_panel(panel, sections), lambda: contract.counts(sections[0], list(panel.genes))):
         with pytest.raises(InputError, match=hint.format(genes[0])):
             look()
+
+
+def line_section(counts, name="A"):
+    """A section of these counts [N, G] on a line of spots."""
+    counts = np.asarray(counts)
+    adata = anndata.AnnData(
+        sparse.csr_matrix(counts, dtype=np.float32),
+        obs=pd.DataFrame(index=[f"spot{i}" for i in range(len(counts))]),
+        var=pd.DataFrame(index=[f"G{i}" for i in range(counts.shape[1])]),
+    )
+    adata.obsm[contract.SPATIAL] = np.stack([100.0 * np.arange(len(counts)), np.zeros(len(counts))], axis=1)
+    adata.uns[contract.GENAR] = {contract.SECTION: name, contract.MPP: 0.5}
+    return adata
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("counts", [np.full((60, 1), 4), np.full((60, 30), 4), np.zeros((60, 12))])
+def test_genes_that_do_not_vary_are_no_traceback(recipe, counts):
+    if recipe == "highest_mean" and counts.any():
+        assert len(select_panel([line_section(counts)], n_genes=1, recipe=recipe).genes) == 1
+    else:
+        with pytest.raises(InputError, match=r"^panel: "):
+            select_panel([line_section(counts)], n_genes=1, recipe=recipe)
+
+
+def test_moments_are_those_of_all_spots():
+    random = np.random.default_rng(0)
+    parts = [random.poisson(random.gamma(1, 4, 40), (n, 40)) for n in (90, 7, 1)]
+    moments = _Moments(40)
+    for part in parts:
+        moments.add(line_section(part))
+    whole = np.concatenate(parts)
+    np.testing.assert_allclose(moments.mean, whole.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, whole.var(axis=0, ddof=1), rtol=1e-9)
+
+
+def test_counts_beside_logarithms_are_no_logarithms(recwarn):
+    one = line_section(np.random.default_rng(0).poisson(3, (60, 30)))
+    one.uns["log1p"] = {"base": None}
+    select_panel([one], n_genes=10, recipe="clean")
+    assert not [warning for warning in recwarn if "log" in str(warning.message)]
+
+
+@pytest.mark.parametrize("recipe", ["hvg", "moran"])
+def test_a_section_without_counts_chooses_no_gene(tissue, recipe):
+    sections = read_sections(tissue)
+    empty = sections[1].copy()
+    empty.X = empty.X * 0
+    empty.X.eliminate_zeros()
+    assert (
+        select_panel([sections[0], empty], n_genes=5, recipe=recipe).genes
+        == select_panel([sections[0][:, sections[0].var_names], empty], n_genes=5, recipe=recipe).genes
+    )
+    with pytest.raises(InputError, match="can rank no gene"):
+        select_panel([empty], n_genes=5, recipe=recipe)
+
+
+def test_a_panel_is_selected_without_images(tissue, tmp_path):
+    folder = shutil.copytree(tissue, tmp_path / "hest", ignore=shutil.ignore_patterns("wsis"))
+    assert len(select_panel(read_sections(folder), n_genes=20).genes) == 20
+
+
+@pytest.fixture(scope="module")
+def simulated(tissue):
+    return read_sections(tissue)
+
+
+def test_the_panel_leaves_the_threads_alone(simulated, monkeypatch):
+    """What numba does where scanpy calls it."""
+    normalised = selection._normalised
+    monkeypatch.setattr(selection, "_normalised", lambda section: torch.set_num_threads(2) or normalised(section))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        genar.select_panel([simulated[0]], recipe="moran", n_genes=5)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,3 +1,5 @@
+"""Simulated tissue: its counts, its image, its files."""
+
 import json
 from dataclasses import replace
 

@@ -1,3 +1,5 @@
+"""Slides of every format: their size, pixel size, patches and damage."""
+
 import shutil
 import struct
 
@@ -8,45 +10,12 @@ import tifffile
 from PIL import Image
 
 from genar.data import contract, open_slide, read_section
-from genar.data.slide import glance
+from genar.data.slide import glance, image_head
 from genar.errors import InputError
+from slides import TILED, gradient, noise
 
 MPP, SQUARE = 0.5, (300, 180, 40)  # um per px; left, top, side of a black square on grey, px
 RESOLUTION = {"resolution": (1e4 / MPP, 1e4 / MPP), "resolutionunit": "CENTIMETER"}
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    image = np.full((400, 500, 3), 160, np.uint8)
-    left, top, side = SQUARE
-    image[top : top + side, left : left + side] = 0
-    return image
-
-
-def write_pyramid(path, image, **tags):
-    with tifffile.TiffWriter(path) as tiff:
-        for level in range(3):
-            small = np.asarray(Image.fromarray(image).reduce(2**level))
-            tiff.write(
-                small, tile=(128, 128), subfiletype=int(level > 0), photometric="rgb", compression="deflate", **tags
-            )
-
-
-@pytest.fixture(params=["pyramid.tif", "striped.tif", "plain.png"])
-def slide(request, pixels, tmp_path):
-    path = tmp_path / request.param
-    if request.param == "pyramid.tif":
-        write_pyramid(path, pixels, **RESOLUTION)
-    elif request.param == "striped.tif":
-        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=16, **RESOLUTION)
-    else:
-        Image.fromarray(pixels).save(path)
-    slide = open_slide(path)
-    yield slide
-    slide.close()
-
-
-# --- formats
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +44,14 @@ def test_every_format_gives_the_same_size_and_patches(tissue, truth, tmp_path, n
     slide.close()
 
 
+@pytest.fixture(scope="module")
+def pixels():
+    image = np.full((400, 500, 3), 160, np.uint8)
+    left, top, side = SQUARE
+    image[top : top + side, left : left + side] = 0
+    return image
+
+
 def test_a_grey_tiff_is_read_as_rgb(tmp_path, pixels):
     path = tmp_path / "grey.tif"
     tifffile.imwrite(path, pixels[..., 0], photometric="minisblack")
@@ -88,6 +65,29 @@ def test_sixteen_bit_tiff_is_refused(tmp_path):
     tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint16), photometric="rgb")
     with pytest.raises(InputError, match=r"deep\.tif: expected an 8-bit RGB image.*uint16"):
         open_slide(path)
+
+
+def write_pyramid(path, image, **tags):
+    with tifffile.TiffWriter(path) as tiff:
+        for level in range(3):
+            small = np.asarray(Image.fromarray(image).reduce(2**level))
+            tiff.write(
+                small, tile=(128, 128), subfiletype=int(level > 0), photometric="rgb", compression="deflate", **tags
+            )
+
+
+@pytest.fixture(params=["pyramid.tif", "striped.tif", "plain.png"])
+def slide(request, pixels, tmp_path):
+    path = tmp_path / request.param
+    if request.param == "pyramid.tif":
+        write_pyramid(path, pixels, **RESOLUTION)
+    elif request.param == "striped.tif":
+        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=16, **RESOLUTION)
+    else:
+        Image.fromarray(pixels).save(path)
+    slide = open_slide(path)
+    yield slide
+    slide.close()
 
 
 # --- patches
@@ -193,9 +193,6 @@ def test_thumbnail_keeps_the_shape(slide):
     assert thumbnail.dtype == np.uint8
     left, top, side = SQUARE
     assert thumbnail[(top + side // 2) // 5, (left + side // 2) // 5].max() < 40
-
-
-# --- what is refused
 
 
 def cut(path, share=0.6):
@@ -309,3 +306,33 @@ def test_tag_of_a_file_written_by_the_hest_library_is_ten_times_too_small(shared
     whole = open_slide(contract.slide_path(section))
     assert whole.mpp == pytest.approx(contract.mpp(section), rel=0.01)
     whole.close()
+
+
+@pytest.mark.parametrize("compression", ["jpeg2000", "webp"])
+def test_tiles_that_openslide_cannot_unpack_are_read(tmp_path, compression):
+    path, pixels = tmp_path / "c.tif", gradient()
+    arguments = {"lossless": True} if compression == "webp" else {}
+    tifffile.imwrite(path, pixels, photometric="rgb", compression=compression, compressionargs=arguments, **TILED)
+    assert np.abs(open_slide(path).read_patch_px((200, 200), 64, 64).astype(int) - pixels[168:232, 168:232]).max() <= 2
+
+
+def test_a_big_tiff_in_strips_is_read(tmp_path):
+    tifffile.imwrite(tmp_path / "x.btf", noise(), bigtiff=True, photometric="rgb")
+    patch = open_slide(tmp_path / "x.btf").read_patch_px((200, 200), 100, 100)
+    np.testing.assert_array_equal(patch, noise()[150:250, 150:250])
+
+
+@pytest.mark.parametrize("tiled", [None, (64, 64)])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_thumbnail_before_the_slide_is_not_taken_for_it(tmp_path, tiled, compression):
+    path, pixels = tmp_path / "thumb_first.tif", noise()
+    with tifffile.TiffWriter(path) as tiff:
+        for page in (pixels[::4, ::4], pixels):
+            tiff.write(
+                page, photometric="rgb", tile=tiled, compression=compression, metadata=None, resolution=(20000, 20000),
+                resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    slide = open_slide(path)
+    assert image_head(path) == (slide.size_px, slide.mpp) == ((500, 400), 0.5)
+    assert np.array_equal(slide.read_patch_px((250, 200), 100, 100), pixels[150:250, 200:300])
+    assert np.abs(glance(path, 500).view.astype(int) - pixels).max() == 0

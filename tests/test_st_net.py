@@ -1,18 +1,28 @@
 """ST-Net."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from genar.errors import InputError
-from genar.models import Spots
+from genar.models import Decoding, Spots, model_class
 from genar.models._base import LN2, log2p1, turned
 from genar.models.st_net import STNet, STNetConfig
 from genar.training import fit, train_config_from_dict
+from toy_models import array_spots
 
 
 @pytest.fixture(autouse=True)
 def _small_patches(monkeypatch):
     monkeypatch.setattr(STNet, "crop_px", 32)
+
+
+@pytest.mark.parametrize(("n_genes", "expected"), [(250, 7_210_106), (200, 7_158_856)])
+def test_size_is_the_published_one(n_genes, expected):
+    with torch.device("meta"):
+        model = STNet(1024, n_genes, STNetConfig("patches"))
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def toy(n=48, px=0):
@@ -30,13 +40,6 @@ def ready(spots, **settings):
     model = STNet.create(5, spots, "small", settings)
     model.prepare(spots)
     return model.eval()
-
-
-@pytest.mark.parametrize(("n_genes", "expected"), [(250, 7_210_106), (200, 7_158_856)])
-def test_size_is_the_published_one(n_genes, expected):
-    with torch.device("meta"):
-        model = STNet(1024, n_genes, STNetConfig("patches"))
-    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 @pytest.mark.parametrize("px", [0, 32])
@@ -99,3 +102,14 @@ def test_missing_patches_are_one_clear_line():
         ready(toy(), input="patches")
     with pytest.raises(InputError, match="st_net"):
         STNet.check_settings("small", {"input": "sound"})
+
+
+@pytest.mark.parametrize("n_genes", [1, 3, 8])
+def test_st_net_learns_few_genes(n_genes):
+    train = array_spots(14, 14, n_genes, n_features=1280)
+    model = model_class("st_net").create(1280, train, "small", {})
+    config = train_config_from_dict({**model.train_defaults, "max_epochs": 10})
+    fit(model, train, config)
+    predicted = model.predict(replace(train, counts=None).batch(), Decoding("mean", layers=("log1p_mean",)))
+    error = (predicted.layers["log1p_mean"] / LN2 - log2p1(train.counts)).square().mean()
+    assert error < log2p1(train.counts).var(dim=0).mean()

@@ -10,32 +10,10 @@ from genar.models import Decoding, Spots
 from genar.models._base import LN2, log2p1
 from genar.models._diffusion import Diffusion, SpotNoise
 from genar.models.stem import STEM, Denoiser, STEMConfig, time_code
+from genar.training import TrainConfig, fit
+from toy_models import made, training
 
 TINY = {"width": 16, "depth": 2, "heads": 2}
-
-
-def toy(n=64, genes=6):
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 1, 2, generator=random).repeat(1, 1, 32)  # a wide condition, as encoders give
-    rate = torch.exp(3 + x[:, 0, :1] * torch.linspace(-1, 1, genes))
-    xy = torch.rand(n, 2, generator=random)
-    counts = torch.poisson(rate, generator=random).long()
-    return Spots(x, xy, xy, torch.arange(n), torch.arange(n) % 2, counts)
-
-
-def ready(spots, preset="small", **settings):
-    torch.manual_seed(0)
-    model = STEM.create(spots.features.shape[2], spots, preset, {**TINY, **settings})
-    model.prepare(spots)
-    return model.eval()
-
-
-def stirred(model):
-    """Weights away from the zeros that they start at."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape))
-    return model
 
 
 @pytest.mark.parametrize(("n_features", "expected"), [(1536, 35_639_042), (1024, 34_131_202)])
@@ -89,6 +67,22 @@ def test_the_bound_is_zero_at_the_true_posterior():
     assert (first >= 0).all()
 
 
+def toy(n=64, genes=6):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 2, generator=random).repeat(1, 1, 32)  # a wide condition, as encoders give
+    rate = torch.exp(3 + x[:, 0, :1] * torch.linspace(-1, 1, genes))
+    xy = torch.rand(n, 2, generator=random)
+    counts = torch.poisson(rate, generator=random).long()
+    return Spots(x, xy, xy, torch.arange(n), torch.arange(n) % 2, counts)
+
+
+def ready(spots, preset="small", **settings):
+    torch.manual_seed(0)
+    model = STEM.create(spots.features.shape[2], spots, preset, {**TINY, **settings})
+    model.prepare(spots)
+    return model.eval()
+
+
 def test_the_untrained_output_is_zero():
     spots = toy()
     model = ready(spots, "official")
@@ -102,6 +96,14 @@ def test_the_untrained_output_is_zero():
     assert error == pytest.approx(1, abs=0.03)  # the noise's variance
     assert math.isfinite(bound)
     assert bound > 0
+
+
+def stirred(model):
+    """Weights away from the zeros that they start at."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    return model
 
 
 def test_permuting_genes_with_their_embeddings_permutes_the_output():
@@ -218,3 +220,21 @@ def test_too_many_steps_are_refused():
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(InputError, match="stem"):
         STEM.check_settings("small", settings)
+
+
+def test_a_short_chain_ends_in_noise():
+    assert Diffusion(1000).alpha_bar[-1] < 1e-4
+    for n_total in (10, 50, 200):
+        assert Diffusion(n_total).alpha_bar[-1] < 1e-3
+
+
+def test_one_step_of_denoising_starts_at_the_noise():
+    from genar.models._diffusion import Diffusion
+
+    assert Diffusion(1000, 1).at.tolist() == [999]
+    spots = training()
+    model = made("stem", spots)
+    fit(model, spots, TrainConfig(max_epochs=30, lr=3e-3, batch_size=16, weight_decay=0.0), device="cpu")
+    truth = torch.log1p(spots.counts.float())
+    one, ten = (model.predict(spots.batch(), Decoding(samples=5, steps=n)).layers["log1p_mean"] for n in (1, 10))
+    assert float((one - truth).square().mean()) < 2 * float((ten - truth).square().mean())

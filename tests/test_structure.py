@@ -1,3 +1,5 @@
+"""Spatial and gene-to-gene structure of a prediction."""
+
 import numpy as np
 import pytest
 from scipy import sparse

@@ -1,3 +1,5 @@
+"""Tissue is found on a slide, without pen, dust and bled stain, and spots are laid on it."""
+
 import subprocess
 import sys
 

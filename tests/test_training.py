@@ -1,3 +1,6 @@
+"""Training: batches, epochs, validation and averages, and what every trained model predicts."""
+
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -6,29 +9,16 @@ import torch
 
 from genar.data import contract, read_sections
 from genar.errors import InputError
-from genar.genes import Panel
-from genar.models import Decoding, Spots, model_class, model_names
-from genar.models._base import log2p1
-from genar.models._training_spots import strips
+from genar.models import Decoding, model_class, model_names
 from genar.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from genar.models.ridge import PENALTIES, Ridge
 from genar.prediction import predict_section
-from genar.training import TrainConfig, fit, make_spots, paper_recipe, split_validation, train_config_from_dict
+from genar.training import TrainConfig, fit, make_spots, paper_recipe, train_config_from_dict
+from genar.training_loop import _Module
+from toy_models import made, training
+from toy_training import N_FEATURES, QUICK, TINY, few_spots, new_model, panel_of, random_features, spots_of
 
-TINY = {"width": 16, "depth": 1, "heads": 2, "components": 4, "max_count": 63}
-QUICK = TrainConfig(
-    max_epochs=2, batch_size=16, validate_every=1, warmup_steps=2, validation_samples=2, validation_share=0.1
-)
-N_FEATURES = 12
-
-
-def random_features(section, views=8):
-    """Features that carry the depth of a spot, so that there is something to learn."""
-    random = np.random.default_rng(len(contract.name(section)))
-    depth = np.log1p(section.obs[contract.LIBRARY_SIZE].to_numpy(float))
-    features = random.normal(size=(section.n_obs, views, N_FEATURES))
-    features[..., 0] += 3 * (depth - depth.mean())[:, None]
-    return features.astype(np.float32)
+STEPS = {"lr": 1e-2, "optimizer": "sgd", "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "clip": 0.0,
+         "ema_decay": 0.0, "max_epochs": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +28,12 @@ def tissue_sections(tissue):
 
 @pytest.fixture(scope="module")
 def panel(tissue_sections):
-    return Panel(tuple(tissue_sections[0].var_names[:20]), "given")
+    return panel_of(tissue_sections)
 
 
 @pytest.fixture(scope="module")
-def spots(tissue_sections, panel):
-    return Spots.join([make_spots(s, random_features(s), panel.genes) for s in tissue_sections])
-
-
-def new_model(name, spots):
-    torch.manual_seed(0)
-    return model_class(name).create(N_FEATURES, spots, "small", TINY if name == "genar" else {})
+def spots(tissue_sections):
+    return spots_of(tissue_sections)
 
 
 @pytest.fixture(scope="module", params=model_names())
@@ -201,20 +186,6 @@ def test_training_keeps_the_best_epoch(spots):
     assert last == 6 or last == best["epoch"] + 2
 
 
-def test_validation_is_a_strip_of_each_training_section(spots):
-    training, validation = split_validation(spots, 0.2)
-    assert len(training) + len(validation) == len(spots)
-    sections = spots.section.unique().tolist()
-    assert validation.section.unique().tolist() == sections
-    assert len(sections) == 2
-    for section in sections:
-        mine = validation.coords_um[validation.section == section, 0]
-        theirs = training.coords_um[training.section == section, 0]
-        inside = (theirs > mine.min()) & (theirs < mine.max())
-        assert inside.float().mean() < 0.05  # no training spot between validation spots (ties at the rim aside)
-    assert split_validation(spots, 0.0) == (spots, None)
-
-
 def test_training_without_validation_runs_all_epochs(spots):
     config = train_config_from_dict({**vars(QUICK), "validation_share": 0.0})
     summary = fit(new_model("genar", spots), spots, config)
@@ -233,102 +204,6 @@ def test_senseless_training_is_refused(facts):
         train_config_from_dict(facts)
 
 
-def test_spots_know_their_place_and_name(tissue_sections, panel):
-    section = tissue_sections[0]
-    whole = make_spots(section, random_features(section), panel.genes)
-    part = make_spots(section[5:9].copy(), random_features(section)[5:9], panel.genes)
-    assert torch.equal(whole.spot_ids[5:9], part.spot_ids)
-    assert len(set(whole.spot_ids.tolist())) == section.n_obs
-    assert whole.coords_unit.min() == 0
-    assert whole.coords_unit.max() == 1
-    np.testing.assert_array_equal(whole.counts.numpy(), contract.counts(section, list(panel.genes)))
-
-
-# -- the baselines --------------------------------------------------------------------------------------------------
-
-
-def test_mean_predicts_the_training_mean(spots):
-    model = new_model("mean", spots)
-    fit(model, spots, QUICK)
-    predicted = model.predict(spots.batch()).layers["log1p_mean"] / np.log(2)
-    torch.testing.assert_close(predicted[3], log2p1(spots.counts).mean(dim=0))
-
-
-def test_ridge_equals_sklearn_at_its_penalty(spots):
-    from sklearn.linear_model import Ridge as Reference
-    from sklearn.preprocessing import StandardScaler
-
-    model = new_model("ridge", spots)
-    fit(model, spots, QUICK)
-    x, y = spots.features.mean(dim=1).double().numpy(), log2p1(spots.counts).double().numpy()
-    reference = Reference(alpha=float(model.penalty)).fit(StandardScaler().fit_transform(x), y)
-    expected = reference.predict(StandardScaler().fit(x).transform(x)).clip(min=0)
-    predicted = model.predict(spots.batch()).layers["log1p_mean"].numpy() / np.log(2)
-    np.testing.assert_allclose(predicted, expected, atol=1e-4)
-    assert float(model.penalty) in [pytest.approx(p) for p in PENALTIES]
-
-
-def test_ridge_takes_a_small_penalty_for_signal_and_a_large_one_for_noise():
-    torch.manual_seed(0)
-    x = torch.randn(200, 1, 6)
-    base = Spots(x, torch.rand(200, 2), torch.rand(200, 2), torch.arange(200), torch.arange(200) % 4)
-    penalties = []
-    for scale in (2.0, 0.0):
-        counts = torch.poisson(torch.exp(2 + scale * x[:, 0, :3])).long()
-        model = Ridge(6, 3)
-        model.prepare(Spots(**{**vars(base), "counts": counts}))
-        penalties.append(float(model.penalty))
-    assert penalties[0] < penalties[1]
-
-
-def test_strips_are_even():
-    sizes = strips(torch.rand(103, 2), 5).bincount()
-    assert len(sizes) == 5
-    assert sizes.max() - sizes.min() <= 1
-
-
-# -- checkpoints that are wrong -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(spots, panel, tmp_path):
-    model = new_model("mean", spots)
-    fit(model, spots, QUICK)
-    return save_checkpoint(tmp_path / "model", Checkpoint("mean", model, panel, {}))
-
-
-def test_a_wrong_shape_is_one_clear_line(saved):
-    from safetensors.torch import save_file
-
-    save_file({"gene_mean": torch.zeros(7)}, saved / "model.safetensors")
-    with pytest.raises(InputError, match=r"gene_mean has shape \[7\].*expects \[20\]"):
-        load_checkpoint(saved)
-
-
-def test_altered_weights_are_refused(saved):
-    from safetensors.torch import save_file
-
-    save_file({"gene_mean": torch.zeros(20)}, saved / "model.safetensors")
-    with pytest.raises(InputError, match="altered"):
-        load_checkpoint(saved)
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 99}', '{"format": 1, "name": "mean"}'])
-def test_damaged_configs_are_refused(saved, damage):
-    (saved / "config.json").write_text(damage)
-    with pytest.raises(InputError, match=r"config\.json"):
-        load_checkpoint(saved)
-
-
-def test_cut_weights_and_missing_folders_are_refused(saved, tmp_path):
-    whole = (saved / "model.safetensors").read_bytes()
-    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="safetensors"):
-        load_checkpoint(saved)
-    with pytest.raises(InputError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_bf16_that_this_cpu_is_slow_at_is_said(tissue_sections, panel, gain, monkeypatch, recwarn):
     monkeypatch.setattr("genar.machine.bf16_gain", lambda: gain)
@@ -337,3 +212,75 @@ def test_bf16_that_this_cpu_is_slow_at_is_said(tissue_sections, panel, gain, mon
     model = model_class("genar").create(N_FEATURES, spots, "small", TINY)
     fit(model, spots, replace(QUICK, max_epochs=1, precision="bf16"))
     assert any("0.5 times the speed" in str(w.message) for w in recwarn) == (gain < 1)
+
+
+def trained(model="genar", settings=None, spots=None, **config):
+    spots = few_spots() if spots is None else spots
+    torch.manual_seed(1)
+    made = model_class(model).create(6, spots, "small", TINY if settings is None else settings)
+    return made, fit(made, spots, TrainConfig(**{"batch_size": 16, "lr": 1e-2, **config}))
+
+
+@pytest.mark.parametrize("config", [{}, {"max_epochs": 1}, {"max_epochs": 1, "batch_size": 64}, {"ema_decay": 0}])
+def test_a_short_training_is_one(config):
+    """Fewer steps than the warm-up, up to a single one: the weights are not those of the start."""
+    start = trained(max_epochs=0)[0].state_dict()
+    end = trained(**config)[0].state_dict()
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_validation_before_the_averages_sees_the_weights():
+    _, summary = trained(max_epochs=3, validate_every=1, validation_share=0.2, warmup_steps=100, ema_decay=0.9)
+    scores = [entry["val_mse"] for entry in summary.history]
+    assert len(set(scores)) == 3
+
+
+@pytest.mark.parametrize(("epochs", "every", "validated"), [(2, 3, [2]), (5, 3, [3, 5]), (6, 3, [3, 6])])
+def test_the_last_epoch_is_validated(epochs, every, validated):
+    _, summary = trained(max_epochs=epochs, validate_every=every, validation_share=0.2)
+    assert [entry["epoch"] for entry in summary.history] == validated
+
+
+def test_a_loss_that_is_no_number_is_told():
+    with pytest.raises(InputError, match="the loss is nan in epoch"):
+        trained(lr=1e30, ema_decay=0)
+
+
+def test_accumulate_is_refused_where_a_section_is_a_step():
+    with pytest.raises(InputError, match="takes a section a step"):
+        trained("histogene", {}, accumulate=2)
+
+
+def test_one_training_spot_is_refused_in_words():
+    with pytest.raises(InputError, match="linear_start=false"):
+        trained(spots=few_spots(1, n_sections=1))
+    trained(settings={**TINY, "linear_start": False, "components": 0}, spots=few_spots(1, n_sections=1), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    "config", [{"seed": -1}, {"seed": 2**32}, {"weight_decay": -1}, {"clip": -1.0}, {"warmup_steps": -1}]
+)
+def test_settings_of_training_that_make_no_sense(config):
+    with pytest.raises(InputError, match=f"train:.*{next(iter(config))}"):
+        TrainConfig(**config)
+
+
+def test_a_summed_loss_is_that_of_the_whole_batch_however_it_is_cut():
+    spots, weights = training(), []
+    for cut in ({"batch_size": 60}, {"batch_size": 30, "accumulate": 2}, {"batch_size": 20, "accumulate": 3}):
+        model = made("st_net", spots)
+        fit(model, spots, TrainConfig(**STEPS, **cut), device="cpu")
+        weights.append(model.head.weight.detach().clone())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_averages_do_not_copy_the_spots():
+    spots = training()
+    module = _Module(made("genar", spots), spots, spots, TrainConfig(), print)
+    other = copy.deepcopy(module)
+    assert other._training is module._training
+    assert other._validation is module._validation
+    for mine, its in zip(module.parameters(), other.parameters(), strict=True):
+        assert mine.data_ptr() != its.data_ptr()
+        torch.testing.assert_close(mine, its)

@@ -107,26 +107,26 @@ def seed_h5ad(folder: Path) -> None:
 
 
 def seed_visium(folder: Path, matrix: str, header: bool) -> None:
-    from test_formats import write_visium
+    from section_files import write_visium
 
     write_visium(folder / "P1", matrix=matrix, header=header)
 
 
 def seed_visium_hd(folder: Path) -> None:
-    from test_formats import write_hd
+    from section_files import write_hd
 
     write_hd(folder / "H1", n=14)
 
 
 def seed_legacy(folder: Path) -> None:
-    from test_formats import write_legacy
+    from section_files import write_legacy
 
     write_legacy(folder)
     Image.new("RGB", (60, 60)).save(folder / "X1.jpg")
 
 
 def seed_spatialdata(folder: Path) -> None:
-    from test_formats import write_spatialdata
+    from section_files import write_spatialdata
 
     write_spatialdata(folder / "S1.zarr")
 
