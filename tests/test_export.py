@@ -249,3 +249,17 @@ def test_what_a_format_cannot_hold_is_told(spoil, name, says, held_out_predictio
     with pytest.raises(InputError, match=says):
         write_export(held_out_prediction, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_expectations_go_out_where_they_are_of_logs_alone(tissue_sections, tmp_path):
+    """As those of ridge and of most published methods: X holds them rounded."""
+    section = tissue_sections[0]
+    expected = np.linspace(0.1, 4, section.n_obs * 3).reshape(-1, 3)
+    predicted = section[:, :3].copy()
+    predicted.X = np.rint(expected).astype(np.int32)
+    predicted.layers["log1p_mean"] = np.log1p(expected).astype(np.float32)
+    predicted.uns["genar"] = {**section.uns["genar"], "prediction": {"model": "ridge"}}
+    spots = json.loads(write_geojson(predicted, tmp_path / "s.geojson").read_text())["features"]
+    gene = predicted.var_names[0]
+    found = [spot["properties"]["measurements"][f"{gene} mean"] for spot in spots]
+    np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)

@@ -207,3 +207,62 @@ def test_intervals_of_shares_have_a_width_at_their_ends():
     low, high = wilson(np.array([0.0, 1.0]), np.array([5, 5]))
     assert low[0] == 0 < 0.3 < high[0]
     assert high[1] == 1 > 0.7 > low[1]
+
+
+def drawn_sections(n_patients, each, *, name="pcc_200", value=lambda random: random.normal(0.5, 0.1), seed=0):
+    """Resamples of sections that are alike within a patient, and whose patients they are."""
+    random = np.random.default_rng(seed)
+    sections, patients = [], []
+    for patient in range(n_patients):
+        mean = value(random)
+        for _ in range(each):
+            own = mean + random.normal(0, 0.02)
+            values = np.concatenate([[own], own + random.normal(0, 0.02, 300)])
+            sections.append(dict.fromkeys(intervals.METRICS, values))
+            patients.append(f"P{patient}")
+    return sections, patients
+
+
+def covers(truth, of, patients, name="pcc_200"):
+    found = intervals.intervals_of(intervals.across_sections(of, patients), unbiased=True)[name]
+    return found[1] <= truth <= found[2]
+
+
+def test_sections_of_one_patient_count_as_what_they_are():
+    """Six sections of each of five patients: taken for thirty, the interval would hold the truth half of the time."""
+    made = [drawn_sections(5, 6, seed=seed) for seed in range(120)]
+    known = np.mean([covers(0.5, sections, patients) for sections, patients in made])
+    unknown = np.mean([covers(0.5, sections, ()) for sections, _ in made])
+    assert known > 0.82
+    assert unknown < 0.65
+
+
+def test_patients_of_one_section_each_are_drawn_as_sections_are():
+    sections, patients = drawn_sections(6, 1)
+    for name, values in intervals.across_sections(sections).items():
+        np.testing.assert_array_equal(intervals.across_sections(sections, patients)[name], values)
+    alone, of_one = drawn_sections(1, 6)  # then its sections are drawn, as before
+    assert intervals.across_sections(alone, of_one)["mse"][1:].std() > 0
+    assert intervals.sections_of(["A", "", "A", ""]) == [[0, 2], [1], [3]]
+
+
+def test_patients_of_unlike_many_sections_keep_the_mean_over_sections():
+    sections, patients = drawn_sections(4, 3)
+    drawn = intervals.across_sections(sections[2:], patients[2:])
+    assert drawn["mse"][0] == pytest.approx(np.mean([s["mse"][0] for s in sections[2:]]))
+    assert np.mean(drawn["mse"][1:]) == pytest.approx(drawn["mse"][0], abs=0.03)
+
+
+def test_skewness_over_sections_is_no_bias():
+    """Of few sections with a large value among them, the median of means is below the mean: no reason to shift."""
+    random = np.random.default_rng(0)
+    level = np.array([0.1, 0.12, 0.15, 0.2, 0.3, 1.4])
+    sections = [
+        dict.fromkeys(intervals.METRICS, np.concatenate([[v], v + 0.02 + random.normal(0, 0.01, 500)])) for v in level
+    ]
+    drawn = intervals.across_sections(sections)["rvd"]
+    assert drawn[1:].mean() == pytest.approx(level.mean() - 0.02, abs=0.02)  # what drawing spots adds, twice
+    value, low, high = intervals.intervals_of({"rvd": drawn}, unbiased=True)["rvd"]
+    assert value == pytest.approx(level.mean())
+    means = random.choice(level, (2000, 6)).mean(axis=1)
+    assert [low, high] == pytest.approx(list(np.quantile(means, [0.025, 0.975])), abs=0.05)

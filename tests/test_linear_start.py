@@ -20,6 +20,7 @@ from genar.models._linear_start import (
 )
 from genar.models._training_spots import auto_max_count
 from genar.models.genar import GenAR, small
+from small_genar import make_model, make_spots
 from toy_models import made
 
 
@@ -173,3 +174,27 @@ def test_slopes_are_those_that_err_least_on_draws():
     best = torch.linalg.lstsq(x - x.mean(), (y - y.mean(dim=0)).repeat(200, 1)).solution
     torch.testing.assert_close(slope, best, rtol=0.02, atol=0)
     assert float(passed_on[0]) == pytest.approx(float((slope[0, 0] * (draws - seen[:, 0])).square().mean()), rel=0.02)
+
+
+def test_a_second_start_holds_nothing_of_the_first():
+    """Of fewer spots fewer directions are found: those of the first were left in place."""
+    torch.manual_seed(0)
+    first = make_model(shake=0)
+    torch.manual_seed(0)
+    fresh = make_model(shake=0)
+    few = make_spots(7, seed=5)
+    first.prepare(make_spots(60, seed=4))
+    first.prepare(few)
+    fresh.prepare(few)
+    for name, values in fresh.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], values, rtol=0, atol=0, msg=name)
+
+
+def test_frequencies_of_many_classes_are_those_of_all_at_once():
+    means = torch.cat([torch.rand(30, 5) * 60, torch.full((1, 5), 2500.0)])
+    classes = torch.arange(4001, dtype=torch.float64)
+    wide = means.double()[..., None]
+    spread = torch.exp(-0.5 * (classes - wide).square() / (1 + wide))
+    wanted = ((spread / spread.sum(dim=2, keepdim=True)).mean(dim=0) + 1e-6).log()
+    wanted -= wanted.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(log_frequencies(means, 4000).double(), wanted, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import pytest
 from genar.errors import InputError
 from genar.models import Decoding, model_class
 from genar.settings import read_settings
+from toy_training import few_spots
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,33 @@ def test_settings_that_would_do_nothing_are_refused(name, settings, message):
 def test_a_decoding_that_the_model_has_not_is_refused_before_training(model, settings, how, says, tmp_path, capsys):
     with pytest.raises(InputError, match=says):
         model_class(model).check_decoding("small", settings, Decoding(**how))
+
+
+def test_settings_that_do_nothing_beside_others_are_known():
+    idle = model_class("genar").idle_settings
+    assert idle("small", {"final_loss": "cross_entropy", "sigma_slope": 0.1}) == {
+        "sigma_slope": "final_loss cross_entropy"
+    }
+    assert idle("small", {"final_loss": "gaussian_nll", "sigma_base": 0.5}) == {}  # its counts are spread by them
+    continuous = {"output": "continuous", "final_loss": "gaussian_nll", "group_temperature": 1.0, "sigma_base": 1.0}
+    assert set(idle("small", continuous)) == {"group_temperature", "sigma_base"}
+    assert set(idle("small", {"scales": (200,), "group_temperature": 1.0})) == {"group_temperature"}
+    assert set(idle("small", {"depth": 1, "drop_path": 0.5})) == {"drop_path"}
+    hist2st = model_class("hist2st").idle_settings
+    assert hist2st("small", {"input": "patches", "width": 64}) == {"width": "patches"}
+    assert hist2st("small", {"width": 64}) == {}
+
+
+def test_one_bump_for_all_counts_is_refused():
+    with pytest.raises(InputError, match="count_basis must be 0 or at least 2, found 1"):
+        model_class("genar").check_settings("small", {"count_basis": 1})
+
+
+@pytest.mark.parametrize("name", ["genar", "foundation"])
+def test_counts_above_the_classes_are_told(name):
+    spots = few_spots()
+    most = int(spots.counts.max())
+    settings = {"max_count": 3} | ({"scales": (1, 12)} if name == "genar" else {})
+    told = rf"counts of \d+ of 12 genes are above max_count 3 and taken for it .the largest is {most}"
+    with pytest.warns(UserWarning, match=told):
+        model_class(name).create(6, spots, "small", settings)
