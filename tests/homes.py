@@ -1,5 +1,8 @@
 """Folders as users have them: a simulated tissue, runs on it, and the features that they read."""
 
+import anndata
+
+from genar.data import contract, read_section
 from genar.data.simulate import TissueConfig, write_tissue
 
 
@@ -96,3 +99,13 @@ def predict_simulated(sections):
     model = model_class("ridge").create(6, spots, "", {})
     fit(model, spots, TrainConfig())
     return predict_section(Checkpoint("ridge", model, panel, {"encoder": "none"}), sections[1], features[1])
+
+
+def pair_of_one_gene(ridge_home, gene, section="B"):
+    """A prediction of one gene, and the truth, in which that gene has another name."""
+    predicted = anndata.read_h5ad(ridge_home / "run/predictions/B.h5ad")[:, :1].copy()
+    truth = read_section(f"{ridge_home / 'tissue'}:B")
+    truth.var_names = [gene if name == predicted.var_names[0] else name for name in truth.var_names]
+    predicted.var_names = [gene]
+    truth.uns[contract.GENAR][contract.SECTION] = section
+    return predicted, truth

@@ -1,6 +1,7 @@
 """Predictions of other programs are scored, shown and exported as they are, or refused."""
 
 import json
+from functools import partial
 
 import anndata
 import numpy as np
@@ -9,12 +10,13 @@ from scipy import sparse
 
 from commands import run, told
 from genar.assess import evaluate_run
-from genar.data import contract, read_section
+from genar.data import contract
 from genar.export import write_export
 from genar.prediction import write_prediction
 from genar.report.index import write_report
 from genar.report.page import page_html
 from genar.report.subject import subjects
+from homes import pair_of_one_gene
 
 
 @pytest.fixture
@@ -84,17 +86,7 @@ def test_fractional_counts_are_exported_as_they_are(predicted, tmp_path):
 
 @pytest.fixture
 def pair(ridge_home):
-    """A prediction of one gene, and the truth, in which that gene has another name."""
-
-    def named(gene, section="B"):
-        predicted = anndata.read_h5ad(ridge_home / "run/predictions/B.h5ad")[:, :1].copy()
-        truth = read_section(f"{ridge_home / 'tissue'}:B")
-        truth.var_names = [gene if name == predicted.var_names[0] else name for name in truth.var_names]
-        predicted.var_names = [gene]
-        truth.uns[contract.GENAR][contract.SECTION] = section
-        return predicted, truth
-
-    return named
+    return partial(pair_of_one_gene, ridge_home)
 
 
 def test_fractional_predictions_are_shown_as_they_are_scored(pair):

@@ -1,28 +1,19 @@
 """Maps of genes: the names they bear, the room they have, and that scores do not wait for them."""
 
-import anndata
+from functools import partial
+
 import pytest
 
 from genar.assess import evaluate_run
-from genar.data import contract, read_section
 from genar.report import maps
 from genar.runs import train_run
 from genar.train_plan import TrainPlan
+from homes import pair_of_one_gene
 
 
 @pytest.fixture
 def pair(ridge_home):
-    """A prediction of one gene, and the truth, in which that gene has another name."""
-
-    def named(gene, section="B"):
-        predicted = anndata.read_h5ad(ridge_home / "run/predictions/B.h5ad")[:, :1].copy()
-        truth = read_section(f"{ridge_home / 'tissue'}:B")
-        truth.var_names = [gene if name == predicted.var_names[0] else name for name in truth.var_names]
-        predicted.var_names = [gene]
-        truth.uns[contract.GENAR][contract.SECTION] = section
-        return predicted, truth
-
-    return named
+    return partial(pair_of_one_gene, ridge_home)
 
 
 @pytest.mark.parametrize(
