@@ -5,6 +5,9 @@ import re
 import pytest
 
 from commands import run, sets
+from genar.models import model_class
+from genar.runs import TrainPlan, _unused
+from genar.training import TrainConfig
 
 TINY = ("--n-genes", 20, "--views", 1, "--encoder", "genar.bench.toy:narrow_encoder")
 
@@ -65,3 +68,17 @@ def test_the_command_refuses_such_a_decoding_before_it_reads_anything(tissue, tm
     assert run(monkeypatch, *words) == 2
     assert "decodes by mean" in capsys.readouterr().err
     assert not (out / "panel.json").exists()
+
+
+def test_decoding_of_a_run_that_predicts_nothing_is_told(home, tmp_path, monkeypatch, capsys):
+    words = ("--model", "ridge", "--samples", 5, "--features", home / "store", "--out", tmp_path / "run", *TINY)
+    assert run(monkeypatch, "train", home / "tissue", *words) == 0
+    assert "nothing is predicted without --test: samples are for `genar predict`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "told"), [("bleep", True), ("egn", True), ("foundation", False)])
+def test_models_that_compare_spots_say_so_where_processes_share_a_batch(name, told, tmp_path):
+    for devices in (1, 2):
+        plan = TrainPlan(tmp_path, ("S2",), tmp_path / "run", name, devices=devices)
+        notes = list(_unused(plan, model_class(name), TrainConfig(), {}))
+        assert any("compares the spots of a batch" in note for note in notes) == (told and devices == 2)
