@@ -92,7 +92,8 @@ def test_tables_tell_what_a_reader_must_know(four, tmp_path):
     assert "Ann has sections in training and held out" in (tmp_path / "out" / "table.md").read_text()
     panel = select_panel([s for s in read_sections(four) if contract.name(s) in "AB"], n_genes=10)
     panel.write(tmp_path / "panel.json")
-    bench_of(four, tmp_path, "patient", f"panel: {tmp_path / 'panel.json'}", "held_out: [Ann]", out="known")
+    whole = {"old": "n_genes: 10\n", "new": f"panel: {tmp_path / 'panel.json'}\n"}
+    bench_of(four, tmp_path, "patient", "held_out: [Ann]", out="known", **whole)
     told = (tmp_path / "known" / "table.md").read_text()
     assert "selected with A, B among its sections" in told
     assert "the patients of Ann held out" in told

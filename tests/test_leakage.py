@@ -84,6 +84,7 @@ def other_spots(adata: AnnData, features, bait, panel):
     adata = adata[rows].copy()
     adata.obs_names = [f"spot{i}" for i in range(len(rows))]
     adata.obsm["spatial"] = adata.obsm["spatial"] + (np.arange(len(rows)) % 2)[:, None]
+    adata.obs["array_col"] = 2 * adata.obs["array_col"].to_numpy() + np.arange(len(rows)) % 2
     return adata, features[rows]
 
 

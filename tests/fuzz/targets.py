@@ -252,8 +252,6 @@ encoder: efficientnet_lite0
 seeds: [1, 2]
 protocol: section
 held_out: [A1]
-k: 5
-n_genes: 20
 methods:
   - {name: one, model: genar, set: {width: 64, scales: [2]}, held_out: [A1]}
   - {name: two, model: ridge}

@@ -153,7 +153,7 @@ def _read(path: Path) -> AnnData:
         raise InputError(f"{path}: not a prediction of GenAR: no obsm['spatial'] or uns['genar']")
     if contract.PREDICTION not in predicted.uns[contract.GENAR]:
         raise InputError(
-            f"{path}: no prediction, by its uns['genar'], which lacks 'prediction': a measured section is named by "
+            f"{path}: expected a prediction, found no 'prediction' in its uns['genar']: a measured section is named by "
             "--truth, and another method's prediction needs a dict there, as {'model': its name}"
         )
     if not predicted.n_obs or not predicted.n_vars:
