@@ -94,7 +94,8 @@ def test_sections_one_after_the_other_are_refused_by_their_array(tissue_sections
     one, other = tissue_sections
     for section, shift in ((one, 0.0), (other, 3.3)):
         n = int(np.ceil(np.sqrt(section.n_obs)))
-        section.obs["array_row"], section.obs["array_col"] = np.divmod(np.arange(section.n_obs), n)
+        row, col = np.divmod(np.arange(section.n_obs), n)
+        section.obs["array_row"], section.obs["array_col"] = row, 2 * col + row % 2
         section.obsm["spatial"] = section.obsm["spatial"] + shift
     merged = anndata.concat([one, other], label="sample", keys=["P1", "P2"], index_unique="-")
     merged.write_h5ad(tmp_path / "both.h5ad")

@@ -259,11 +259,8 @@ def _drawn(patients: Sequence[str]) -> tuple[int, str, str]:
         return len(patients), "sections of one patient", how
     if any(patients):
         how = "patients are drawn, and sections of each: what holds for a new patient"
-        return (
-            len(groups),
-            "patients",
-            how if all(patients) else f"{how}; sections of unknown patients are taken for one each",
-        )
+        how += "" if all(patients) else "; sections of unknown patients are taken for one each"
+        return len(groups), "patients", how
     return len(groups), "sections", "sections are drawn, too: what holds for a new section"
 
 

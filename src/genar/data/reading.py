@@ -292,12 +292,12 @@ def keep_one_library(adata: anndata.AnnData, path: Path) -> None:
 
 
 def _share_places(adata: anndata.AnnData) -> bool:
-    """Whether more than half of the spots lie where another lies, on the image or in the array, as those of
-    concatenated sections may."""
+    """Whether more than half of the spots lie where another lies, on the image or in Visium's array, as those of
+    concatenated sections do."""
     if adata.n_obs < _FEW:
         return False
     tables = [pd.DataFrame(np.asarray(adata.obsm[contract.SPATIAL]))] if contract.SPATIAL in adata.obsm else []
-    tables += [pd.DataFrame(adata.obs)[list(_ARRAY)]] if set(_ARRAY) <= set(adata.obs) else []
+    tables += [pd.DataFrame(adata.obs)[list(_ARRAY)]] if looks_like_visium(adata) else []
     return any(one.duplicated(keep=False).mean() > 0.5 and one.drop_duplicates().shape[0] > 1 for one in tables)
 
 

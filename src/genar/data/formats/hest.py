@@ -31,11 +31,8 @@ def incomplete(root: Path) -> list[str]:
     """Images of ``root`` without counts."""
     held = set(sections(root))
     images = (p for p in (root / "wsis").glob("*") if p.suffix.lower() in reading.SLIDE_SUFFIXES)
-    return [f"{path.stem} (no st/{path.stem}.h5ad)" for path in sorted(images) if not _is_named(path, held)]
-
-
-def _is_named(path: Path, held: set[str]) -> bool:
-    return path.name.startswith(".") or path.stem in held
+    named = sorted(p.stem.removesuffix(".ome") for p in images if not p.name.startswith("."))
+    return [f"{name} (no st/{name}.h5ad)" for name in named if name not in held]
 
 
 def patient(root: Path, section: str) -> str:
