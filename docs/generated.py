@@ -22,7 +22,8 @@ STRUCTURE = {
     "scales": ("from the panel's size", "groups at each scale, coarse to fine, the last the genes: `[1, 20, 200]`"),
     "order": (
         "kmeans",
-        "order of the genes, of which groups are cut: `kmeans`, `random` (one, whatever the seed), or a `.gmt` file of gene sets",
+        "order of the genes, of which groups are cut: `kmeans`, `random` (one, whatever the seed), or a `.gmt` file of "
+        "gene sets",
     ),
 }
 # Of the published methods, where their configuration says no more than the name does.
