@@ -1,7 +1,10 @@
 """Sections are found, named and picked in files and folders as they lie on disks."""
 
 import shutil
+import warnings
 
+import anndata
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -172,3 +175,44 @@ def test_two_slides_of_one_stem_are_two_sections(tissue, tmp_path):
     for name in ("a.tif", "a.tiff"):
         shutil.copy(tissue / "wsis" / "SIM1.tif", tmp_path / name)
     assert [contract.name(s) for s in read_sections(tmp_path)] == ["a.tif", "a.tiff"]
+
+
+@pytest.fixture
+def hest(tissue, tmp_path):
+    return shutil.copytree(tissue, tmp_path / "hest")
+
+
+def test_sections_of_other_formats_are_told_and_predictions_are_not(hest, tmp_path):
+    for name in ("P3", "guess"):
+        shutil.copy(hest / "st" / "SIM1.h5ad", hest / f"{name}.h5ad")
+    guess = anndata.read_h5ad(hest / "guess.h5ad")
+    guess.uns[contract.GENAR] = {contract.PREDICTION: {"model": "ridge"}}
+    guess.write_h5ad(hest / "guess.h5ad")
+    with pytest.warns(SectionWarning, match=r"read as format hest; not read are P3 \(h5ad\): give each"):
+        assert len(find_sections(hest)) == 2
+
+
+def test_sections_one_after_the_other_are_refused_by_their_array(tissue_sections, tmp_path):
+    """``anndata.concat`` names them as the user likes, and drops what tells of the image."""
+    one, other = tissue_sections
+    for section, shift in ((one, 0.0), (other, 3.3)):
+        n = int(np.ceil(np.sqrt(section.n_obs)))
+        row, col = np.divmod(np.arange(section.n_obs), n)
+        section.obs["array_row"], section.obs["array_col"] = row, 2 * col + row % 2
+        section.obsm["spatial"] = section.obsm["spatial"] + shift
+    merged = anndata.concat([one, other], label="sample", keys=["P1", "P2"], index_unique="-")
+    merged.write_h5ad(tmp_path / "both.h5ad")
+    with pytest.raises(InputError, match=r"several sections in one file .most spots lie at another's place"):
+        read_section(tmp_path / "both.h5ad", mpp=0.5)
+
+
+def test_options_that_mean_nothing_to_the_one_section_are_refused(hest):
+    for option in ("bin_um", "spacing_um"):
+        with pytest.raises(InputError, match=f"--{option.replace('_', '-')} is for format .*leave it out"):
+            read_section(f"{hest}:SIM1", **{option: 16.0})
+
+
+def test_nothing_is_said_of_a_whole_folder(hest):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_sections(hest)) == 2

@@ -1,5 +1,6 @@
 """The layout of HEST-1k: counts, metadata and images in folders beside each other."""
 
+import json
 import os
 import shutil
 
@@ -8,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from genar.data import contract, read_section, read_sections
-from genar.errors import InputError
+from genar.data import contract, find_sections, read_section, read_sections
+from genar.errors import InputError, SectionWarning
 
 
 def test_simulated_folder_reads_as_written(tissue, tissue_sections):
@@ -149,3 +150,67 @@ def test_reader_agrees_with_the_object_the_hest_library_makes(shared):
     assert list(section.var_names) == list(peer.var_names)
     np.testing.assert_array_equal(contract.counts(section), peer.X)
     np.testing.assert_allclose(contract.coords_px(section), peer.obsm["spatial"], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def hest(tissue, tmp_path):
+    return shutil.copytree(tissue, tmp_path / "hest")
+
+
+def facts_of(folder, section, **changes):
+    path = folder / "metadata" / f"{section}.json"
+    facts = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(facts))
+    return facts
+
+
+def test_bins_that_were_pooled_are_as_wide_and_far_apart_as_in_the_file(hest):
+    """HEST's Visium HD sections are of spots of 128 um; their metadata tell of bins of 2 um."""
+    before = read_section(f"{hest}:SIM1").uns[contract.GENAR]
+    facts_of(hest, "SIM1", inter_spot_dist=2, spot_diameter=2)
+    path = hest / "st" / "SIM1.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata.obs = adata.obs.drop(columns=["array_row", "array_col"], errors="ignore")
+    width_px = before["spot_diameter_um"] / before["mpp"]
+    adata.uns["spatial"] = {"ST": {"images": {}, "scalefactors": {"spot_diameter_fullres": width_px}}}
+    adata.write_h5ad(path)
+    with pytest.warns(SectionWarning, match="say bins 2 um apart; in the file they are pooled to spots .* um apart"):
+        facts = read_section(f"{hest}:SIM1").uns[contract.GENAR]
+    assert facts["pitch_um"] == pytest.approx(before["pitch_um"], rel=0.05)
+    assert facts["spot_diameter_um"] == pytest.approx(before["spot_diameter_um"], rel=1e-6)
+    assert facts["mpp"] == before["mpp"]
+    assert "pitch" not in facts["mpp_by"]
+
+
+def test_a_pixel_size_that_is_somewhat_wrong_makes_no_pooled_bins(hest):
+    before = read_section(f"{hest}:SIM1").uns[contract.GENAR]
+    stated = facts_of(hest, "SIM1")["pixel_size_um_estimated"]
+    facts_of(hest, "SIM1", pixel_size_um_estimated=1.5 * stated)
+    with pytest.warns(SectionWarning, match="pixel size"):
+        facts = read_section(f"{hest}:SIM1").uns[contract.GENAR]
+    assert facts["pitch_um"] == before["pitch_um"]
+
+
+def test_several_sections_in_one_file_are_refused(hest):
+    path = hest / "st" / "SIM1.h5ad"
+    adata = anndata.read_h5ad(path)
+    adata.obs["library_id"] = np.where(np.arange(adata.n_obs) < 10, "A", "B")
+    adata.write_h5ad(path)
+    with pytest.raises(InputError, match=r"several sections in one file \(obs\['library_id'\] names 2\)"):
+        read_section(f"{hest}:SIM1")
+
+
+def test_an_image_without_counts_is_told(hest):
+    (hest / "st" / "SIM2.h5ad").unlink()
+    with pytest.warns(SectionWarning, match=r"left out are SIM2 \(no st/SIM2.h5ad\)"):
+        assert [ref.id for ref in find_sections(hest)] == ["SIM1"]
+
+
+def test_the_slide_alone_is_of_the_sections_patient(hest):
+    facts_of(hest, "SIM1", patient="Patient 7")
+    slide = hest / "wsis" / "SIM1.tif"
+    assert find_sections(slide)[0].patient == "Patient 7"
+    assert read_section(slide).uns[contract.GENAR][contract.PATIENT] == "Patient 7"
+    (hest / "patients.csv").write_text("section,patient\nSIM1,Ann\n")
+    assert read_section(slide).uns[contract.GENAR][contract.PATIENT] == "Ann"
+    assert find_sections(f"{hest}:SIM1")[0].patient == "Ann"
