@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
+import timm
 import torch
+from safetensors.torch import save_file
 
 from genar.encoders import ENCODERS, build_network
 
@@ -25,6 +27,18 @@ def small(name):
 def random_network(row, seed=0):
     torch.manual_seed(seed)
     return build_network(row)
+
+
+def random_timm(name, seed=0, **changes):
+    """The architecture of a row of timm's, as timm makes it."""
+    torch.manual_seed(seed)
+    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
+
+
+def write_resnet18(folder):
+    """Its weights with a classifier, as on the hub."""
+    save_file(random_timm("resnet18", num_classes=10).state_dict(), folder / "model.safetensors")
+    return folder / "model.safetensors"
 
 
 def random_patches(row, n):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
 import pytest
-import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -17,7 +16,7 @@ from genar import encoders
 from genar.encoders import ENCODERS, load_encoder
 from genar.errors import InputError
 from serving import Quiet, serving
-from small_encoders import random_network, small
+from small_encoders import random_network, small, write_resnet18
 
 GATED = ("/MahmoodLab/", "/paige-ai/", "/bioptimus/")
 FILE = "/timm/resnet18.tv_in1k/resolve/main/model.safetensors"
@@ -152,16 +151,9 @@ def test_command_refused_by_the_hub_ends_with_2_and_one_line(tmp_path, monkeypat
     assert not (tmp_path / "store").exists()
 
 
-def random_timm(name, seed=0, **changes):
-    torch.manual_seed(seed)
-    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_file(random_timm("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
-    return path
+    return write_resnet18(tmp_path_factory.mktemp("weights"))
 
 
 def test_weights_are_fetched_from_the_hub_once(weights, tmp_path, monkeypatch):

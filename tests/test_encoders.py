@@ -11,6 +11,7 @@ from genar.encoders import DEFAULT, ENCODERS, Encoder, build_network, embedded_l
 from genar.encoders.folding import fold_norms
 from genar.encoders.weights import fit_weights
 from genar.errors import InputError
+from small_encoders import random_timm, write_resnet18
 
 
 def test_embedded_weights_are_the_packages():
@@ -32,16 +33,9 @@ def test_embedded_weights_are_the_packages():
         assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in stored), name
 
 
-def random_network(name, seed=0, **changes):
-    torch.manual_seed(seed)
-    return timm.create_model(ENCODERS[name].architecture, pretrained=False, **{"num_classes": 0, **changes})
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_file(random_network("resnet18", num_classes=10).state_dict(), path)  # with a classifier, as on the hub
-    return path
+    return write_resnet18(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
@@ -84,10 +78,10 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_local_weights_are_loaded(weights):
-    encoder, network = load_encoder("resnet18", weights=weights), random_network("resnet18", num_classes=10)
+    encoder, network = load_encoder("resnet18", weights=weights), random_timm("resnet18", num_classes=10)
     network.reset_classifier(0)
     assert encoder.weights_sha256 == Encoder(ENCODERS["resnet18"], network).weights_sha256
-    assert encoder.weights_sha256 != Encoder(ENCODERS["resnet18"], random_network("resnet18", 1)).weights_sha256
+    assert encoder.weights_sha256 != Encoder(ENCODERS["resnet18"], random_timm("resnet18", 1)).weights_sha256
 
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])

@@ -24,11 +24,12 @@ _PACKAGES = (
 )
 
 
-def device(name: str) -> str:
-    """The device of that name; of ``auto`` the GPU where there is one, else the CPU. Of processes that share a machine
-    each gets a GPU of its own. Raises ``InputError`` where there is none of that name."""
+def device(name: object) -> str:
+    """The device of that name, or PyTorch's own; of ``auto`` the GPU where there is one, else the CPU. Of processes
+    that share a machine each gets a GPU of its own. Raises ``InputError`` where there is none of that name."""
     import torch
 
+    name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and (number := processes.local_rank()) is not None:

@@ -79,7 +79,7 @@ def train(
             options[name] = tuple(ids(options[name]))
     plan = TrainPlan(
         Path(sections), test, Path(out), model, settings=merged,
-        panel=panel, device=machine.device(str(device)), **options,
+        panel=panel, device=machine.device(device), **options,
     )  # fmt: skip
     if max(plan.devices or 1, plan.num_nodes or 1) > 1 and not processes.by_launcher():
         raise InputError(
@@ -150,7 +150,7 @@ def predict(
     return predict_run(
         section, model, paths[0], reading=given, revision=revision, features=paths[1], encoder=encoder,
         weights=paths[2], how=sort_decoding(decoding),
-        device=machine.device(str(device)), bar=_console.bar(not progress), say=_say(progress),
+        device=machine.device(device), bar=_console.bar(not progress), say=_say(progress),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def own_folder() -> str:
     """A name for this process's own files that no other of the run has; empty for the first."""
     if rank() == 0:
         return ""
-    if _torchrun() or _srun():
+    if by_launcher():
         return f"process{rank()}"
     return f"node{os.environ.get('NODE_RANK', 0)}-process{os.environ.get('LOCAL_RANK', 0)}"
 
@@ -60,7 +60,7 @@ def end_with_parent() -> None:
     """Have a process that Lightning started end when the first one does, also before they have met: until then it would
     wait for half an hour."""
     by_lightning = "WORLD_SIZE" in os.environ and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if not by_lightning or _torchrun() or _srun():
+    if not by_lightning or by_launcher():
         return
     parent = os.getppid()
 

@@ -379,8 +379,7 @@ def _training_facts(
             name: median([float(s.uns[contract.GENAR].get(name, 0)) for s in training])
             for name in (contract.PITCH_UM, contract.SPOT_DIAMETER_UM)
         },
-        "hexagonal": sum(Lattice.of(torch.from_numpy(contract.coords_um(s))).fold == 6 for s in training) * 2
-        > len(training),
+        "hexagonal": median([Lattice.of(torch.from_numpy(contract.coords_um(s))).fold for s in training]) == 6,
         contract.SIMULATED: any(map(contract.of_simulation, training)),
         "n_spots": len(spots),
         contract.TRAINING_MEAN: mean.tolist(),

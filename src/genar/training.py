@@ -113,7 +113,7 @@ def fit(
     gone, ``StoppedError`` where SIGTERM or SIGINT came, once the resume file is written.
     """
     config = config or train_config_from_dict({}, own=model.train_defaults)
-    device = machine.of_models(machine.device(str(device)))
+    device = machine.of_models(machine.device(device))
     torch.manual_seed(config.seed)
     if isinstance(spots, StoredSpots) and not model.can_stream:
         spots = spots.in_memory()

@@ -6,7 +6,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -50,11 +51,10 @@ def run(
     resume = folder / RESUME_FILE if folder and (folder / RESUME_FILE).is_file() else None
     if resume:
         check_whole(resume)
-    exact, workspace = torch.are_deterministic_algorithms_enabled(), os.environ.get(_WORKSPACE)
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    trainer = _trainer(config, module, folder, progress, group, device)
     try:
-        trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
+        with _torch_as_it_was():
+            trainer = _trainer(config, module, folder, progress, group, device)
+            trainer.fit(module, ckpt_path=resume, weights_only=True if resume else None)
     except SystemExit as error:  # Lightning's, of a key of the user's
         model.eval()
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -66,14 +66,23 @@ def run(
                 f"one of the {group.size} processes is gone ({str(error).splitlines()[0]})"
             ) from error
         raise
-    finally:  # what the trainer sets holds for the whole process
-        torch.use_deterministic_algorithms(exact, warn_only=warn_only)
-        if workspace is None:
-            os.environ.pop(_WORKSPACE, None)
     if resume and not module.started:  # it was trained to its end: Lightning does nothing, not even take the averages
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
     module.restore_best()
     return module.summary
+
+
+@contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    """What a trainer sets for the whole process holds inside alone."""
+    exact, workspace = torch.are_deterministic_algorithms_enabled(), os.environ.get(_WORKSPACE)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(exact, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def _trainer(

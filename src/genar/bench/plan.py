@@ -58,13 +58,10 @@ class Plan:
     out: Path
     features: Path | None
     runs: tuple[Run, ...]
+    refs: Mapping[str, Mapping[str, SectionRef]]
+    """cohort -> section -> where it lies, for those that were found"""
     read: Mapping[str, Any] = field(default_factory=dict)
     """how its sections are read, where that is not the default: ``image``, ``mpp``, ``bin_um``"""
-
-    @cached_property
-    def refs(self) -> dict[str, dict[str, SectionRef]]:
-        """Cohort -> section -> where it lies, for those that were found."""
-        return {cohort.name: _find(cohort, self.data) for cohort in self.recipe.cohorts}
 
     @cached_property
     def options(self) -> ReadOptions:
@@ -125,7 +122,8 @@ def plan_runs(
     Raises ``InputError`` where the protocol cannot be followed.
     """
     runs = []
-    recipe = _with_patients(recipe, data)
+    refs = {cohort.name: _find(cohort, data) for cohort in recipe.cohorts}
+    recipe = replace(recipe, cohorts=tuple(_with_patients(cohort, refs[cohort.name]) for cohort in recipe.cohorts))
     read = {name: value for name, value in (read or {}).items() if value not in (None, getattr(ReadOptions, name))}
     for cohort in recipe.cohorts:
         paper = (cohort.paper,) if cohort.paper else ()
@@ -150,19 +148,13 @@ def plan_runs(
                     runs.append(Run(cohort, method, fold, seed, replace(plan, device=device)))
     for cohort in recipe.cohorts if recipe.figure else ():
         figure_section(recipe, cohort, runs)
-    return Plan(recipe, data, out, features, tuple(runs), read)
+    return Plan(recipe, data, out, features, tuple(runs), refs, read)
 
 
-def _with_patients(recipe: Recipe, data: Path | None) -> Recipe:
-    """The recipe with the patients that the data know and itself does not."""
-    return replace(recipe, cohorts=tuple(_cohort_with_patients(cohort, data) for cohort in recipe.cohorts))
-
-
-def _cohort_with_patients(cohort: Cohort, data: Path | None) -> Cohort:
-    if all(cohort.sections.values()):
-        return cohort
-    told = {section: ref.patient for section, ref in _find(cohort, data).items()}
-    return replace(cohort, sections={s: patient or told.get(s, "") for s, patient in cohort.sections.items()})
+def _with_patients(cohort: Cohort, refs: Mapping[str, SectionRef]) -> Cohort:
+    """The cohort with the patients that the data know and the recipe does not."""
+    known = {s: patient or (refs[s].patient if s in refs else "") for s, patient in cohort.sections.items()}
+    return replace(cohort, sections=known)
 
 
 def figure_section(recipe: Recipe, cohort: Cohort, runs: Sequence[Run]) -> str:

@@ -150,3 +150,17 @@ def config_from_dict(facts: Mapping, preset: str = "small") -> GenARConfig:
     if unknown := sorted(set(facts) - known):
         raise InputError(f"model: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return PRESETS[preset](**facts)
+
+
+def idle_fields(config: GenARConfig, n_scales: int) -> dict[str, str]:
+    """Fields that change nothing, and beside what, in a network of ``n_scales`` scales (0: not known)."""
+    idle, targets = {}, ("sigma_base", "sigma_slope")
+    if config.final_loss == "cross_entropy":
+        idle |= dict.fromkeys(targets, "final_loss cross_entropy")
+    if config.output == "continuous":
+        idle |= dict.fromkeys((*targets, "group_temperature"), "output continuous")
+    if n_scales == 1:
+        idle |= dict.fromkeys(("token_noise", "group_temperature", "scale_weights"), "a single scale")
+    if config.depth == 1:
+        idle["drop_path"] = "a single block"
+    return idle

@@ -31,7 +31,7 @@ from genar.models._base import Batch, Card, Counts, LossOutput, Model, Spots, un
 from genar.models._blocks import in_blocks
 from genar.models._cosine_attention import Cache, as_it_comes
 from genar.models._decoding import DECODINGS, DEFAULT, Decoding, draw, quantile, refuse_distribution, summarise
-from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, paper, released, small
+from genar.models._genar_config import PRESETS, GenARConfig, config_from_dict, idle_fields, paper, released, small
 from genar.models._genar_heads import CountHead, ValueHead
 from genar.models._genar_layout import Layout
 from genar.models._genar_parts import Block, Condition, CountTable, LinearStart, bf16_products
@@ -447,16 +447,7 @@ class GenAR(Model):
     @classmethod
     def idle_settings(cls, preset: str, settings: Mapping) -> dict[str, str]:
         """The widths of targets that the loss does not have, and what is of several scales or blocks."""
-        config = config_from_dict(network_settings(settings), preset)
-        idle, targets = {}, ("sigma_base", "sigma_slope")
-        if config.final_loss == "cross_entropy":
-            idle |= dict.fromkeys(targets, "final_loss cross_entropy")
-        if config.output == "continuous":
-            idle |= dict.fromkeys((*targets, "group_temperature"), "output continuous")
-        if len(settings.get("scales", ())) == 1:
-            idle |= dict.fromkeys(("token_noise", "group_temperature", "scale_weights"), "a single scale")
-        if config.depth == 1:
-            idle["drop_path"] = "a single block"
+        idle = idle_fields(config_from_dict(network_settings(settings), preset), len(settings.get("scales", ())))
         return {name: why for name, why in idle.items() if name in settings}
 
     def decodes_by_of(self, how: Decoding) -> tuple[str, ...]:

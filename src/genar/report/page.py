@@ -132,8 +132,9 @@ def _payload(subject: Subject) -> dict:
     """What the page's script works on."""
     predicted, genes = subject.predicted, list(subject.predicted.var_names)
     matrices = {"counts": pack(contract.values(predicted, genes))}
+    expected = contract.expected_counts(predicted)
     if contract.has_expectation(predicted):
-        matrices["mean"] = pack(contract.expected_counts(predicted))
+        matrices["mean"] = pack(expected)
     named = {"low": "q05", "high": "q95", "zero": contract.P_ZERO}
     matrices |= {
         name: pack(contract.layer(predicted, layer)) for name, layer in named.items() if layer in predicted.layers
@@ -153,23 +154,23 @@ def _payload(subject: Subject) -> dict:
         "barcodes": list(map(str, predicted.obs_names)),
         "matrices": matrices,
         "groups": groups,
-        "table": _table(subject),
+        "table": _table(subject, expected),
         "scored": "mean" if contract.LOG1P_MEAN in predicted.layers else "counts",
         "palettes": figures.PALETTES,
         "span_um": contract.mpp(predicted),
     }
 
 
-def _table(subject: Subject) -> dict[str, list]:
-    """A column a figure of the genes, in the panel's order; NaN where it is undefined."""
+def _table(subject: Subject, expected: np.ndarray) -> dict[str, list]:
+    """A column a figure of the genes, whose ``expected`` counts are [N, G], in the panel's order; NaN where it is
+    undefined."""
     genes = list(subject.predicted.var_names)
-    mean = contract.expected_counts(subject.predicted)
     columns: dict[str, np.ndarray] = {}
     if subject.truth is not None and subject.per_gene is not None:
         names = {"pcc": "PCC", "mse": "MSE", "coverage_90": "in 90 %"}
         columns |= {title: subject.per_gene[c].to_numpy() for c, title in names.items() if c in subject.per_gene}
         columns["mean measured"] = contract.counts(subject.truth, genes).mean(axis=0)
-    columns["mean predicted"] = mean.mean(axis=0)
+    columns["mean predicted"] = expected.mean(axis=0)
     return {title: [None if v != v else float(f"{v:.4g}") for v in values] for title, values in columns.items()}
 
 

@@ -21,8 +21,8 @@ from genar.errors import InputError, SectionWarning
 
 NAME = "spatialdata"
 EXPECTED = "SpatialData stores (.zarr with tables, shapes and images)"
-# Space Ranger's small pictures, as spatialdata-io names them: no slides.
 _BIN_UM = 20.0  # side of a square below which it is a bin, and no spot
+# Space Ranger's small pictures, as spatialdata-io names them: no slides.
 _DOWNSAMPLED = ("_hires_image", "_lowres_image")
 
 
